@@ -1,0 +1,105 @@
+"""The contract between processes: what orders, keeps and hands out messages.
+
+A backplane joins the processes of a service; a hub (`comet.hub`) lives in one of them and knows its
+clients. The backplane never imports the hub: it is given two functions, `deliver` and `dropped`.
+`memory.py` is the backplane of one process; every backplane passes tests/contracts.
+
+What every backplane promises
+
+1. *Order.* The messages of a channel get the offsets 1, 2, 3 … of the log's epoch, and `deliver`
+   sees them in that order, each once, on every process that has joined the channel.
+2. *Epochs.* A log has a random epoch of its own. Say a client holds the cursor (e, 7), the service
+   restarts, nine new messages are ordered and the client comes back: were there no epoch, 7 would
+   look like a place in the new log, and messages 1 to 7 of it would be lost in silence. Whatever
+   forgets or rewinds an offset begins another epoch, so the client is told a gap instead.
+3. *Joining is atomic.* `subscribe` answers with everything after `since` up to one point of the
+   log; every message after that point reaches `deliver`, and none before it does so later than the
+   answer. So the caller registers its subscriber first, holds back what is delivered meanwhile, and
+   drops what the answer already has.
+4. *Acknowledged is kept.* When `publish` answers, the message has its place in the log and is on its
+   way to every process that has joined the channel. Refusals are answers too, one an item.
+5. *Counting.* Each `subscribe` counts one subscriber on each of its channels until `unsubscribe`,
+   or until `dropped` says that the channel was deleted: that ends every subscription to it, and
+   whoever is told must not unsubscribe from it as well.
+6. *Lingering.* A channel without subscribers keeps its epoch, offset and history for the linger time
+   after its last use (a subscriber leaving, a publication), so that a poller between two polls
+   loses nothing. Then it is forgotten, and costs nothing.
+7. *Bounds.* History is bounded a channel (count and age) and in all (bytes; the channel that was
+   least recently used pays first). Idempotency keys are bounded in age and number.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+from comet.errors import Refusal
+from comet.history import Joined
+from comet.message import Message, Position, Publication, Since
+
+Deliver = Callable[[Sequence[Message]], None]
+"""Takes ordered messages to this process's clients. Must not block and must not raise."""
+
+Dropped = Callable[[str], None]
+"""Tells this process that a channel's log was deleted: its subscribers are ended. As `Deliver`."""
+
+
+class Receipt(NamedTuple):
+    """A publication was ordered at `position`, for so many `subscribers`, counted in all processes."""
+
+    position: Position
+    subscribers: int
+
+
+class Sent(NamedTuple):
+    """A message went to those of its `targets` channels that are held; `delivered` counts their
+    subscribers. `position` is its place in the first target, or None when nobody holds that."""
+
+    position: Position | None
+    targets: int
+    delivered: int
+
+
+class ChannelInfo(NamedTuple):
+    """What is known of a channel: subscribers in all processes, newest position, messages kept."""
+
+    subscribers: int
+    position: Position
+    messages: int
+
+
+class Backplane(Protocol):
+    """See the module: this is the whole boundary."""
+
+    def attach(self, deliver: Deliver, dropped: Dropped) -> None:
+        """Where deliveries go. Called once, before anything else."""
+
+    def publish(self, publications: Sequence[Publication]) -> Sequence[Receipt | Refusal]:
+        """Order these, one after the other; an answer each, in the same order.
+
+        A channel that nobody holds comes into being: its history waits for a subscriber. A repeated
+        key answers what it answered first; with another body or type it is Refusal ``key-conflict``.
+        """
+
+    def send(self, channels: Sequence[str], type: str, data: bytes, key: str | None = None) -> Sent:
+        """One message to many feeds, each in its own order, only where the feed is held.
+
+        Feeds that nobody has held within the linger time cost nothing and keep nothing. `key` is an
+        idempotency key of the first channel. Raises Refusal ``key-conflict``.
+        """
+
+    def subscribe(self, channels: Sequence[str], since: Sequence[Since]) -> Sequence[Joined]:
+        """Join each channel, after its `since`; one answer a channel, in order."""
+
+    def unsubscribe(self, channels: Sequence[str]) -> None:
+        """Undo one `subscribe` of these channels."""
+
+    def read(self, channel: str, since: Since, limit: int | None = None) -> Joined | None:
+        """History without joining; None when there is no such channel."""
+
+    def info(self, channel: str) -> ChannelInfo | None:
+        """None when there is no such channel."""
+
+    def delete(self, channel: str) -> ChannelInfo | None:
+        """Forget the channel's log and tell every process `dropped`; answers what went, None if nothing."""
+
+    def totals(self) -> dict[str, int]:
+        """``channels``, ``messages_kept``, ``history_bytes``, ``idempotency_keys`` of the whole service."""

@@ -1,0 +1,274 @@
+"""The backplane of one process: dictionaries, and nothing that can fail but a key conflict.
+
+Everything here is synchronous and switches no greenlet, which is what makes joining atomic: between
+the answer of `subscribe` and its use nothing else can have run. Time comes from `clock`; `expire`
+is called about once a second by whoever owns the backplane.
+
+Bounds, and how each is kept:
+
+- *count, a channel*: on every append the oldest go.
+- *age, a channel*: on every append and read the aged go; `expire` takes those of quiet channels.
+- *bytes, in all*: `_warm` holds the channels that have messages, least recently used first. Over
+  budget, the first of them gives up its oldest message, and so on.
+- *channels without subscribers*: `_idle` holds them, the longest idle first. They go when the linger
+  time is over, or early when there are more than `max_idle` of them.
+- *idempotency keys*: `_keys`, oldest first, by age and number.
+"""
+
+import hashlib
+import secrets
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from comet.backplane import ChannelInfo, Deliver, Dropped, Receipt, Sent
+from comet.errors import Refusal
+from comet.history import History, Joined
+from comet.message import Message, Publication, Since
+
+EPOCH_BITS = 48
+
+
+class Bounds(NamedTuple):
+    """What a memory backplane keeps at most; the defaults and their reasons stand in `comet.settings`.
+
+    Times in seconds, `history_bytes` as `comet.message.Message.cost` counts them.
+    """
+
+    history_size: int = 1000
+    history_age: float = 300.0
+    history_bytes: int = 256 * 1024 * 1024
+    linger: float = 60.0
+    max_idle: int = 1_000_000
+    key_age: float = 300.0
+    max_keys: int = 100_000
+
+
+class _Channel(History):
+    """A log and the number of its subscribers."""
+
+    __slots__ = ("subscribers",)
+
+    def __init__(self, epoch: int) -> None:
+        super().__init__(epoch)
+        self.subscribers = 0
+
+
+class _Remembered(NamedTuple):
+    """The first answer under an idempotency key, and a digest of what was asked."""
+
+    digest: bytes
+    answer: Receipt | Sent
+    until: float
+
+
+class MemoryBackplane:
+    """See `comet.backplane` for what it promises."""
+
+    def __init__(
+        self,
+        bounds: Bounds | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        randbits: Callable[[int], int] = secrets.randbits,
+    ) -> None:
+        self._bounds = bounds or Bounds()
+        self._clock = clock
+        self._randbits = randbits
+        self._channels: dict[str, _Channel] = {}
+        self._warm: OrderedDict[str, _Channel] = OrderedDict()
+        self._idle: OrderedDict[str, float] = OrderedDict()
+        self._keys: OrderedDict[tuple[str, str], _Remembered] = OrderedDict()
+        self._bytes = 0
+
+    def attach(self, deliver: Deliver, dropped: Dropped) -> None:
+        self._deliver = deliver
+        self._dropped = dropped
+
+    # -- publishing
+
+    def publish(self, publications: Sequence[Publication]) -> Sequence[Receipt | Refusal]:
+        now = self._clock()
+        answers: list[Receipt | Refusal] = []
+        messages: list[Message] = []
+        for channel, data, type, key in publications:
+            if key is not None:
+                digest = _digest("publish", type, data)
+                known = self._recall(channel, key, digest, now)
+                if known is not None:
+                    answers.append(known)
+                    continue
+            log = self._open(channel)
+            if not log.subscribers:
+                self._rest(channel, now)
+            message = self._append(channel, log, type, data, now)
+            messages.append(message)
+            receipt = Receipt(message.position, log.subscribers)
+            if key is not None:
+                self._remember(channel, key, digest, receipt, now)
+            answers.append(receipt)
+        if messages:
+            self._deliver(messages)
+        return answers
+
+    def send(self, channels: Sequence[str], type: str, data: bytes, key: str | None = None) -> Sent:
+        now = self._clock()
+        first = channels[0]
+        if key is not None:
+            digest = _digest("send", type, data)
+            known = self._recall(first, key, digest, now)
+            if isinstance(known, Refusal):
+                raise known
+            if known is not None:
+                remembered: Sent = known
+                return remembered
+        messages: list[Message] = []
+        delivered = 0
+        for channel in channels:
+            log = self._channels.get(channel)
+            if log is not None:
+                messages.append(self._append(channel, log, type, data, now))
+                delivered += log.subscribers
+        position = messages[0].position if messages and messages[0].channel == first else None
+        sent = Sent(position, len(channels), delivered)
+        if key is not None:
+            self._remember(first, key, digest, sent, now)
+        if messages:
+            self._deliver(messages)
+        return sent
+
+    def _append(self, channel: str, log: _Channel, type: str, data: bytes, now: float) -> Message:
+        bounds = self._bounds
+        message = log.append(channel, type, data, now)
+        self._bytes += message.cost
+        self._warm[channel] = log
+        self._trim(channel, log, now)
+        while self._bytes > bounds.history_bytes:
+            coldest, victim = next(iter(self._warm.items()))
+            self._bytes -= victim.drop(1)
+            if victim.entries is None:
+                del self._warm[coldest]
+        return message
+
+    def _trim(self, channel: str, log: _Channel, now: float) -> None:
+        """Drop what is over a channel's own bounds, and count this as a use of the channel."""
+        if log.entries is not None:
+            self._bytes -= log.trim(self._bounds.history_size, now - self._bounds.history_age)
+            if log.entries is None:
+                del self._warm[channel]
+            else:
+                self._warm.move_to_end(channel)
+
+    # -- idempotency keys
+
+    def _recall(self, channel: str, key: str, digest: bytes, now: float) -> Any:
+        """The first answer under this key (of the call that `digest` names), a Refusal if the key was
+        used for something else, None if it is new."""
+        known = self._keys.get((channel, key))
+        if known is None or known.until <= now:
+            return None
+        if known.digest != digest:
+            return Refusal("key-conflict", "This idempotency key was used for another message on this channel; take a new key.")
+        return known.answer
+
+    def _remember(self, channel: str, key: str, digest: bytes, answer: Receipt | Sent, now: float) -> None:
+        keys = self._keys
+        keys[channel, key] = _Remembered(digest, answer, now + self._bounds.key_age)
+        keys.move_to_end((channel, key))
+        if len(keys) > self._bounds.max_keys:
+            keys.popitem(last=False)
+
+    # -- joining and leaving
+
+    def subscribe(self, channels: Sequence[str], since: Sequence[Since]) -> Sequence[Joined]:
+        now = self._clock()
+        answers = []
+        for channel, start in zip(channels, since, strict=True):
+            log = self._open(channel)
+            log.subscribers += 1
+            self._idle.pop(channel, None)
+            answers.append(self._since(channel, log, start, None, now))
+        return answers
+
+    def unsubscribe(self, channels: Sequence[str]) -> None:
+        now = self._clock()
+        for channel in channels:
+            log = self._channels[channel]
+            log.subscribers -= 1
+            if not log.subscribers:
+                self._rest(channel, now)
+
+    # -- reading
+
+    def read(self, channel: str, since: Since, limit: int | None = None) -> Joined | None:
+        log = self._channels.get(channel)
+        return None if log is None else self._since(channel, log, since, limit, self._clock())
+
+    def info(self, channel: str) -> ChannelInfo | None:
+        log = self._channels.get(channel)
+        if log is None:
+            return None
+        self._trim(channel, log, self._clock())
+        return ChannelInfo(log.subscribers, log.position, len(log.entries or ()))
+
+    def totals(self) -> dict[str, int]:
+        return {
+            "channels": len(self._channels),
+            "messages_kept": sum(len(log.entries or ()) for log in self._warm.values()),
+            "history_bytes": self._bytes,
+            "idempotency_keys": len(self._keys),
+        }
+
+    def _since(self, channel: str, log: _Channel, since: Since, limit: int | None, now: float) -> Joined:
+        self._trim(channel, log, now)
+        return log.since(since, limit)
+
+    # -- forgetting
+
+    def delete(self, channel: str) -> ChannelInfo | None:
+        info = self.info(channel)
+        if info is not None:
+            self._forget(channel)
+            self._dropped(channel)
+        return info
+
+    def expire(self) -> None:
+        """Forget what is past its time. Call it about once a second; bounded work a call is not needed,
+        since each thing is forgotten once."""
+        now = self._clock()
+        idle, warm, keys = self._idle, self._warm, self._keys
+        while idle and next(iter(idle.values())) <= now:
+            self._forget(next(iter(idle)))
+        aged = now - self._bounds.history_age
+        while warm:
+            channel, log = next(iter(warm.items()))
+            entries = log.entries or ()
+            if entries and entries[-1].time >= aged:
+                break
+            self._bytes -= log.drop(len(entries))
+            del warm[channel]
+        while keys and next(iter(keys.values())).until <= now:
+            keys.popitem(last=False)
+
+    def _open(self, channel: str) -> _Channel:
+        log = self._channels.get(channel)
+        if log is None:
+            log = self._channels[channel] = _Channel(self._randbits(EPOCH_BITS))
+        return log
+
+    def _rest(self, channel: str, now: float) -> None:
+        """Begin (again) the linger time of a channel that has no subscriber."""
+        self._idle[channel] = now + self._bounds.linger
+        self._idle.move_to_end(channel)
+        if len(self._idle) > self._bounds.max_idle:
+            self._forget(next(iter(self._idle)))
+
+    def _forget(self, channel: str) -> None:
+        log = self._channels.pop(channel)
+        self._bytes -= log.drop(len(log.entries or ()))
+        self._warm.pop(channel, None)
+        self._idle.pop(channel, None)
+
+
+def _digest(call: str, type: str, data: bytes) -> bytes:
+    return hashlib.blake2b(b"\0".join((call.encode(), type.encode(), data)), digest_size=16).digest()

@@ -1,0 +1,1 @@
+"""All that is Linux: sockets and limits. Leaves that import nothing of ours."""

@@ -1,0 +1,19 @@
+"""What the kernel allows this process. A leaf, Linux only."""
+
+import resource
+
+RESERVE = 256
+"""File descriptors kept back from clients: listener, epolls, database, logs, and connections that
+are being refused."""
+
+
+def raise_file_limit() -> int:
+    """Lift the soft limit on open files to the hard one and answer it."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return hard
+
+
+def capacity() -> int:
+    """Connections this process can hold, by its limit on open files."""
+    return max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - RESERVE)

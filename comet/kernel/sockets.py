@@ -1,0 +1,33 @@
+"""Sockets as the kernel has them: the listener, and what the monkey patch took away.
+
+A leaf, Linux only. `comet.server` builds on it.
+"""
+
+import select
+import socket
+
+from gevent import monkey
+
+epoll = monkey.get_original("select", "epoll") if monkey.is_module_patched("select") else select.epoll
+"""The real `select.epoll`; gevent's patch removes it, and our own sleeps in nobody's loop."""
+
+BACKLOG = 4096
+"""Connections that wait for an accept. The kernel cuts it to net.core.somaxconn, 4096 by default."""
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening TCP socket on `host` (a name or an address, IPv4 or IPv6) and `port` (0: any).
+
+    Accepted sockets inherit TCP_NODELAY, which saves a system call a connection. Raises OSError.
+    """
+    family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    listener = socket.socket(family, kind, proto)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        listener.bind(address)
+        listener.listen(BACKLOG)
+    except OSError:
+        listener.close()
+        raise
+    return listener

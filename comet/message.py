@@ -1,0 +1,174 @@
+"""What is pushed: messages, their positions, and the cursors clients resume with.
+
+A leaf that everything else speaks in. `Message` is made once, by a backplane, when it orders a
+publication; `comet.framing` leaves the bytes it makes of a message on the message itself, so that
+a broadcast to a million clients is encoded once per framing and not once per client.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Final, Literal, NamedTuple
+
+from comet.errors import Refusal
+
+MAX_CHANNELS: Final = 64
+"""Channels in one request, after doubles are merged."""
+
+_CHANNEL = re.compile(r"[A-Za-z0-9_.:@-]{1,128}", re.ASCII)
+_RULE: Final = "1 to 128 characters of A-Z a-z 0-9 _ . : @ -"
+_POSITION = re.compile(r"([0-9a-f]{1,12})-(0|[1-9][0-9]{0,15})", re.ASCII)
+
+USER_PREFIX: Final = "user:"
+"""A user's feed is the channel ``user:<id>``."""
+
+MESSAGE_COST: Final = 300
+"""Bytes a message costs beside its data: the Message, its position, its time and its place in a list,
+as sys.getsizeof counts them, rounded up."""
+
+DEFAULT_TYPE: Final = "message"
+RESERVED_TYPES: Final = frozenset({"gap"})
+"""Types that only comet sends: a client must be able to trust that a gap is a gap."""
+
+
+class Position(NamedTuple):
+    """A place in one channel's log: `epoch` (random, 48 bits, one per log) and `offset` (the number
+    of messages ordered in that epoch so far, from 0)."""
+
+    epoch: int
+    offset: int
+
+    def __str__(self) -> str:
+        return f"{self.epoch:x}-{self.offset}"
+
+
+OLDEST: Final = "oldest"
+"""Where a subscriber starts to get everything that is kept."""
+
+Oldest = Literal["oldest"]
+Since = Position | Oldest | None
+"""Where a subscriber starts: after a position, at the oldest message kept, or (None) now."""
+
+
+class Publication(NamedTuple):
+    """What a publisher asks for, before it has an order.
+
+    `data` is UTF-8, already checked; `key` is the idempotency key, unique per channel.
+    """
+
+    channel: str
+    data: bytes
+    type: str = DEFAULT_TYPE
+    key: str | None = None
+
+
+class Message:
+    """One ordered message of one channel. Immutable but for `frames`.
+
+    `time` is the backplane's clock in seconds when it was ordered; history ages by it.
+    `frames` caches the message's bytes per framing (see `comet.framing`).
+    """
+
+    __slots__ = ("channel", "data", "frames", "position", "time", "type")
+
+    def __init__(self, channel: str, position: Position, type: str, data: bytes, time: float = 0.0) -> None:
+        self.channel = channel
+        self.position = position
+        self.type = type
+        self.data = data
+        self.time = time
+        self.frames: dict[str, bytes] | None = None
+
+    @property
+    def id(self) -> str:
+        """The text of its position; on a subscription to this channel alone it is the cursor."""
+        return str(self.position)
+
+    @property
+    def cost(self) -> int:
+        """Bytes it is charged against a bound on kept or waiting messages: its data twice, since once
+        encoded for a framing it is about as large again, and the objects around it."""
+        return MESSAGE_COST + 2 * len(self.data)
+
+    def __repr__(self) -> str:
+        return f"<Message {self.channel} {self.id} {self.type} {len(self.data)} bytes>"
+
+
+class Gap(NamedTuple):
+    """What a subscriber is told in the place of messages that are gone: it now stands at `positions`,
+    one for each of its channels, and everything that is kept follows."""
+
+    positions: Sequence[Position]
+
+
+Item = Message | Gap
+"""What waits for a subscriber, in order."""
+
+
+class Cursor:
+    """Where one subscriber stands: a position for each of its channels, in the request's order."""
+
+    __slots__ = ("positions",)
+
+    def __init__(self, channels: Sequence[str], positions: Sequence[Position]) -> None:
+        self.positions = dict(zip(channels, positions, strict=True))
+
+    def advance(self, item: Item) -> None:
+        """Move past `item`."""
+        if isinstance(item, Gap):
+            self.positions = dict(zip(self.positions, item.positions, strict=True))
+        else:
+            self.positions[item.channel] = item.position
+
+    def __str__(self) -> str:
+        return ".".join(map(str, self.positions.values()))
+
+
+def check_channel(name: str) -> str:
+    """`name` itself, or Refusal ``bad-channel``."""
+    if not _CHANNEL.fullmatch(name):
+        raise Refusal("bad-channel", f"A channel name is {_RULE}; {name[:80]!r} is not.")
+    return name
+
+
+def check_type(name: str) -> str:
+    """`name` itself, or Refusal ``bad-type``: types follow the channel rule and are not reserved."""
+    if not _CHANNEL.fullmatch(name):
+        raise Refusal("bad-type", f"A message type is {_RULE}; {name[:80]!r} is not.")
+    if name in RESERVED_TYPES:
+        raise Refusal("bad-type", f"The type {name!r} is comet's own; use another.")
+    return name
+
+
+def parse_channels(text: str) -> tuple[str, ...]:
+    """The channels of ``a,b,c`` in order of first appearance, doubles merged.
+
+    Raises Refusal ``bad-channel`` for an ill-formed name or more than `MAX_CHANNELS`.
+    """
+    names = tuple(dict.fromkeys(check_channel(name) for name in text.split(",", MAX_CHANNELS * 2)))
+    if len(names) > MAX_CHANNELS:
+        raise Refusal("bad-channel", f"A request joins at most {MAX_CHANNELS} channels; open a second one for the rest.")
+    return names
+
+
+def parse_cursor(text: str, channels: int) -> Sequence[Since]:
+    """The text of a `Cursor`, for a request of so many `channels`; ``oldest`` is the start of each.
+
+    Raises Refusal ``bad-cursor``. A cursor of other channels is well-formed but meets other epochs:
+    its reader is told a gap.
+    """
+    if text == OLDEST:
+        return [OLDEST] * channels
+    parts = text.split(".", MAX_CHANNELS)
+    if len(parts) != channels:
+        raise Refusal(
+            "bad-cursor",
+            f"This cursor is for {len(parts)} channel(s), the request names {channels}: "
+            "send back a cursor with the same channels that it came from, or since=oldest.",
+        )
+    positions = []
+    for part in parts:
+        found = _POSITION.fullmatch(part)
+        if not found:
+            raise Refusal("bad-cursor", "A cursor is text that comet sent, or 'oldest'; start without one, or with since=oldest.")
+        positions.append(Position(int(found[1], 16), int(found[2])))
+    return positions

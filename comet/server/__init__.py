@@ -1,0 +1,1 @@
+"""The HTTP server: strict requests, waiting clients, orderly ends."""

@@ -1,0 +1,113 @@
+"""Every knob, in one frozen dataclass: its unit, its default and the reason for it.
+
+A leaf. Values come from flags (``--max-body 1000``) and, below them, from the environment
+(``COMET_MAX_BODY=1000``). `--help` is made from this file, so it can't be out of date.
+"""
+
+import argparse
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+def _knob(default: Any, unit: str, reason: str, least: float = 0, most: float | None = None) -> Any:
+    return dataclasses.field(default=default, metadata={"unit": unit, "reason": reason, "least": least, "most": most})
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """See `--help`: every field is a flag of the same name."""
+
+    host: str = _knob("127.0.0.1", "name or address", "Where to listen. Beyond loopback a publish key is asked for, or --open.")
+    port: int = _knob(8000, "port", "0 takes a free one and prints it.", most=65535)
+    publish_key: str = _knob("", "secret", "Bearer key for POST, PUT, DELETE and /stats. Better in COMET_PUBLISH_KEY: flags show in ps.")
+    open: bool = _knob(False, "switch", "Allow listening beyond loopback without a publish key.")
+    origins: str = _knob(
+        "", "origins, comma-separated", "Web origins whose pages may read and publish (CORS), such as https://example.org; * is all."
+    )
+    grace: float = _knob(10.0, "seconds", "From SIGTERM to the exit at the latest: time for answers under way.")
+
+    max_connections: int = _knob(0, "connections", "The process's limit; 0 takes what its limit on open files allows.")
+    max_per_address: int = _knob(
+        5000, "connections", "One IPv4 address or IPv6 /64. Raise it behind a proxy, where all clients share one.", least=1
+    )
+    max_header: int = _knob(16384, "bytes", "Request line and headers; browsers stay below 8 KiB.", least=512, most=1 << 20)
+    max_body: int = _knob(65536, "bytes", "One message. Larger things are better pushed as a link.", least=1, most=1 << 26)
+    max_batch: int = _knob(8 << 20, "bytes", "One POST /publish, which is held in memory.", least=1, most=1 << 30)
+    header_timeout: float = _knob(
+        10.0, "seconds", "From a request's first byte to its blank line: who drips headers holds a descriptor.", least=0.1
+    )
+    body_timeout: float = _knob(30.0, "seconds", "From the blank line to the body's end.", least=0.1)
+    idle_timeout: float = _knob(
+        75.0, "seconds", "A kept-alive connection without a request; above the 60 s that proxies keep theirs.", least=0.1
+    )
+    send_timeout: float = _knob(30.0, "seconds", "A client that takes nothing for so long is closed; it resumes by its cursor.", least=0.1)
+    backlog: int = _knob(
+        1 << 20, "bytes", "Messages that may wait for one client; beyond it is closed and resumes by its cursor.", least=1024
+    )
+
+    history_size: int = _knob(1000, "messages a channel", "What a client that comes back can catch up on.")
+    history_age: float = _knob(300.0, "seconds", "Kept no longer than this.")
+    history_bytes: int = _knob(256 << 20, "bytes in all", "Beyond it the channel least recently used forgets its oldest first.")
+    linger: float = _knob(
+        60.0, "seconds", "A channel without subscribers keeps its place and history so long: a poller is away between polls."
+    )
+    max_idle: int = _knob(1_000_000, "channels", "Channels without subscribers that linger at most, about 400 bytes each.", least=1)
+    key_age: float = _knob(300.0, "seconds", "A repeated Idempotency-Key is recognized so long.")
+    max_keys: int = _knob(100_000, "keys", "Idempotency keys remembered at most, about 500 bytes each; the oldest go first.")
+
+    poll_timeout: float = _knob(30.0, "seconds", "A poll without ?timeout= waits so long; proxies often cut at 60.", most=300)
+    heartbeat: float = _knob(
+        55.0, "seconds", "Silence on /events and /stream before a heartbeat; below the 60 s at which proxies cut.", least=0.1
+    )
+    retry: int = _knob(2000, "milliseconds", "What an EventSource is told to wait before it reconnects.")
+
+
+def parse(arguments: Sequence[str], environ: Mapping[str, str] = os.environ) -> Settings:
+    """Settings from flags and COMET_* variables. Exits with status 2 and a sentence on a bad one."""
+    parser = argparse.ArgumentParser(
+        prog="app.py",
+        description="comet: pushes messages to very many HTTP clients, by long poll, stream and server-sent events.",
+        epilog="Each flag is also an environment variable: --max-body is COMET_MAX_BODY. A flag wins.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    for field in dataclasses.fields(Settings):
+        flag = "--" + field.name.replace("_", "-")
+        meta = field.metadata
+        text = f"[{meta['unit']}] {meta['reason']}".replace("%", "%%")
+        variable = "COMET_" + field.name.upper()
+        given = environ.get(variable)
+        if isinstance(field.default, bool):
+            default = field.default if given is None else _switch(parser, variable, given)
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=text)
+            continue
+        # a string default goes through `type` as well, so a bad variable is refused like a bad flag
+        kind = type(field.default)
+        parser.add_argument(
+            flag,
+            type=_checked(kind, meta["least"], meta["most"]),
+            metavar="TEXT" if kind is str else "N",
+            default=field.default if given is None else given,
+            help=text,
+        )
+    return Settings(**vars(parser.parse_args(arguments)))
+
+
+def _switch(parser: argparse.ArgumentParser, variable: str, text: str) -> bool:
+    known = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False, "": False}
+    if text.lower() not in known:
+        parser.error(f"{variable} is a switch: 1 or 0, not {text!r}")
+    return known[text.lower()]
+
+
+def _checked(kind: type, least: float, most: float | None) -> Any:
+    def convert(text: str) -> Any:
+        value = kind(text)
+        if kind is not str and not (value >= least and (most is None or value <= most)):
+            raise argparse.ArgumentTypeError(f"{text} is not within {least:g} to {'any' if most is None else format(most, 'g')}")
+        return value
+
+    convert.__name__ = kind.__name__
+    return convert

@@ -1,0 +1,128 @@
+"""The URL table: every path of the service, and which function answers it.
+
+`mount` puts the table on a bottle application, with what holds for all of it: the publish key, web
+origins, HEAD and OPTIONS, and refusals as JSON.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from bottle import Bottle, HTTPError, HTTPResponse, request, response
+
+from comet.errors import Refusal
+from handlers import channels, health, metabrew, page, poll, publish, stream
+from handlers.params import Context, allowed_origin, check_origin, check_publish_key, refuse
+
+Handler = Callable[..., Any]
+
+
+class Route(NamedTuple):
+    """One row. `secret`: needs the publish key although it is a GET. `waits`: has no HEAD, since it
+    would subscribe."""
+
+    method: str
+    path: str
+    handler: Handler
+    secret: bool = False
+    waits: bool = False
+
+
+ROUTES = (
+    Route("GET", "/", page.show),
+    Route("GET", "/test/<user>", metabrew.test, waits=True),
+    Route("POST", "/send/<user>", metabrew.send),
+    Route("GET", "/poll/<names>", poll.poll, waits=True),
+    Route("GET", "/events/<names>", stream.events, waits=True),
+    Route("GET", "/stream/<names>", stream.lines, waits=True),
+    Route("POST", "/publish/<channel>", publish.one),
+    Route("POST", "/publish", publish.batch),
+    Route("GET", "/channels/<channel>", channels.show),
+    Route("GET", "/channels/<channel>/history", channels.history),
+    Route("DELETE", "/channels/<channel>", channels.delete),
+    Route("GET", "/healthz", health.alive),
+    Route("GET", "/readyz", health.ready),
+    Route("GET", "/stats", health.stats, secret=True),
+)
+
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH", "TRACE"})
+"""Every method that gets here; the server refuses the rest."""
+
+_SLUGS = {404: "not-found", 500: "internal"}
+_DETAILS = {
+    "not-found": "There is nothing at this path; README.md lists the paths.",
+    "internal": "The server failed at this request; its log says how.",
+    "bad-request": "The request could not be read.",
+}
+
+
+def mount(application: Bottle, context: Context) -> None:
+    """Put the URL table on `application`."""
+    methods: dict[str, set[str]] = {}
+    for route in ROUTES:
+        names = methods.setdefault(route.path, {"OPTIONS"})
+        names.add(route.method)
+        if route.method == "GET" and not route.waits:
+            names.add("HEAD")  # bottle runs the GET and drops the body
+        application.route(route.path, route.method, _guarded(route, context))
+    for path, names in methods.items():
+        allow = ", ".join(sorted(names))
+        application.route(path, "OPTIONS", _options(allow))
+        application.route(path, sorted(METHODS - names), _wrong_method(allow, context))
+    application.default_error_handler = lambda error: _error(error, context)
+    if context.settings.origins:
+        application.add_hook("after_request", lambda: _allow_origin(context))
+
+
+def _guarded(route: Route, context: Context) -> Handler:
+    """The route's handler behind its checks; what it refuses becomes an answer."""
+    writes = route.method != "GET"
+    needs_key = writes or route.secret
+    handler = route.handler
+
+    def call(**arguments: str) -> Any:
+        try:
+            if writes:
+                check_origin(context.settings)
+            if needs_key:
+                check_publish_key(context.settings)
+            return handler(context, **arguments)
+        except Refusal as refusal:
+            return refuse(refusal, context.stats)
+
+    return call
+
+
+def _wrong_method(allow: str, context: Context) -> Handler:
+    refusal = Refusal("method-not-allowed", f"This path has the methods {allow}.")
+    return lambda **_: refuse(refusal, context.stats, Allow=allow)
+
+
+def _options(allow: str) -> Handler:
+    return lambda **_: HTTPResponse("", 204, {"Allow": allow})
+
+
+def _error(error: HTTPError, context: Context) -> bytes:
+    """What bottle itself refuses (no such path) or catches, in our words."""
+    slug = _SLUGS.get(error.status_code, "bad-request")
+    if slug == "internal":
+        context.stats.errors += 1  # bottle has written the traceback to wsgi.errors
+    refused = refuse(Refusal(slug, _DETAILS[slug]), context.stats)
+    response.content_type = "application/json"
+    response.set_header("Cache-Control", "no-store")
+    body: bytes = refused.body
+    return body
+
+
+def _allow_origin(context: Context) -> None:
+    """CORS headers on every answer to a page of an allowed origin, a refusal included."""
+    origin = request.headers.get("Origin")
+    allowed = None if origin is None else allowed_origin(context.settings, origin)
+    response.add_header("Vary", "Origin")
+    if allowed is None:
+        return
+    response.set_header("Access-Control-Allow-Origin", allowed)
+    response.set_header("Access-Control-Expose-Headers", "Comet-Cursor, Retry-After")
+    if request.method == "OPTIONS":
+        response.set_header("Access-Control-Allow-Methods", "GET, POST, PUT, DELETE")
+        response.set_header("Access-Control-Allow-Headers", "Authorization, Content-Type, Idempotency-Key, Last-Event-ID")
+        response.set_header("Access-Control-Max-Age", "600")

@@ -1,0 +1,31 @@
+"""Is it alive, is it ready, what has it done."""
+
+import resource
+from typing import Any
+
+from bottle import HTTPResponse
+
+from comet.errors import Refusal
+from handlers.params import Context, answer
+
+
+def alive(context: Context) -> HTTPResponse:
+    """GET /healthz: the process answers."""
+    return answer({"status": "alive"})
+
+
+def ready(context: Context) -> HTTPResponse:
+    """GET /readyz: it takes subscribers; Refusal ``draining`` once it is stopping."""
+    if context.hub.draining:
+        raise Refusal("draining", "This server is stopping; use another one.")
+    return answer({"status": "ready"})
+
+
+def stats(context: Context) -> HTTPResponse:
+    """GET /stats: the counters of `comet.stats`, the backplane's totals, and the process's memory."""
+    document: dict[str, Any] = {
+        **context.stats.document(),
+        **context.hub.totals(),
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+    return answer(document)

@@ -1,0 +1,34 @@
+"""The endpoints of metabrew's "A million-user comet application" (2008): a feed and a router:send.
+
+A user's feed is the channel ``user:<id>``; that is all these two know that the others don't.
+"""
+
+from collections.abc import Iterable
+
+from bottle import HTTPResponse
+
+from comet.framing import TEXT
+from comet.message import DEFAULT_TYPE, USER_PREFIX, check_channel
+from handlers.params import Context, answer, idempotency_key, subscribe, text_body
+
+
+def test(context: Context, user: str) -> Iterable[bytes]:
+    """GET /test/<id>: a welcome, then a line and a chunk a message, for as long as the client stays.
+
+    The same id may be logged in any number of times.
+    """
+    return subscribe(context, [check_channel(USER_PREFIX + user)], [None], TEXT, patience=None)
+
+
+def send(context: Context, user: str) -> HTTPResponse:
+    """POST /send/<id>: a message to the user. That nobody is logged in as that user is no error."""
+    targets = [check_channel(USER_PREFIX + user)]
+    key = idempotency_key()
+    sent = context.hub.send(targets, DEFAULT_TYPE, text_body(context.settings.max_body), key)
+    return answer(
+        {
+            "id": None if sent.position is None else str(sent.position),
+            "targets": sent.targets,
+            "delivered": sent.delivered,
+        }
+    )

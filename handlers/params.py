@@ -1,0 +1,148 @@
+"""What handlers take from a request and how they answer: parsing, checking, refusing, once for all.
+
+Handlers receive a `Context` and plain arguments and raise `Refusal`; `handlers.mount` turns that
+into the JSON answer. The current request is bottle's `request`, which is the greenlet's own.
+"""
+
+import hmac
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import msgspec
+from bottle import HTTPResponse, request, response
+
+from comet.errors import Refusal
+from comet.framing import Framing
+from comet.hub import Hub
+from comet.message import Since, parse_cursor
+from comet.settings import Settings
+from comet.stats import Stats
+
+_KEY = re.compile(r"[!-~]{1,200}")
+
+NO_STORE = {"Cache-Control": "no-store"}
+
+
+class Context(NamedTuple):
+    """What handlers work with."""
+
+    hub: Hub
+    settings: Settings
+    stats: Stats
+
+
+def answer(document: Any, status: int = 200) -> HTTPResponse:
+    """A JSON document, on one line."""
+    return answer_bytes(msgspec.json.encode(document) + b"\n", status)
+
+
+def answer_bytes(body: bytes, status: int = 200, content_type: str = "application/json") -> HTTPResponse:
+    """A whole body of bytes."""
+    return HTTPResponse(body, status, {"Content-Type": content_type, **NO_STORE})
+
+
+def refuse(refusal: Refusal, stats: Stats, **headers: str) -> HTTPResponse:
+    """The answer to a refused request; counts it."""
+    stats.refused[refusal.slug] += 1
+    refused = answer(refusal.document(), refusal.status)
+    for name, value in {**refusal.headers, **headers}.items():
+        refused.set_header(name, value)
+    return refused
+
+
+def subscribe(
+    context: Context, channels: Sequence[str], since: Sequence[Since], framing: Framing, patience: float | None
+) -> Iterable[bytes]:
+    """The body of an answer that waits for messages.
+
+    Comet's server parks it; any other WSGI server iterates it, and notices at the next write that a
+    client is gone.
+    """
+    subscriber = context.hub.subscribe(channels, since, framing, patience)
+    response.content_type = framing.content_type
+    response.set_header("Cache-Control", "no-store")
+    response.set_header("X-Accel-Buffering", "no")
+    if not framing.one_shot:
+        response.set_header("Comet-Cursor", str(subscriber.cursor))
+    park = request.environ.get("comet.park")
+    return subscriber if park is None else park(subscriber)
+
+
+def since(channels: Sequence[str]) -> Sequence[Since]:
+    """Where the client wants to start: Last-Event-ID wins over ?since=, because an EventSource that
+    reconnects sends its first URL again. Neither: now. Raises Refusal ``bad-cursor``."""
+    text = request.headers.get("Last-Event-ID") or request.query.get("since")
+    return parse_cursor(text, len(channels)) if text else [None] * len(channels)
+
+
+def number(name: str, default: float, most: float) -> float:
+    """The query parameter `name`, from 0 to `most`. Raises Refusal ``bad-parameter``."""
+    text = request.query.get(name)
+    if text is None:
+        return default
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= most:
+        raise Refusal("bad-parameter", f"?{name}= is a number from 0 to {most:g}.")
+    return value
+
+
+def body(most: int) -> bytes:
+    """The request's body, at most `most` bytes. Raises Refusal ``body-too-large``, before reading it
+    where its length is known."""
+    too_large = Refusal("body-too-large", f"A body here has at most {most} bytes; send less, or in parts.")
+    if request.content_length > most:
+        raise too_large
+    data: bytes = request.environ["wsgi.input"].read(most + 1)
+    if len(data) > most:
+        raise too_large
+    return data
+
+
+def text_body(most: int) -> bytes:
+    """As `body`, checked to be UTF-8. Raises Refusal ``bad-body``."""
+    data = body(most)
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        raise Refusal("bad-body", "A message is UTF-8 text; encode other things, for example as base64.") from None
+    return data
+
+
+def idempotency_key() -> str | None:
+    """The Idempotency-Key header. Raises Refusal ``bad-key``."""
+    key = request.headers.get("Idempotency-Key")
+    return None if key is None else check_key(key)
+
+
+def check_key(key: str) -> str:
+    """`key` itself. Raises Refusal ``bad-key``."""
+    if not _KEY.fullmatch(key):
+        raise Refusal("bad-key", "An idempotency key is 1 to 200 printable ASCII characters without spaces.")
+    return key
+
+
+def check_publish_key(settings: Settings) -> None:
+    """Raises Refusal ``unauthorized`` unless the request carries the publish key, if there is one."""
+    if not settings.publish_key:
+        return
+    scheme, _, given = request.headers.get("Authorization", "").partition(" ")
+    if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), settings.publish_key.encode()):
+        raise Refusal("unauthorized", "This needs the publish key: send it as 'Authorization: Bearer KEY'.")
+
+
+def check_origin(settings: Settings) -> None:
+    """Raises Refusal ``origin-refused`` for a page of an origin that may not write here: a browser
+    would send a simple POST to any address its user can reach, loopback included."""
+    origin = request.headers.get("Origin")
+    if origin is not None and allowed_origin(settings, origin) is None and origin.partition("://")[2] != request.headers.get("Host"):
+        raise Refusal("origin-refused", f"Pages of {origin[:200]} may not publish here; --origins names those that may.")
+
+
+def allowed_origin(settings: Settings, origin: str) -> str | None:
+    """What Access-Control-Allow-Origin says to `origin`; None when --origins does not have it."""
+    allowed = [one.strip() for one in settings.origins.split(",")]
+    return "*" if "*" in allowed else origin if origin in allowed else None

@@ -1,0 +1,89 @@
+"""Publishing: one message, or a batch of lines."""
+
+from typing import Any
+
+import gevent
+import msgspec
+from bottle import HTTPResponse, request
+
+from comet.backplane import Receipt
+from comet.errors import Refusal
+from comet.message import DEFAULT_TYPE, Publication, check_channel, check_type
+from handlers.params import Context, answer, answer_bytes, body, check_key, idempotency_key, text_body
+
+SLICE = 200
+"""Lines of a batch that are published before other greenlets have a turn: about 2 ms."""
+
+
+class Line(msgspec.Struct, forbid_unknown_fields=True):
+    """One line of a batch."""
+
+    channel: str
+    data: str
+    type: str = DEFAULT_TYPE
+    key: str | None = None
+
+
+_decode = msgspec.json.Decoder(Line).decode
+_encode = msgspec.json.Encoder().encode
+
+
+def one(context: Context, channel: str) -> HTTPResponse:
+    """POST /publish/<channel>: the body is the message; ``?type=`` its type."""
+    check_channel(channel)
+    kind = check_type(request.query.get("type", DEFAULT_TYPE))
+    key = idempotency_key()
+    data = text_body(context.settings.max_body)
+    (result,) = context.hub.publish([Publication(channel, data, kind, key)])
+    if isinstance(result, Refusal):
+        raise result
+    return answer(_document(result), 201)
+
+
+def batch(context: Context) -> HTTPResponse:
+    """POST /publish: NDJSON, a publication a line, published in order; a result a line.
+
+    A bad line fails alone; the others are published.
+    """
+    lines = body(context.settings.max_batch).split(b"\n")
+    if not lines[-1]:
+        lines.pop()
+    results: list[bytes] = []
+    for start in range(0, len(lines), SLICE):
+        if start:
+            gevent.sleep(0)
+        results += _publish(context, lines[start : start + SLICE])
+    return answer_bytes(b"".join(results), content_type="application/x-ndjson")
+
+
+def _publish(context: Context, lines: list[bytes]) -> list[bytes]:
+    read = [_read(line, context.settings.max_body) for line in lines]
+    answers = iter(context.hub.publish([one for one in read if isinstance(one, Publication)]))
+    results = []
+    for one in read:
+        result = one if isinstance(one, Refusal) else next(answers)
+        if isinstance(result, Refusal):
+            context.stats.refused[result.slug] += 1
+        results.append(_encode(_document(result)) + b"\n")
+    return results
+
+
+def _read(line: bytes, max_body: int) -> Publication | Refusal:
+    try:
+        parsed = _decode(line)
+        data = parsed.data.encode()
+        if len(data) > max_body:
+            raise Refusal("body-too-large", f"A message has at most {max_body} bytes; send less, or in parts.")
+        return Publication(
+            check_channel(parsed.channel), data, check_type(parsed.type), None if parsed.key is None else check_key(parsed.key)
+        )
+    except Refusal as refusal:
+        return refusal
+    except (msgspec.DecodeError, UnicodeError) as error:
+        return Refusal("bad-line", f"A line is an object with channel, data, and perhaps type and key: {error}.")
+
+
+def _document(result: Receipt | Refusal) -> dict[str, Any]:
+    if isinstance(result, Refusal):
+        return result.document()
+    return {"id": str(result.position), "subscribers": result.subscribers}
