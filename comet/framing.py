@@ -5,12 +5,18 @@ bytes of a message are made once a framing and kept on the message; a client of 
 gets these shared bytes joined with its own cursor. Chunked transfer coding is the server's.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Final, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import Final, Protocol, TypeVar
 
 import msgspec
 
 from comet.message import Cursor, Gap, Item, Message
+
+PORTION: Final = 1 << 20
+"""Bytes (as `Message.cost` counts) that are encoded for one client at a time: a replay can be as large
+as a channel's history, and must not be copied for every client that asks for it."""
+
+AnyItem = TypeVar("AnyItem", bound=Item)
 
 _json = msgspec.json.Encoder().encode
 
@@ -32,6 +38,18 @@ class Framing(Protocol):
 
     def encode(self, items: Sequence[Item], cursor: Cursor) -> Sequence[bytes]:
         """The bytes of `items`, a piece each; moves `cursor` past them."""
+
+
+def portions(items: Sequence[AnyItem]) -> Iterator[Sequence[AnyItem]]:
+    """`items` in runs of at most `PORTION` bytes, but at least one item; an empty run if there are none."""
+    start = size = 0
+    for index, item in enumerate(items):
+        cost = item.cost if isinstance(item, Message) else 0
+        if size + cost > PORTION and index > start:
+            yield items[start:index]
+            start, size = index, 0
+        size += cost
+    yield items[start:]
 
 
 def _once(message: Message, name: str, make: Callable[[Message], bytes]) -> bytes:

@@ -54,9 +54,9 @@ class Settings:
     linger: float = _knob(
         60.0, "seconds", "A channel without subscribers keeps its place and history so long: a poller is away between polls."
     )
-    max_idle: int = _knob(1_000_000, "channels", "Channels without subscribers that linger at most, about 400 bytes each.", least=1)
+    max_idle: int = _knob(1_000_000, "channels", "Channels without subscribers that linger at most, about 300 bytes each.", least=1)
     key_age: float = _knob(300.0, "seconds", "A repeated Idempotency-Key is recognized so long.")
-    max_keys: int = _knob(100_000, "keys", "Idempotency keys remembered at most, about 500 bytes each; the oldest go first.")
+    max_keys: int = _knob(100_000, "keys", "Idempotency keys remembered at most, about 550 bytes each; the oldest go first.")
 
     poll_timeout: float = _knob(30.0, "seconds", "A poll without ?timeout= waits so long; proxies often cut at 60.", most=300)
     heartbeat: float = _knob(

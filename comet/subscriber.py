@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from gevent.event import Event
 
-from comet.framing import Framing
+from comet.framing import Framing, portions
 from comet.history import Joined
 from comet.message import Cursor, Gap, Item, Message, Position
 
@@ -149,12 +149,13 @@ class Subscriber:
                 yield opening
             while True:
                 items = self.take(self.patience)
-                if self.one_shot:
-                    yield from self.encode(items or [])
+                if self.one_shot:  # what does not fit is in the history, after the cursor of this answer
+                    yield from self.encode(next(portions(items or [])))
                     return
                 if items is None:
                     return
-                yield from self.encode(items)
+                for portion in portions(items):
+                    yield from self.encode(portion)
         finally:
             self.close()
 

@@ -4,7 +4,7 @@ from bottle import HTTPResponse
 
 from comet.backplane import ChannelInfo
 from comet.errors import Refusal
-from comet.framing import batch_json
+from comet.framing import batch_json, portions
 from comet.message import OLDEST, check_channel
 from handlers.params import Context, answer, answer_bytes, number, since
 
@@ -32,7 +32,8 @@ def history(context: Context, channel: str) -> HTTPResponse:
     joined = context.hub.read(channel, OLDEST if start is None else start, limit)
     if joined is None:
         raise _unknown(channel)
-    position, messages, gap = joined
+    position, kept, gap = joined
+    messages = next(portions(kept))
     return answer_bytes(batch_json(str(messages[-1].position if messages else position), gap, messages) + b"\n")
 
 
