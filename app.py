@@ -14,6 +14,7 @@ from collections.abc import Callable  # noqa: E402
 
 import gevent  # noqa: E402
 from bottle import Bottle  # noqa: E402
+from gevent import get_hub  # noqa: E402
 from gevent.event import Event  # noqa: E402
 
 import handlers  # noqa: E402
@@ -44,7 +45,7 @@ def main(arguments: list[str]) -> int:
         log.warning("%d connections were asked for; the limit of %d open files allows %d: raise it (ulimit -n, LimitNOFILE).",
                     settings.max_connections, file_limit, capacity)  # fmt: skip
     try:
-        listener = sockets.listen(settings.host, settings.port)
+        listener = sockets.listen(settings.host, settings.port, settings.send_buffer, settings.send_timeout)
     except OSError as error:
         log.error("can't listen on %s port %d: %s. Choose another with --host and --port.", settings.host, settings.port, error)
         return 1
@@ -56,10 +57,13 @@ def main(arguments: list[str]) -> int:
         )
     )  # fmt: skip
     stats = Stats()
-    hub = Hub(backplane, stats, settings.backlog)
+    soon = get_hub().loop.timer(0)
+    hub = Hub(backplane, stats, settings.backlog, soon.start)
     application = Bottle()
-    handlers.mount(application, Context(hub, settings, stats))
-    server = CometServer(listener, application, settings, stats, capacity)
+    context = Context(hub, settings, stats)
+    handlers.mount(application, context)
+    admit = handlers.admitter(application, context)
+    server = CometServer(listener, application, admit, settings, stats, capacity)
     stopping = Event()
 
     def on_signal() -> None:

@@ -2,15 +2,17 @@
 
 `Subscriber.encode` calls `Framing.encode` with what waits for a client and the client's cursor. The
 bytes of a message are made once a framing and kept on the message; a client of several channels
-gets these shared bytes joined with its own cursor. Chunked transfer coding is the server's.
+gets these shared bytes joined with its own cursor. `Batch` does the same for what many sleeping
+clients are sent, down to the bytes on the wire.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Final, Protocol, TypeVar
+from functools import lru_cache
+from typing import Final, TypeVar
 
 import msgspec
 
-from comet.message import Cursor, Gap, Item, Message
+from comet.message import Cursor, Gap, Item, Message, Position
 
 PORTION: Final = 1 << 20
 """Bytes (as `Message.cost` counts) that are encoded for one client at a time: a replay can be as large
@@ -21,23 +23,78 @@ AnyItem = TypeVar("AnyItem", bound=Item)
 _json = msgspec.json.Encoder().encode
 
 
-class Framing(Protocol):
+class Framing:
     """How one endpoint speaks.
 
     `one_shot`: a single call of `encode` makes the whole answer. Otherwise each call makes the next
-    pieces of a stream; `heartbeat` is what a stream says when there is nothing to say, and `opening`
-    what it says at once, so that the client has an answer before the first message.
+    pieces of a stream; `heartbeat` is what a stream says when there is nothing to say.
     """
 
     name: str
     content_type: str
-    one_shot: bool
-    heartbeat: bytes
+    one_shot = False
+    heartbeat = b""
+    names_cursor = True
+    """The answer's headers say where it starts."""
 
-    def opening(self, cursor: Cursor) -> bytes: ...
+    def opening(self, cursor: Cursor) -> bytes:
+        """What a stream says at once, so that the client has an answer before the first message."""
+        return self.heartbeat
 
     def encode(self, items: Sequence[Item], cursor: Cursor) -> Sequence[bytes]:
         """The bytes of `items`, a piece each; moves `cursor` past them."""
+        raise NotImplementedError
+
+    def headers(self, cursor: Cursor) -> list[tuple[str, str]]:
+        """The headers of an answer that starts at `cursor`, but for those that frame its body."""
+        headers = [("Content-Type", self.content_type), ("Cache-Control", "no-store"), ("X-Accel-Buffering", "no")]
+        return [*headers, ("Comet-Cursor", str(cursor))] if self.names_cursor else headers
+
+    # -- the same on the wire, for HTTP/1.1: what a sleeping client is sent
+
+    def start(self, cursor: Cursor, date: bytes) -> bytes:
+        """A stream's status, headers and opening. `date` is the Date header's line."""
+        head = "".join(f"{name}: {value}\r\n" for name, value in self.headers(cursor))
+        opening = chunk(self.opening(cursor))
+        return b"HTTP/1.1 200 OK\r\n%bTransfer-Encoding: chunked\r\n%b\r\n%b" % (head.encode(), date, opening)
+
+    def wire(self, pieces: Sequence[bytes], date: bytes) -> bytes:
+        """`pieces`: a chunk each."""
+        return b"".join(map(chunk, pieces))
+
+    def end(self, cursor: Cursor, date: bytes, closing: bool) -> bytes:
+        """What ends an answer that is under way: a stream's last chunk. `closing`: so does the connection."""
+        return b"0\r\n\r\n"
+
+    def with_headers(self, more: Sequence[tuple[str, str]]) -> "Framing":
+        """The same framing for an answer whose headers, not sent yet, have `more` than the usual ones."""
+        return self
+
+
+def chunk(piece: bytes) -> bytes:
+    """A piece in chunked transfer coding."""
+    return b"%x\r\n%b\r\n" % (len(piece), piece)
+
+
+class Batch:
+    """Messages of one channel that follow each other, on their way to its subscribers: from the offset
+    `before` to `last` of `epoch`. Their bytes are made once a framing, whoever asks first."""
+
+    __slots__ = ("before", "epoch", "last", "messages", "wires")
+
+    def __init__(self, messages: Sequence[Message]) -> None:
+        self.messages = messages
+        self.epoch = messages[0].epoch
+        self.before = messages[0].offset - 1
+        self.last = messages[-1].offset
+        self.wires: dict[Framing, bytes] = {}
+
+    def wire(self, framing: Framing, date: bytes) -> bytes:
+        """Make the bytes for a subscriber of this channel alone that stands at `before`, and leave them in
+        `wires` for the others."""
+        cursor = Cursor([self.messages[0].channel], [Position(self.epoch, self.before)])
+        made = self.wires[framing] = framing.wire(framing.encode(self.messages, cursor), date)
+        return made
 
 
 def portions(items: Sequence[AnyItem]) -> Iterator[Sequence[AnyItem]]:
@@ -72,14 +129,13 @@ def _make_json(message: Message) -> bytes:
     return _json({"id": message.id, "channel": message.channel, "type": message.type, "data": message.data.decode()})
 
 
-class Text:
+class Text(Framing):
     """metabrew's: the body of a message and a newline, a piece a message. It has no cursors and no
     gaps, and no heartbeat either: TCP keepalive finds the dead."""
 
     name = "test"
     content_type = "text/plain; charset=utf-8"
-    one_shot = False
-    heartbeat = b""
+    names_cursor = False
 
     def opening(self, cursor: Cursor) -> bytes:
         user = next(iter(cursor.positions)).partition(":")[2]
@@ -93,7 +149,7 @@ def _make_text(message: Message) -> bytes:
     return message.data + b"\n"
 
 
-class ServerSentEvents:
+class ServerSentEvents(Framing):
     """SSE, as the WHATWG HTML standard has it (section 9.2, "Server-sent events").
 
     The opening block carries ``id:`` with no data: a browser remembers it without an event, so that
@@ -103,7 +159,6 @@ class ServerSentEvents:
 
     name = "events"
     content_type = "text/event-stream; charset=utf-8"
-    one_shot = False
     heartbeat = b":\n\n"
 
     def __init__(self, retry: int) -> None:
@@ -136,17 +191,13 @@ def _make_event_body(message: Message) -> bytes:
     return b"event: %b\ndata: %b\n\n" % (message.type.encode(), b"\ndata: ".join(lines))
 
 
-class Lines:
+class Lines(Framing):
     """NDJSON: `message_json` a line. On one channel a message's id is the cursor; with several each
     line carries the cursor as well."""
 
     name = "stream"
     content_type = "application/x-ndjson; charset=utf-8"
-    one_shot = False
     heartbeat = b"\n"
-
-    def opening(self, cursor: Cursor) -> bytes:
-        return self.heartbeat
 
     def encode(self, items: Sequence[Item], cursor: Cursor) -> Sequence[bytes]:
         pieces = []
@@ -166,13 +217,17 @@ def _make_line(message: Message) -> bytes:
     return message_json(message) + b"\n"
 
 
-class Poll:
+class Poll(Framing):
     """The long-poll answer: ``{"cursor", "gap", "messages"}``."""
 
     name = "poll"
     content_type = "application/json"
     one_shot = True
-    heartbeat = b""
+    names_cursor = False
+
+    def __init__(self, more: Sequence[tuple[str, str]] = ()) -> None:
+        head = "".join(f"{name}: {value}\r\n" for name, value in [*self.headers(Cursor((), ())), *more])
+        self._head = b"HTTP/1.1 200 OK\r\n" + head.encode()
 
     def opening(self, cursor: Cursor) -> bytes:
         return b""
@@ -188,6 +243,24 @@ class Poll:
                 messages.append(item)
         return [batch_json(str(cursor), gap, messages)]
 
+    def wire(self, pieces: Sequence[bytes], date: bytes) -> bytes:
+        """The whole response."""
+        (body,) = pieces
+        return b"%b%bContent-Length: %d\r\n\r\n%b" % (self._head, date, len(body), body)
+
+    def end(self, cursor: Cursor, date: bytes, closing: bool) -> bytes:
+        """An answer without messages."""
+        return self.wire(self.encode([], cursor), date + b"Connection: close\r\n" if closing else date)
+
+    def with_headers(self, more: Sequence[tuple[str, str]]) -> "Framing":
+        return _poll_with(tuple(more)) if more else self
+
+
+@lru_cache(maxsize=256)
+def _poll_with(more: tuple[tuple[str, str], ...]) -> Poll:
+    """One framing for all polls whose answers have these headers: web origins, for example."""
+    return Poll(more)
+
 
 def batch_json(cursor: str, gap: bool, messages: Sequence[Message]) -> bytes:
     """The document of a poll and of history."""
@@ -198,6 +271,6 @@ def batch_json(cursor: str, gap: bool, messages: Sequence[Message]) -> bytes:
     )
 
 
-TEXT: Final[Framing] = Text()
-LINES: Final[Framing] = Lines()
-POLL: Final[Framing] = Poll()
+TEXT: Final = Text()
+LINES: Final = Lines()
+POLL: Final = Poll()

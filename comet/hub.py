@@ -1,33 +1,38 @@
 """The channels of this process: who listens here, and what is delivered to them.
 
 Handlers talk to the hub alone. It passes publications to the backplane, which orders them and calls
-`deliver` here; `deliver` offers each message to the channel's subscribers. Registry and backplane
-are kept in step in `subscribe`, `_leave` and `dropped`, and nowhere else.
+`deliver` here; `deliver` hands each channel's messages to its subscribers, by way of `fanout` where
+there are many. Registry and backplane are kept in step in `subscribe`, `leave` and `dropped`, and
+nowhere else.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import gevent
 
-from comet.backplane import Backplane, ChannelInfo, Receipt, Sent
+from comet.backplane import Backplane
 from comet.errors import Refusal
-from comet.framing import Framing
+from comet.fanout import Fanout, Members
+from comet.framing import Batch, Framing
 from comet.history import Joined
-from comet.message import Message, Publication, Since
+from comet.message import ChannelInfo, Message, Publication, Receipt, Sent, Since
 from comet.stats import Stats
 from comet.subscriber import Subscriber
 
 
 class Hub:
-    """`backlog` is the bytes of messages that may wait for one client (see `Subscriber`)."""
+    """`backlog` is the bytes of messages that may wait for one client; `schedule` runs a function soon
+    (see `Fanout`)."""
 
-    def __init__(self, backplane: Backplane, stats: Stats, backlog: int) -> None:
-        self._backplane = backplane
-        self._stats = stats
-        self._backlog = backlog
-        self._channels: dict[str, dict[Subscriber, None]] = {}  # in order of joining
+    def __init__(self, backplane: Backplane, stats: Stats, backlog: int, schedule: Callable[[Callable[[], None]], None]) -> None:
+        self.backlog = backlog
         self.draining = False
         """Set by `drain`: new subscribers are refused."""
+        self._backplane = backplane
+        self._stats = stats
+        self._fanout = Fanout(schedule)
+        # a channel's only subscriber stands there itself: most channels are one user's feed
+        self._channels: dict[str, Subscriber | Members[Subscriber]] = {}
         backplane.attach(self.deliver, self.dropped)
 
     # -- subscribing
@@ -39,74 +44,98 @@ class Hub:
         """
         if self.draining:
             raise Refusal("draining", "This server is stopping; connect again, to another one or a little later.")
-        subscriber = Subscriber(channels, framing, patience, self._backlog, self._leave, self._resync)
+        subscriber = Subscriber(channels, framing, patience, self)
         for channel in channels:
-            self._channels.setdefault(channel, {})[subscriber] = None
+            self._register(channel, subscriber)
         try:
             answers = self._backplane.subscribe(channels, since)
         except BaseException:
-            self._unregister(subscriber)
+            for channel in subscriber.channels:
+                self._unregister(channel)
             raise
         self._stats.clients[framing.name] += 1
         subscriber.join(answers)
         return subscriber
 
-    def _leave(self, subscriber: Subscriber) -> None:
-        left = self._unregister(subscriber)
-        if left is None:
-            return
+    def _register(self, channel: str, subscriber: Subscriber) -> None:
+        present = self._channels.get(channel)
+        if present is None:
+            self._channels[channel] = subscriber
+        elif isinstance(present, Members):
+            present.add(subscriber)
+        else:
+            self._channels[channel] = Members(present, subscriber)
+
+    def _unregister(self, channel: str) -> None:
+        """One that is registered there has ended."""
+        present = self._channels[channel]
+        if not isinstance(present, Members) or present.alive == 1:
+            del self._channels[channel]
+        else:
+            present.leave()
+
+    def leave(self, subscriber: Subscriber, reason: str) -> None:
+        """Called once by each subscriber, when it has ended."""
         self._stats.clients[subscriber.framing.name] -= 1
-        self._stats.closed[subscriber.reason or ("answered" if subscriber.one_shot else "lost")] += 1
-        if left:
-            self._backplane.unsubscribe(left)
-
-    def _unregister(self, subscriber: Subscriber) -> list[str] | None:
-        """The channels it was registered on; those deleted under it are not among them. None the
-        second time."""
-        if not subscriber.channels:
-            return None
-        left = []
+        self._stats.closed[reason] += 1
         for channel in subscriber.channels:
-            members = self._channels.get(channel)
-            if members is not None and subscriber in members:
-                del members[subscriber]
-                if not members:
-                    del self._channels[channel]
-                left.append(channel)
-        subscriber.channels = ()
-        return left
+            self._unregister(channel)
+        if subscriber.channels:
+            self._backplane.unsubscribe(subscriber.channels)
 
-    def _resync(self, subscriber: Subscriber) -> None:
+    def resync(self, subscriber: Subscriber) -> None:
+        """It was delivered a later message than it can take: this process missed some."""
         gevent.spawn(self._catch_up, subscriber)
 
     def _catch_up(self, subscriber: Subscriber) -> None:
-        """Read what this process missed, for a subscriber that was offered a later message."""
+        if subscriber.ended:
+            return
         answers = []
-        for channel, position in zip(subscriber.channels, subscriber.offered, strict=True):
+        for channel, position in subscriber.awake.offered.items():
             answer = self._backplane.read(channel, position)
             if answer is None:  # deleted meanwhile: `dropped` has ended it, or is about to
                 return
             answers.append(answer)
-        if answers:
+        if not subscriber.ended:
             subscriber.join(answers)
 
     # -- what the backplane calls
 
     def deliver(self, messages: Sequence[Message]) -> None:
-        """Offer ordered messages to this process's subscribers. Does not block."""
-        offers = 0
+        """Hand ordered messages to this process's subscribers. Does not block."""
+        if len(messages) == 1:
+            self._deliver(messages[0].channel, messages)
+            return
+        channels: dict[str, list[Message]] = {}
         for message in messages:
-            members = self._channels.get(message.channel)
-            if members is not None:
-                for subscriber in members:
-                    subscriber.offer(message)
-                offers += len(members)
-        self._stats.offered += offers
+            channels.setdefault(message.channel, []).append(message)
+        for channel, those in channels.items():
+            self._deliver(channel, those)
+
+    def _deliver(self, channel: str, messages: Sequence[Message]) -> None:
+        present = self._channels.get(channel)
+        if present is None:
+            return
+        if isinstance(present, Members):
+            self._stats.offered += present.alive * len(messages)
+            self._fanout.deliver(present, messages)
+        else:
+            self._stats.offered += len(messages)
+            present.deliver(Batch(messages))
 
     def dropped(self, channel: str) -> None:
         """The channel's log is gone: end its subscribers, who may come back to the next one."""
-        for subscriber in self._channels.pop(channel, ()):
+        for subscriber in self._members(self._channels.pop(channel, None)):
+            subscriber.channels = [name for name in subscriber.channels if name != channel]
             subscriber.end("deleted")
+
+    @staticmethod
+    def _members(present: Subscriber | Members[Subscriber] | None) -> list[Subscriber]:
+        if present is None:
+            return []
+        if isinstance(present, Members):
+            return [one for one in present.present if not one.ended]
+        return [present]
 
     # -- what handlers pass on
 
@@ -144,6 +173,6 @@ class Hub:
         """Refuse new subscribers and end the present ones: polls are answered with their cursor,
         streams finish."""
         self.draining = True
-        for members in self._channels.values():
-            for subscriber in members:
+        for present in list(self._channels.values()):
+            for subscriber in self._members(present):
                 subscriber.end("shutdown")

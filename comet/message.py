@@ -61,6 +61,30 @@ class Publication(NamedTuple):
     key: str | None = None
 
 
+class Receipt(NamedTuple):
+    """A publication was ordered at `position`, for so many `subscribers`, counted in all processes."""
+
+    position: Position
+    subscribers: int
+
+
+class Sent(NamedTuple):
+    """A message went to those of its `targets` channels that are held; `delivered` counts their
+    subscribers. `position` is its place in the first target, or None when nobody holds that."""
+
+    position: Position | None
+    targets: int
+    delivered: int
+
+
+class ChannelInfo(NamedTuple):
+    """What is known of a channel: subscribers in all processes, newest position, messages kept."""
+
+    subscribers: int
+    position: Position
+    messages: int
+
+
 class Message:
     """One ordered message of one channel. Immutable but for `frames`.
 
@@ -68,15 +92,20 @@ class Message:
     `frames` caches the message's bytes per framing (see `comet.framing`).
     """
 
-    __slots__ = ("channel", "data", "frames", "position", "time", "type")
+    __slots__ = ("channel", "data", "epoch", "frames", "offset", "time", "type")
 
     def __init__(self, channel: str, position: Position, type: str, data: bytes, time: float = 0.0) -> None:
         self.channel = channel
-        self.position = position
+        self.epoch, self.offset = position  # kept apart: a tuple would cost 72 bytes a message
         self.type = type
         self.data = data
         self.time = time
         self.frames: dict[str, bytes] | None = None
+
+    @property
+    def position(self) -> Position:
+        """Its place in the channel's log."""
+        return Position(self.epoch, self.offset)
 
     @property
     def id(self) -> str:

@@ -1,66 +1,101 @@
-"""One client's open request: what waits for it, and the greenlet that takes it.
+"""One client's open request, awake or asleep; and what waits for it while it is awake.
 
-The hub offers messages (`offer` never blocks); the client's greenlet takes them (`take`), or simply
-iterates: a Subscriber is the body of its own WSGI answer. It ends with a named reason
-(`comet.errors.CLOSINGS`), told by whoever knows it: the hub, the server, or itself when its backlog
-is full.
+The hub delivers batches to a `Subscriber` (`deliver` never blocks), which passes them to its `host`:
 
-Joining. A subscriber is registered before the backplane answers, so messages may be offered while
+- awake, an `Awake`: a queue that the client's greenlet takes from;
+- asleep, a `Bed` (`comet.server.parking`): the bytes are written straight to the socket, and what the
+  socket does not take wakes the client, who is then `Awake` with a backlog;
+- ended, `_ENDED`: nothing more is delivered.
+
+A sleeper is this one small object and a place in the parking's table; everything that a greenlet
+needs is in `Awake` and goes with it.
+
+Joining. A subscriber is registered before the backplane answers, so messages may be delivered while
 the replay is still under way. They are held until `join` has queued the replay; then those at or
-below its position are dropped as known. An offer that skips an offset means that this process
-missed something: the subscriber holds again and asks `resync` for the same kind of answer.
+below its position are dropped as known. A message that skips an offset means that this process
+missed something: the subscriber holds again and asks its hub for the same kind of answer.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 from gevent.event import Event
 
-from comet.framing import Framing, portions
+from comet.framing import Batch, Framing, portions
 from comet.history import Joined
 from comet.message import Cursor, Gap, Item, Message, Position
 
 
-class Subscriber:
-    """`channels` as requested; `framing` turns what waits into bytes; `patience` is how many seconds a
-    silence lasts before a heartbeat (a stream) or an empty answer (a poll), None for ever.
+class Home(Protocol):
+    """The hub, as far as a subscriber knows it. `backlog` is the bytes of messages that may wait for one
+    client (as `Message.cost` counts; a replay is not counted, since history bounds it)."""
 
-    At most `backlog` bytes of messages wait (as `Message.cost` counts; a replay is not counted, since
-    history bounds it). `reason` is None while it is open.
+    backlog: int
+
+    def leave(self, subscriber: "Subscriber", reason: str) -> None: ...
+    def resync(self, subscriber: "Subscriber") -> None: ...
+
+
+class Host(Protocol):
+    """Who acts for a subscriber now."""
+
+    def deliver(self, subscriber: "Subscriber", batch: Batch) -> None: ...
+    def end(self, subscriber: "Subscriber", reason: str) -> None: ...
+
+
+class Subscriber:
+    """`channels` as requested; `framing` turns what waits into bytes; `descriptor` is its socket's while
+    it sleeps, else -1.
+
+    Where the client stands, past everything that was made bytes of: `epoch` and `offset` on its one
+    channel, or `places`, a cursor, on several.
     """
 
-    __slots__ = (
-        "_backlog", "_bytes", "_close", "_cursor", "_event", "_held", "_offered", "_queue", "_resync",
-        "channels", "framing", "patience", "reason",
-    )  # fmt: skip
+    __slots__ = ("channels", "descriptor", "epoch", "framing", "home", "host", "offset", "places")
 
-    def __init__(
-        self,
-        channels: Sequence[str],
-        framing: Framing,
-        patience: float | None,
-        backlog: int,
-        close: Callable[["Subscriber"], None],
-        resync: Callable[["Subscriber"], None],
-    ) -> None:
+    def __init__(self, channels: Sequence[str], framing: Framing, patience: float | None, home: Home) -> None:
         self.channels = channels
         self.framing = framing
-        self.patience = patience
-        self.reason: str | None = None
-        self._backlog = backlog
-        self._bytes = 0
-        self._close = close
-        self._resync = resync
-        self._event = Event()
-        self._queue: list[Item] = []
-        self._held: list[Message] | None = []
-        self._offered: dict[str, Position] = {}
-        self._cursor: Cursor | None = None
+        self.home = home
+        self.descriptor = -1
+        self.epoch = self.offset = 0
+        self.places: Cursor | None = None
+        self.host: Host = Awake(patience, {})
+
+    # -- the hub's side: nothing here blocks
+
+    def join(self, answers: Sequence[Joined]) -> None:
+        """Queue the replay, one answer a channel, then what was held meanwhile."""
+        awake = self.awake
+        starts = [answer.position for answer in answers]
+        if not awake.offered:
+            if len(starts) == 1:
+                self.epoch, self.offset = starts[0]
+            else:
+                self.places = Cursor(self.channels, starts)
+        awake.join(self, list(awake.offered) or self.channels, answers, starts)
+
+    def deliver(self, batch: Batch) -> None:
+        """Messages of one of its channels."""
+        self.host.deliver(self, batch)
+
+    def end(self, reason: str) -> None:
+        """Nothing more is delivered; what waits is still written, and the answer finished."""
+        self.host.end(self, reason)
+
+    # -- the client's side
 
     @property
-    def cursor(self) -> Cursor:
-        """Where the client stands: past everything that `encode` has made bytes of."""
-        assert self._cursor is not None, "not joined yet"
-        return self._cursor
+    def awake(self) -> "Awake":
+        """Its host, which must be `Awake`."""
+        host = self.host
+        assert isinstance(host, Awake), "asleep, or ended"
+        return host
+
+    @property
+    def ended(self) -> bool:
+        """It has left the hub."""
+        return self.host is _ENDED
 
     @property
     def one_shot(self) -> bool:
@@ -68,78 +103,39 @@ class Subscriber:
         return self.framing.one_shot
 
     @property
-    def offered(self) -> Sequence[Position]:
-        """Where the queue ends, a position a channel: what a resync reads on from."""
-        return [self._offered[channel] for channel in self.channels]
-
-    # -- the hub's side: nothing here blocks
-
-    def join(self, answers: Sequence[Joined]) -> None:
-        """Queue the replay, one answer a channel, then what was held meanwhile."""
-        starts = [answer.position for answer in answers]
-        if self._cursor is None:
-            self._cursor = Cursor(self.channels, starts)
-        if any(answer.gap for answer in answers):
-            self._queue.append(Gap(starts))
-        for channel, (position, messages, _) in zip(self.channels, answers, strict=True):
-            self._queue.extend(messages)
-            self._offered[channel] = messages[-1].position if messages else position
-        held, self._held = self._held or [], None
-        for message in held:
-            self.offer(message)
-        if self._queue:
-            self._event.set()
-
-    def offer(self, message: Message) -> None:
-        """Take note of a message; never blocks. Known ones are dropped, a skipped one is fetched."""
-        if self.reason is not None:
-            return
-        if self._held is not None:
-            if self._fits(message):
-                self._held.append(message)
-            return
-        epoch, offset = self._offered[message.channel]
-        if message.position.epoch != epoch or message.position.offset > offset + 1:
-            self._held = [message]
-            self._resync(self)
-        elif message.position.offset == offset + 1 and self._fits(message):
-            self._offered[message.channel] = message.position
-            self._queue.append(message)
-            self._event.set()
-
-    def _fits(self, message: Message) -> bool:
-        self._bytes += message.cost
-        if self._bytes <= self._backlog:
-            return True
-        self._queue.clear()
-        self.end("backlog-bytes")
-        return False
-
-    def end(self, reason: str) -> None:
-        """Nothing more is offered; the greenlet finishes what waits and closes. The first reason stays."""
-        if self.reason is None:
-            self.reason = reason
-            self._event.set()
-
-    # -- the client's side: in its greenlet
-
-    def take(self, timeout: float | None) -> list[Item] | None:
-        """All that waits, as soon as something does; [] after `timeout` seconds; None at the end."""
-        if not self._queue and self.reason is None:
-            self._event.wait(timeout)
-        items, self._queue = self._queue, []
-        self._bytes = 0
-        if self.reason is None:
-            self._event.clear()
-        elif not items:
-            return None
-        return items
+    def cursor(self) -> Cursor:
+        """Where the client stands."""
+        return self.places or Cursor(self.channels, [Position(self.epoch, self.offset)])
 
     def encode(self, items: Sequence[Item]) -> Sequence[bytes]:
         """The bytes of `items` for this client, in its framing; a heartbeat where a stream has none."""
         if not items and not self.one_shot:
             return [self.framing.heartbeat]
-        return self.framing.encode(items, self.cursor)
+        cursor = self.cursor
+        pieces = self.framing.encode(items, cursor)
+        if self.places is None:
+            for position in cursor.positions.values():
+                self.epoch, self.offset = position
+        return pieces
+
+    def wires(self, items: Sequence[Item], date: bytes) -> Iterator[bytes]:
+        """The bytes of `items` on the wire, a portion at a time; of a poll the first portion: what does not
+        fit is in the history, after the cursor of this answer."""
+        for portion in portions(items):
+            yield self.framing.wire(self.encode(portion), date)
+            if self.one_shot:
+                return
+
+    def wake(self, patience: float | None) -> None:
+        """From now on a greenlet takes."""
+        cursor = self.cursor
+        self.descriptor = -1
+        self.host = Awake(patience, dict(cursor.positions))
+
+    def sleep(self, bed: Host, descriptor: int) -> None:
+        """From now on `bed` writes to `descriptor`. Nothing may be waiting."""
+        self.descriptor = descriptor
+        self.host = bed
 
     def __iter__(self) -> Iterator[bytes]:
         """The body of the answer, in the plain style that any WSGI server can run."""
@@ -148,7 +144,8 @@ class Subscriber:
             if opening:
                 yield opening
             while True:
-                items = self.take(self.patience)
+                awake = self.awake
+                items = awake.take(awake.patience)
                 if self.one_shot:  # what does not fit is in the history, after the cursor of this answer
                     yield from self.encode(next(portions(items or [])))
                     return
@@ -159,6 +156,109 @@ class Subscriber:
         finally:
             self.close()
 
-    def close(self) -> None:
-        """Leave the hub. WSGI calls it however the answer ends; a second call does nothing."""
-        self._close(self)
+    def close(self, reason: str | None = None) -> None:
+        """Leave the hub, for good; the reason it was ended for comes first. WSGI calls this however an
+        answer ends; a second call does nothing."""
+        if self.host is _ENDED:
+            return
+        ended_for = self.host.reason if isinstance(self.host, Awake) else None
+        self.host = _ENDED
+        self.home.leave(self, ended_for or reason or ("answered" if self.one_shot else "lost"))
+
+
+class Awake:
+    """What waits for a client that has a greenlet. `patience` is how many seconds a silence lasts before
+    a heartbeat (a stream) or an empty answer (a poll), None for ever; `offered` is where the queue
+    ends, by channel; `reason` is None until it is ended."""
+
+    __slots__ = ("_bytes", "_event", "_held", "_queue", "offered", "patience", "reason")
+
+    def __init__(self, patience: float | None, offered: dict[str, Position]) -> None:
+        self.patience = patience
+        self.offered = offered
+        self.reason: str | None = None
+        self._bytes = 0
+        self._event: Event | None = None
+        self._queue: list[Item] = []
+        self._held: list[Message] | None = None if offered else []
+
+    def join(self, subscriber: Subscriber, channels: Sequence[str], answers: Sequence[Joined], starts: Sequence[Position]) -> None:
+        """See `Subscriber.join`."""
+        if any(answer.gap for answer in answers):
+            self._queue.append(Gap(starts))
+        for channel, (position, messages, _) in zip(channels, answers, strict=True):
+            self._queue.extend(messages)
+            self.offered[channel] = messages[-1].position if messages else position
+        held, self._held = self._held, None
+        for message in held or ():
+            self._offer(subscriber, message)
+        if self._queue:
+            self._notify()
+
+    def deliver(self, subscriber: Subscriber, batch: Batch) -> None:
+        """Take note of messages; never blocks."""
+        for message in batch.messages:
+            self._offer(subscriber, message)
+
+    def _offer(self, subscriber: Subscriber, message: Message) -> None:
+        """Known ones are dropped, a skipped one is fetched."""
+        if self.reason is not None:
+            return
+        if self._held is not None:
+            if self._fits(subscriber, message):
+                self._held.append(message)
+            return
+        epoch, offset = self.offered[message.channel]
+        if message.epoch != epoch or message.offset > offset + 1:
+            self._held = [message]
+            subscriber.home.resync(subscriber)
+        elif message.offset == offset + 1 and self._fits(subscriber, message):
+            self.offered[message.channel] = message.position
+            self._queue.append(message)
+            self._notify()
+
+    def _fits(self, subscriber: Subscriber, message: Message) -> bool:
+        self._bytes += message.cost
+        if self._bytes <= subscriber.home.backlog:
+            return True
+        self._queue.clear()
+        self.end(subscriber, "backlog-bytes")
+        return False
+
+    def end(self, subscriber: Subscriber, reason: str) -> None:
+        """The greenlet finishes what waits and closes. The first reason stays."""
+        if self.reason is None:
+            self.reason = reason
+            self._notify()
+
+    def _notify(self) -> None:
+        if self._event is not None:
+            self._event.set()
+
+    @property
+    def quiet(self) -> bool:
+        """Nothing waits, nothing is on its way from a replay, and it has not ended: it could sleep."""
+        return not self._queue and self._held is None and self.reason is None
+
+    def take(self, timeout: float | None) -> list[Item] | None:
+        """All that waits, as soon as something does; [] after `timeout` seconds; None at the end."""
+        if not self._queue and self.reason is None and timeout != 0:
+            self._event = Event()
+            self._event.wait(timeout)
+            self._event = None
+        items, self._queue = self._queue, []
+        self._bytes = 0
+        return items if items or self.reason is None else None
+
+
+class _Ended:
+    """The host of a subscriber that has left."""
+
+    def deliver(self, subscriber: Subscriber, batch: Batch) -> None:
+        """Nobody is there."""
+
+    def end(self, subscriber: Subscriber, reason: str) -> None:
+        """It has ended before."""
+
+
+_ENDED = _Ended()

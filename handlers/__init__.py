@@ -4,21 +4,22 @@
 origins, HEAD and OPTIONS, and refusals as JSON.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from bottle import Bottle, HTTPError, HTTPResponse, request, response
 
 from comet.errors import Refusal
+from comet.subscriber import Subscriber
 from handlers import channels, health, metabrew, page, poll, publish, stream
-from handlers.params import Context, allowed_origin, check_origin, check_publish_key, refuse
+from handlers.params import Asked, Context, allowed_origin, check_origin, check_publish_key, refuse, wait
 
 Handler = Callable[..., Any]
 
 
 class Route(NamedTuple):
-    """One row. `secret`: needs the publish key although it is a GET. `waits`: has no HEAD, since it
-    would subscribe."""
+    """One row. `secret`: needs the publish key although it is a GET. `waits`: its handler takes an `Asked`
+    and answers a subscriber; it has no HEAD, since that would subscribe."""
 
     method: str
     path: str
@@ -63,7 +64,8 @@ def mount(application: Bottle, context: Context) -> None:
         names.add(route.method)
         if route.method == "GET" and not route.waits:
             names.add("HEAD")  # bottle runs the GET and drops the body
-        application.route(route.path, route.method, _guarded(route, context))
+        waiter = {"waiter": route.handler} if route.waits else {}
+        application.route(route.path, route.method, _guarded(route, context), **waiter)
     for path, names in methods.items():
         allow = ", ".join(sorted(names))
         application.route(path, "OPTIONS", _options(allow))
@@ -71,6 +73,22 @@ def mount(application: Bottle, context: Context) -> None:
     application.default_error_handler = lambda error: _error(error, context)
     if context.settings.origins:
         application.add_hook("after_request", lambda: _allow_origin(context))
+
+
+def admitter(application: Bottle, context: Context) -> Callable[[str, Mapping[str, str], str | None], Subscriber | None]:
+    """The short way to the handlers that wait, past bottle's request: for a path, its query and the
+    Last-Event-ID, the subscriber; None where bottle has to answer. Raises Refusal."""
+    match = application.router.match
+
+    def admit(path: str, query: Mapping[str, str], last_event_id: str | None) -> Subscriber | None:
+        try:
+            route, arguments = match({"PATH_INFO": path, "REQUEST_METHOD": "GET"})
+        except HTTPError:
+            return None
+        waiter = route.config.get("waiter")
+        return None if waiter is None else waiter(context, Asked(query, last_event_id), **arguments)
+
+    return admit
 
 
 def _guarded(route: Route, context: Context) -> Handler:
@@ -85,6 +103,8 @@ def _guarded(route: Route, context: Context) -> Handler:
                 check_origin(context.settings)
             if needs_key:
                 check_publish_key(context.settings)
+            if route.waits:
+                return wait(handler(context, Asked.now(), **arguments))
             return handler(context, **arguments)
         except Refusal as refusal:
             return refuse(refusal, context.stats)

@@ -2,11 +2,10 @@
 
 from bottle import HTTPResponse
 
-from comet.backplane import ChannelInfo
 from comet.errors import Refusal
 from comet.framing import batch_json, portions
-from comet.message import OLDEST, check_channel
-from handlers.params import Context, answer, answer_bytes, number, since
+from comet.message import OLDEST, ChannelInfo, check_channel
+from handlers.params import Asked, Context, answer, answer_bytes, number, since
 
 DEFAULT_LIMIT, MAX_LIMIT = 100, 1000
 """Messages in one answer of history."""
@@ -27,8 +26,9 @@ def history(context: Context, channel: str) -> HTTPResponse:
     """GET /channels/<channel>/history: what is kept after ``?since=`` (the oldest by default), at most
     ``?limit=`` messages; its cursor is where the next page, or a subscription, goes on."""
     check_channel(channel)
-    limit = int(number("limit", DEFAULT_LIMIT, MAX_LIMIT))
-    (start,) = since([channel])
+    asked = Asked.now()
+    limit = int(number(asked, "limit", DEFAULT_LIMIT, MAX_LIMIT))
+    (start,) = since(asked, [channel])
     joined = context.hub.read(channel, OLDEST if start is None else start, limit)
     if joined is None:
         raise _unknown(channel)

@@ -3,21 +3,20 @@
 A user's feed is the channel ``user:<id>``; that is all these two know that the others don't.
 """
 
-from collections.abc import Iterable
-
 from bottle import HTTPResponse
 
 from comet.framing import TEXT
 from comet.message import DEFAULT_TYPE, USER_PREFIX, check_channel
-from handlers.params import Context, answer, idempotency_key, subscribe, text_body
+from comet.subscriber import Subscriber
+from handlers.params import Asked, Context, answer, idempotency_key, text_body
 
 
-def test(context: Context, user: str) -> Iterable[bytes]:
+def test(context: Context, asked: Asked, user: str) -> Subscriber:
     """GET /test/<id>: a welcome, then a line and a chunk a message, for as long as the client stays.
 
     The same id may be logged in any number of times.
     """
-    return subscribe(context, [check_channel(USER_PREFIX + user)], [None], TEXT, patience=None)
+    return context.hub.subscribe((check_channel(USER_PREFIX + user),), (None,), TEXT, patience=None)
 
 
 def send(context: Context, user: str) -> HTTPResponse:

@@ -6,22 +6,35 @@ into the JSON answer. The current request is bottle's `request`, which is the gr
 
 import hmac
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
 from bottle import HTTPResponse, request, response
 
 from comet.errors import Refusal
-from comet.framing import Framing
 from comet.hub import Hub
 from comet.message import Since, parse_cursor
 from comet.settings import Settings
 from comet.stats import Stats
+from comet.subscriber import Subscriber
 
 _KEY = re.compile(r"[!-~]{1,200}")
 
 NO_STORE = {"Cache-Control": "no-store"}
+
+
+class Asked(NamedTuple):
+    """What a handler that waits, or pages, may want of its request; it has nothing else. So the same
+    handler serves bottle and the server's short way (`handlers.admitter`)."""
+
+    query: Mapping[str, str]
+    last_event_id: str | None
+
+    @classmethod
+    def now(cls) -> "Asked":
+        """Of bottle's current request."""
+        return cls(request.query, request.headers.get("Last-Event-ID"))
 
 
 class Context(NamedTuple):
@@ -51,34 +64,28 @@ def refuse(refusal: Refusal, stats: Stats, **headers: str) -> HTTPResponse:
     return refused
 
 
-def subscribe(
-    context: Context, channels: Sequence[str], since: Sequence[Since], framing: Framing, patience: float | None
-) -> Iterable[bytes]:
-    """The body of an answer that waits for messages.
+def wait(subscriber: Subscriber) -> Iterable[bytes]:
+    """The body of bottle's answer to a request that waits for messages.
 
-    Comet's server parks it; any other WSGI server iterates it, and notices at the next write that a
-    client is gone.
+    Comet's server parks the subscriber; any other WSGI server iterates it, and notices at the next
+    write that a client is gone.
     """
-    subscriber = context.hub.subscribe(channels, since, framing, patience)
-    response.content_type = framing.content_type
-    response.set_header("Cache-Control", "no-store")
-    response.set_header("X-Accel-Buffering", "no")
-    if not framing.one_shot:
-        response.set_header("Comet-Cursor", str(subscriber.cursor))
+    for name, value in subscriber.framing.headers(subscriber.cursor):
+        response.set_header(name, value)
     park = request.environ.get("comet.park")
     return subscriber if park is None else park(subscriber)
 
 
-def since(channels: Sequence[str]) -> Sequence[Since]:
+def since(asked: Asked, channels: Sequence[str]) -> Sequence[Since]:
     """Where the client wants to start: Last-Event-ID wins over ?since=, because an EventSource that
     reconnects sends its first URL again. Neither: now. Raises Refusal ``bad-cursor``."""
-    text = request.headers.get("Last-Event-ID") or request.query.get("since")
+    text = asked.last_event_id or asked.query.get("since")
     return parse_cursor(text, len(channels)) if text else [None] * len(channels)
 
 
-def number(name: str, default: float, most: float) -> float:
+def number(asked: Asked, name: str, default: float, most: float) -> float:
     """The query parameter `name`, from 0 to `most`. Raises Refusal ``bad-parameter``."""
-    text = request.query.get(name)
+    text = asked.query.get(name)
     if text is None:
         return default
     try:

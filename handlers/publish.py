@@ -6,9 +6,8 @@ import gevent
 import msgspec
 from bottle import HTTPResponse, request
 
-from comet.backplane import Receipt
 from comet.errors import Refusal
-from comet.message import DEFAULT_TYPE, Publication, check_channel, check_type
+from comet.message import DEFAULT_TYPE, Publication, Receipt, check_channel, check_type
 from handlers.params import Context, answer, answer_bytes, body, check_key, idempotency_key, text_body
 
 SLICE = 200

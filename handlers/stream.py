@@ -1,22 +1,25 @@
 """Streams that stay open: server-sent events, and lines of JSON."""
 
-from collections.abc import Iterable
+from functools import cache
 
 from comet.framing import LINES, Framing, ServerSentEvents
 from comet.message import parse_channels
-from handlers.params import Context, since, subscribe
+from comet.subscriber import Subscriber
+from handlers.params import Asked, Context, since
+
+_sse = cache(ServerSentEvents)
 
 
-def events(context: Context, names: str) -> Iterable[bytes]:
+def events(context: Context, asked: Asked, names: str) -> Subscriber:
     """GET /events/<channels>: for EventSource."""
-    return _open(context, names, ServerSentEvents(context.settings.retry))
+    return _open(context, asked, names, _sse(context.settings.retry))
 
 
-def lines(context: Context, names: str) -> Iterable[bytes]:
+def lines(context: Context, asked: Asked, names: str) -> Subscriber:
     """GET /stream/<channels>: NDJSON."""
-    return _open(context, names, LINES)
+    return _open(context, asked, names, LINES)
 
 
-def _open(context: Context, names: str, framing: Framing) -> Iterable[bytes]:
+def _open(context: Context, asked: Asked, names: str, framing: Framing) -> Subscriber:
     channels = parse_channels(names)
-    return subscribe(context, channels, since(channels), framing, context.settings.heartbeat)
+    return context.hub.subscribe(channels, since(asked, channels), framing, context.settings.heartbeat)

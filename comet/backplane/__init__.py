@@ -29,41 +29,17 @@ What every backplane promises
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from comet.errors import Refusal
 from comet.history import Joined
-from comet.message import Message, Position, Publication, Since
+from comet.message import ChannelInfo, Message, Publication, Receipt, Sent, Since
 
 Deliver = Callable[[Sequence[Message]], None]
 """Takes ordered messages to this process's clients. Must not block and must not raise."""
 
 Dropped = Callable[[str], None]
 """Tells this process that a channel's log was deleted: its subscribers are ended. As `Deliver`."""
-
-
-class Receipt(NamedTuple):
-    """A publication was ordered at `position`, for so many `subscribers`, counted in all processes."""
-
-    position: Position
-    subscribers: int
-
-
-class Sent(NamedTuple):
-    """A message went to those of its `targets` channels that are held; `delivered` counts their
-    subscribers. `position` is its place in the first target, or None when nobody holds that."""
-
-    position: Position | None
-    targets: int
-    delivered: int
-
-
-class ChannelInfo(NamedTuple):
-    """What is known of a channel: subscribers in all processes, newest position, messages kept."""
-
-    subscribers: int
-    position: Position
-    messages: int
 
 
 class Backplane(Protocol):

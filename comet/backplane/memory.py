@@ -22,10 +22,10 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from comet.backplane import ChannelInfo, Deliver, Dropped, Receipt, Sent
+from comet.backplane import Deliver, Dropped
 from comet.errors import Refusal
 from comet.history import History, Joined
-from comet.message import Message, Publication, Since
+from comet.message import ChannelInfo, Message, Publication, Receipt, Sent, Since
 
 EPOCH_BITS = 48
 

@@ -1,67 +1,357 @@
-"""Noticing that a waiting client is gone.
+"""Where connections sleep: no greenlet, no timer, no buffer; a place in a table, and one epoll.
 
-The greenlet of a waiting client blocks on its subscriber and not on its socket, so nobody would see
-the peer close until the next write. One private epoll a process watches all waiting sockets for
-just that, edge-triggered; the event loop watches the epoll itself. A peer that closes its sending
-side counts as gone (README says so): a browser that leaves looks no different.
+The table is indexed by descriptor. In it stands who owns the connection while it waits: a sleeping
+`Subscriber`, `IDLE` for a kept-alive connection between two requests, or a subscriber that is awake
+and only watched for a hang-up. One private epoll a process watches them all, edge-triggered, and the
+event loop watches the epoll. What can happen to a sleeper:
 
-`comet.server.wsgi` adds a descriptor while a subscriber has it and removes it before the socket can
-be closed, so that a number that is used again never ends a stranger.
+- *a message* (`deliver`): its bytes go straight to the socket. What the socket does not take wakes it.
+- *input*: an idle connection has a request. `Server.again` may answer it here (a poll that only waits
+  again); otherwise it wakes in a greenlet. A stream's input waits until the stream is over.
+- *a hang-up*: everything it had is freed.
+- *a deadline* (`_scan`): a poll is answered empty, a stream gets a heartbeat, an idle one is closed.
+
+Deadlines are a number a descriptor; a walk that passes the whole table once a second takes the due
+ones, so a million heartbeats never fire together, and none needs a timer.
+
+A descriptor has one owner. `take` unlinks it before a greenlet may have it, `_close` before it is
+closed; the close itself waits until the events at hand are done (`_bury`), so that the kernel can't
+give the number to a new connection while an old event or write for it is still in our hands.
 """
 
 import logging
+import os
 import select
-from typing import Protocol
+import time
+from array import array
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
 
-from gevent import get_hub
+from gevent import get_hub, monkey
 
 from comet.kernel.sockets import epoll
 
-_GONE = select.EPOLLRDHUP | select.EPOLLET  # EPOLLHUP and EPOLLERR are always reported
+_EVENTS = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET  # EPOLLHUP and EPOLLERR are always told
+_GONE = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
 _READ = 1
+_BATCH = 512
+READ_SIZE = 65536
+
+SCAN_SECONDS = 0.05
+"""Between two walks, each over a twentieth of the table: a deadline is kept to about a second."""
+SCANS = 20
+
+NEVER = 2**62
+
+os_write, os_read = os.write, os.read
+os_close: Callable[[int], None] = monkey.get_original("os", "close") if monkey.is_module_patched("os") else os.close
 
 log = logging.getLogger("comet.server")
 
 
-class Endable(Protocol):
-    """Who waits behind a descriptor."""
+class Sleeper(Protocol):
+    """A subscriber, as far as the server knows one. See `comet.subscriber`."""
 
+    descriptor: int
+    epoch: int
+    offset: int
+    places: Any
+    framing: Any
+    host: Any
+
+    @property
+    def one_shot(self) -> bool: ...
+    @property
+    def ended(self) -> bool: ...
+    @property
+    def cursor(self) -> Any: ...
+    @property
+    def awake(self) -> Any: ...
+    def encode(self, items: Any) -> Any: ...
+    def wires(self, items: Any, date: bytes) -> Any: ...
+    def wake(self, patience: float | None) -> None: ...
+    def sleep(self, bed: Any, descriptor: int) -> None: ...
+    def deliver(self, batch: Any) -> None: ...
     def end(self, reason: str) -> None: ...
+    def close(self, reason: str | None = None) -> None: ...
+    def __iter__(self) -> Iterator[bytes]: ...
 
 
-class Hangups:
-    """Tells whoever waits behind a descriptor that its peer is gone: ``end("hang-up")``."""
+class Floor(Protocol):
+    """The server: who takes over what can't be done asleep."""
 
-    def __init__(self) -> None:
+    def again(self, descriptor: int, data: bytes) -> bool:
+        """An idle connection sent this: answer it without a greenlet, or say False."""
+
+    def resume(self, descriptor: int, network: str, subscriber: Sleeper | None, data: bytes) -> None:
+        """Wake a connection in a greenlet: `data` is what it sent (idle), or what it still has to be sent
+        (`subscriber`)."""
+
+    def gone(self, network: str) -> None:
+        """A connection from `network` was closed here."""
+
+
+class _Idle:
+    """The owner of a kept-alive connection between two requests."""
+
+
+IDLE = _Idle()
+
+
+class Parking:
+    """`idle_timeout` and `heartbeat` in seconds; `date` answers the Date header's line."""
+
+    def __init__(self, floor: Floor, idle_timeout: float, heartbeat: float, date: Callable[[], bytes]) -> None:
+        self._floor = floor
+        self._idle_timeout = idle_timeout
+        self._heartbeat = heartbeat
+        self._date = date
+        self._owners: list[Sleeper | _Idle | None] = []
+        self._networks: list[str] = []
+        self._deadlines = array("q")  # milliseconds of time.monotonic
+        self._buried: list[int] = []
+        self._at = 0
+        self._early: set[int] = set()
+        self._draining = False
         self._epoll = epoll()
-        self._waiting: dict[int, Endable] = {}
-        self._watcher = get_hub().loop.io(self._epoll.fileno(), _READ)
+        self._loop = get_hub().loop
+        self._watcher = self._loop.io(self._epoll.fileno(), _READ, priority=self._loop.MAXPRI)
         self._watcher.start(self._notice)
+        self._scanner = self._loop.timer(SCAN_SECONDS, SCAN_SECONDS)
+        self._scanner.start(self._scan)
 
-    def __len__(self) -> int:
-        return len(self._waiting)
+    # -- coming and going
 
-    def add(self, descriptor: int, who: Endable) -> None:
-        """Watch a connected socket. A peer that is already gone is noticed too."""
-        self._waiting[descriptor] = who
-        self._epoll.register(descriptor, _GONE)
+    def watch(self, descriptor: int, subscriber: Sleeper) -> None:
+        """Tell an awake subscriber when its peer hangs up, until `take`."""
+        self._put(descriptor, subscriber, "", NEVER)
 
-    def remove(self, descriptor: int) -> None:
-        """Stop watching; a descriptor that is not watched is no error."""
-        if self._waiting.pop(descriptor, None) is not None:
+    def sleep(self, descriptor: int, network: str, subscriber: Sleeper, patience: float | None) -> None:
+        """A subscriber with nothing waiting sleeps here from now on; it owns the descriptor."""
+        subscriber.sleep(self, descriptor)
+        self._put(descriptor, subscriber, network, _after(patience))
+
+    def idle(self, descriptor: int, network: str) -> None:
+        """A kept-alive connection waits here for its next request."""
+        self._put(descriptor, IDLE, network, _after(self._idle_timeout))
+
+    def again(self, descriptor: int, subscriber: Sleeper, patience: float | None) -> None:
+        """An idle connection sleeps again as `subscriber`."""
+        subscriber.sleep(self, descriptor)
+        self._owners[descriptor] = subscriber
+        self._deadlines[descriptor] = _after(patience)
+
+    def _put(self, descriptor: int, owner: Sleeper | _Idle, network: str, deadline: int) -> None:
+        owners = self._owners
+        if descriptor >= len(owners):
+            more = descriptor + 1024 - len(owners)
+            owners.extend([None] * more)
+            self._networks.extend([""] * more)
+            self._deadlines.extend([NEVER] * more)
+        owners[descriptor] = owner
+        self._networks[descriptor] = network
+        self._deadlines[descriptor] = deadline
+        self._epoll.register(descriptor, _EVENTS)
+
+    def take(self, descriptor: int) -> str:
+        """Nobody sleeps or is watched there any more; the caller owns the descriptor. Its network."""
+        if descriptor < len(self._owners) and self._owners[descriptor] is not None:
+            self._owners[descriptor] = None
+            self._deadlines[descriptor] = NEVER
+            self._early.discard(descriptor)
             self._epoll.unregister(descriptor)
+        return self._networks[descriptor] if descriptor < len(self._networks) else ""
 
-    def close(self) -> None:
-        """Stop for good."""
-        self._watcher.stop()
-        self._watcher.close()
-        self._epoll.close()
+    def _close(self, descriptor: int, reason: str) -> None:
+        owner = self._owners[descriptor]
+        network = self.take(descriptor)
+        self._bury(descriptor)
+        self._floor.gone(network)
+        if owner is not None and not isinstance(owner, _Idle):
+            owner.close(reason)
+
+    def _bury(self, descriptor: int) -> None:
+        if not self._buried:
+            self._loop.run_callback(self._close_buried)
+        self._buried.append(descriptor)
+
+    def _close_buried(self) -> None:
+        buried, self._buried = self._buried, []
+        for descriptor in buried:
+            os_close(descriptor)
+
+    # -- a sleeper's host
+
+    def deliver(self, subscriber: Sleeper, batch: Any) -> None:
+        """Write a batch to a sleeper's socket."""
+        if subscriber.places is None and subscriber.offset == batch.before and subscriber.epoch == batch.epoch:
+            framing = subscriber.framing
+            data = batch.wires.get(framing) or batch.wire(framing, self._date())
+            try:
+                sent = os_write(subscriber.descriptor, data)
+            except BlockingIOError:
+                sent = 0
+            except OSError:
+                self._close(subscriber.descriptor, "lost")
+                return
+            subscriber.offset = batch.last
+            if sent != len(data):
+                self._rouse(subscriber, data[sent:])
+            elif framing.one_shot:
+                self._answered(subscriber)
+        else:
+            self._deliver_odd(subscriber, batch)
+
+    def _deliver_odd(self, subscriber: Sleeper, batch: Any) -> None:
+        """To a subscriber of several channels, or one that knows some of the batch or misses some before."""
+        positions = subscriber.cursor.positions
+        epoch, offset = positions[batch.messages[0].channel]
+        if epoch == batch.epoch and batch.before <= offset:
+            items = batch.messages[offset - batch.before :]
+            if items:
+                self._write(subscriber, subscriber.framing.wire(subscriber.encode(items), self._date()))
+            return
+        self._rouse(subscriber, b"")  # a skip: it has to read history, which takes a greenlet
+        subscriber.deliver(batch)
+
+    def _write(self, subscriber: Sleeper, data: bytes) -> None:
+        """Send what completes the answer of a poll or goes on in a stream."""
+        try:
+            sent = os_write(subscriber.descriptor, data)
+        except BlockingIOError:
+            sent = 0
+        except OSError:
+            self._close(subscriber.descriptor, "lost")
+            return
+        if sent != len(data):
+            self._rouse(subscriber, data[sent:])
+        elif subscriber.framing.one_shot:
+            self._answered(subscriber)
+
+    def _answered(self, subscriber: Sleeper) -> None:
+        """A poll has its answer."""
+        descriptor = subscriber.descriptor
+        self._rest(descriptor)
+        subscriber.close()
+        if self._draining:
+            self._close(descriptor, "shutdown")
+
+    def _rest(self, descriptor: int) -> None:
+        """An answer is over: what stays is a kept-alive connection, perhaps with a request that came early."""
+        self._owners[descriptor] = IDLE
+        self._deadlines[descriptor] = _after(self._idle_timeout)
+        if descriptor in self._early:  # its edge was told already and will not be told again
+            self._early.discard(descriptor)
+            self._loop.run_callback(self._look, descriptor)
+
+    def _look(self, descriptor: int) -> None:
+        if self._owners[descriptor] is IDLE:
+            self._request(descriptor, 0)
+
+    def _rouse(self, subscriber: Sleeper, rest: bytes) -> None:
+        """Wake a sleeper in a greenlet, to be sent `rest` first."""
+        descriptor = subscriber.descriptor
+        deadline = self._deadlines[descriptor]
+        patience = None if deadline == NEVER else max(0.0, deadline / 1000 - time.monotonic())
+        network = self.take(descriptor)
+        subscriber.wake(patience)
+        self._floor.resume(descriptor, network, subscriber, rest)
+
+    def end(self, subscriber: Sleeper, reason: str) -> None:
+        """Finish a sleeper's answer."""
+        data = subscriber.framing.end(subscriber.cursor, self._date(), self._draining)
+        descriptor = subscriber.descriptor
+        try:
+            complete = os_write(descriptor, data) == len(data)
+        except BlockingIOError:
+            complete = False
+        except OSError:
+            self._close(descriptor, reason)
+            return
+        if complete and not self._draining:
+            self._rest(descriptor)
+            subscriber.close(reason)
+        else:
+            self._close(descriptor, reason)
+
+    # -- what happens to sleepers
 
     def _notice(self) -> None:
-        for descriptor, _ in self._epoll.poll(0):
-            who = self._waiting.get(descriptor)
+        owners = self._owners
+        for descriptor, event in self._epoll.poll(0, _BATCH):
+            owner = owners[descriptor]
+            if owner is None:
+                continue  # closed or woken by an earlier event of this batch
             try:
-                if who is not None:
-                    who.end("hang-up")
+                if isinstance(owner, _Idle):
+                    self._request(descriptor, event)
+                elif event & _GONE:
+                    self._hang_up(descriptor, owner)
+                else:
+                    self._early.add(descriptor)
             except Exception:  # an edge is told once: one failure must not lose the others of the batch
-                log.exception("a hang-up could not be told")
+                log.exception("an event of a sleeping connection failed")
+                if owners[descriptor] is owner:
+                    self._close(descriptor, "lost")
+
+    def _hang_up(self, descriptor: int, subscriber: Sleeper) -> None:
+        if subscriber.host is self:
+            self._close(descriptor, "hang-up")
+        else:
+            subscriber.end("hang-up")
+
+    def _request(self, descriptor: int, event: int) -> None:
+        """An idle connection sent something, or ended."""
+        try:
+            data = os_read(descriptor, READ_SIZE)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self._close(descriptor, "hang-up")
+        elif event & _GONE or not self._floor.again(descriptor, data):
+            network = self.take(descriptor)
+            self._floor.resume(descriptor, network, None, data)
+
+    def _scan(self) -> None:
+        deadlines, owners = self._deadlines, self._owners
+        now = int(time.monotonic() * 1000)
+        start = self._at
+        stop = start + len(owners) // SCANS + 1
+        self._at = stop if stop < len(owners) else 0
+        for descriptor, deadline in enumerate(deadlines[start:stop], start):
+            if deadline <= now and owners[descriptor] is not None:
+                self._due(descriptor)
+
+    def _due(self, descriptor: int) -> None:
+        owner = self._owners[descriptor]
+        if isinstance(owner, _Idle):
+            self._close(descriptor, "idle")
+        elif owner is not None:
+            self._deadlines[descriptor] = _after(self._heartbeat)
+            self._write(owner, owner.framing.wire(owner.encode([]), self._date()))
+
+    # -- stopping
+
+    def drain(self) -> None:
+        """Close what is idle; sleeping subscribers are ended by their hub, and close as they end."""
+        self._draining = True
+        for descriptor, owner in enumerate(self._owners):
+            if owner is IDLE:
+                self._close(descriptor, "shutdown")
+
+    def close(self) -> None:
+        """Stop for good, and close what is left."""
+        for descriptor, owner in enumerate(self._owners):
+            if owner is not None and (isinstance(owner, _Idle) or owner.host is self):
+                self._close(descriptor, "shutdown")
+        self._close_buried()
+        for watcher in (self._watcher, self._scanner):
+            watcher.stop()
+            watcher.close()
+        self._epoll.close()
+
+
+def _after(seconds: float | None) -> int:
+    return NEVER if seconds is None else int((time.monotonic() + seconds) * 1000)

@@ -6,9 +6,11 @@ What is kept of pywsgi is its accept loop, a greenlet a connection, and `start_r
 - writing: head and body leave in one send, and no send waits longer than the send time-out;
 - the end: refusals are answered so that the client can read them, and `drain` ends it all in order.
 
-An application may wait for long. It hands what it waits on to ``environ["comet.park"]``, as it would
-a file to ``wsgi.file_wrapper``, and returns what it gets back; on another server it returns the
-thing itself, which is an iterable with a `close`.
+An application may wait for long. It hands its subscriber to ``environ["comet.park"]``, as it would a
+file to ``wsgi.file_wrapper``, and returns what it gets back; on another server it returns the
+subscriber itself, which is an iterable with a `close`. Here the answer's headers and what waits are
+sent, and when there is nothing more to do the connection goes to sleep (`comet.server.parking`) and
+its greenlet ends. What wakes it calls `CometServer.resume`: a greenlet again.
 """
 
 import io
@@ -18,15 +20,18 @@ import logging
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
+from typing import Any
 
 from gevent.event import Event
-from gevent.pywsgi import WSGIHandler, WSGIServer
+from gevent.pywsgi import WSGIHandler, WSGIServer, format_date_time
+from gevent.socket import socket as GeventSocket
 
 from comet.errors import Refusal
 from comet.server.http import ChunkedBody, Head, split_head
-from comet.server.parking import Hangups
+from comet.server.parking import Parking, Sleeper
+from comet.server.short import Shortcut
 from comet.settings import Settings
 from comet.stats import Stats
 
@@ -40,18 +45,6 @@ _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 _NO_BODY = io.BytesIO()
 
 log = logging.getLogger("comet.server")
-
-
-class Parked(Protocol):
-    """What an application may wait on: a subscriber, as far as the server knows one."""
-
-    @property
-    def one_shot(self) -> bool:
-        """It has one piece, the whole body."""
-
-    def __iter__(self) -> Iterator[bytes]: ...
-    def end(self, reason: str) -> None: ...
-    def close(self) -> None: ...
 
 
 class RequestBody(io.RawIOBase):
@@ -108,36 +101,37 @@ class RequestBody(io.RawIOBase):
 
 
 class Handler(WSGIHandler):
-    """One connection, in its greenlet: requests are read and answered one after the other."""
+    """One connection while it is awake, in its greenlet: requests are read and answered one after the
+    other, until it is closed or goes to sleep."""
 
     server: "CometServer"
+    socket: Any
     status: bytes | None
+    result: Any
+    response_headers: list[tuple[bytes, bytes]]
     buffer: bytearray
     """Read from the socket and not used yet: the front of the next request."""
 
-    def __init__(self, sock: socket.socket, address: Any, server: "CometServer") -> None:
+    def __init__(self, sock: Any, server: "CometServer", network: str) -> None:
         self.socket = sock
-        self.client_address = address
         self.server = server
+        self.network = network
         self.buffer = bytearray()
         self._body: RequestBody | None = None
-        self._parked: Parked | None = None
+        self._parked: Sleeper | None = None
 
     # -- the connection
 
-    def handle(self) -> None:
-        """Serve this connection to its end. Lets no exception out: pywsgi would stop accepting."""
-        linger = False
+    def handle(self, parked: Sleeper | None = None, rest: bytes = b"", fresh: bool = False) -> None:
+        """Serve this connection until it ends or sleeps; where it slept as `parked`, send `rest` and go on
+        from there. Lets no exception out: pywsgi would stop accepting."""
+        self.server.awake.add(self)
         try:
-            refusal = self.server.enter(self)
-            if refusal is None:
-                try:
-                    linger = self._serve()
-                finally:
-                    self.server.leave(self)
-            else:
-                linger = self.server.refuse_entry(self, refusal)
-            if linger:
+            if parked is not None:
+                self._parked, self.headers_sent = parked, True
+                self._guard(self._go_on, rest)
+                self._release()
+            if self.socket is not None and not self.close_connection and self._serve(fresh):
                 self._linger()
         except OSError:
             pass  # the peer is gone, and with it whoever could be told; what was open is counted where it ends
@@ -145,26 +139,46 @@ class Handler(WSGIHandler):
             self.server.stats.errors += 1
             log.exception("a connection failed")
         finally:
-            self.socket.close()
+            self.server.awake.discard(self)
+            if self.socket is not None:
+                self.socket.close()
+                self.server.gone(self.network)
 
-    def _serve(self) -> bool:
-        """Answer requests until the connection is to be closed; whether it still has unread bytes."""
-        fresh = True
+    def _serve(self, fresh: bool) -> bool:
+        """Answer requests until the connection is to be closed, or sleeps; whether it still has unread bytes."""
+        server = self.server
         while True:
+            if not fresh and not self.buffer and server.hibernate:
+                server.parking.idle(self._detach(), self.network)
+                return False
             try:
                 head = self._read_head(fresh)
             except Refusal as refusal:
                 self.answer_refusal(refusal)
                 return True
+            fresh = False
             if head is None:
                 return False
-            fresh = False
-            self._respond(head)
+            if isinstance(head, Head):
+                self._respond(head)
+            else:
+                self._parked = head
+                self._guard(self._attend_shortly)
+                self._release()
+            if self.socket is None:
+                return False
             if self.close_connection:
                 return bool(self.buffer) or not (self._body is None or self._body.finished)
 
-    def _read_head(self, fresh: bool) -> Head | None:
-        """The next request's head; None when the client has none. Raises Refusal."""
+    def _detach(self) -> int:
+        """Give the descriptor away; the caller passes it to the parking."""
+        descriptor: int = self.socket.detach()
+        self.socket = None
+        return descriptor
+
+    def _read_head(self, fresh: bool) -> "Head | Sleeper | None":
+        """The next request's head, or its subscriber where the short way led there; None when the client
+        has none. Raises Refusal."""
         settings, buffer = self.server.settings, self.buffer
         deadline = time.monotonic() + (settings.header_timeout if fresh or buffer else settings.idle_timeout)
         look = bool(buffer)
@@ -186,8 +200,12 @@ class Handler(WSGIHandler):
                 self.server.idle.discard(self)
             if not data or (not began and self.server.draining):
                 return None
-            if not began and not fresh:
-                deadline = time.monotonic() + settings.header_timeout
+            if not began:
+                subscriber = self.server.admit_shortly(data)
+                if subscriber is not None:
+                    return subscriber
+                if not fresh:
+                    deadline = time.monotonic() + settings.header_timeout
             buffer += data
             look = b"\n" in data
 
@@ -196,7 +214,8 @@ class Handler(WSGIHandler):
         if timeout <= 0:
             raise TimeoutError
         self.socket.settimeout(timeout)
-        return self.socket.recv(READ_SIZE)
+        data: bytes = self.socket.recv(READ_SIZE)
+        return data
 
     def send(self, data: bytes) -> None:
         """Raises TimeoutError when the client has not taken all of it within the send time-out."""
@@ -214,6 +233,16 @@ class Handler(WSGIHandler):
                 left -= len(data)
         except TimeoutError:
             pass  # it had its second
+
+    def turn_away(self, refusal: Refusal) -> None:
+        """Answer a connection that is not let in, and close it."""
+        try:
+            self.answer_refusal(refusal)
+            self._linger()
+        except OSError:
+            pass  # it has gone by itself
+        finally:
+            self.socket.close()
 
     def answer_refusal(self, refusal: Refusal) -> None:
         """Answer, outside of any application, why this connection is closed."""
@@ -244,26 +273,26 @@ class Handler(WSGIHandler):
         self._body = None if head.length == 0 else RequestBody(self, head, settings.body_timeout, settings.max_header)
         self.environ = self._environ(head)
         self.application = self.server.application
+        self._guard(self.run_application)
+        self.environ = {}  # the old one holds `park`, which holds this handler: break the cycle
+        self._release()
+        if self._body is not None and not self._body.finished:
+            self.close_connection = True
+
+    def _guard(self, work: Callable[..., None], *arguments: Any) -> None:
+        """Do what may fail while an answer is under way: it ends the answer and the connection."""
         try:
-            self.run_application()
+            work(*arguments)
         except TimeoutError:
             self._abandon("backlog-time")
         except OSError:
             self._abandon("lost")
         except Exception:
             self.server.stats.errors += 1
-            log.exception("%s %s failed", head.method, head.path)
+            log.exception("a request failed")
             self._abandon("lost")
             if not self.headers_sent:
                 self.answer_refusal(Refusal("internal", "The server failed at this request; its log says how."))
-        finally:
-            self.server.hangups.remove(self.socket.fileno())
-            if self._parked is not None:
-                self._parked.close()
-                self._parked = None
-            self.environ = {}  # the old one holds `park`, which holds this handler: break the cycle
-        if self._body is not None and not self._body.finished:
-            self.close_connection = True
 
     def _abandon(self, reason: str) -> None:
         """The answer can't be finished: end whoever waited behind it, and the connection."""
@@ -271,11 +300,92 @@ class Handler(WSGIHandler):
         if self._parked is not None:
             self._parked.end(reason)
 
-    def park(self, parked: Parked) -> Iterable[bytes]:
-        """Wait on `parked` from now on: it is told when the peer hangs up, and is closed at the end."""
-        self._parked = parked
-        self.server.hangups.add(self.socket.fileno(), parked)
-        return list(parked) if parked.one_shot else parked
+    # -- a subscriber's answer
+
+    def park(self, subscriber: Sleeper) -> Iterable[bytes]:
+        """``environ["comet.park"]``: answer with what `subscriber` gets, in place of what is returned here."""
+        self._parked = subscriber
+        return []
+
+    def _release(self) -> None:
+        """The answer is over, or goes on without this greenlet: then the socket is gone."""
+        if self._parked is not None and self.socket is not None:
+            self.server.parking.take(self.socket.fileno())
+            self._parked.close()
+        self._parked = None
+
+    def process_result(self) -> None:
+        """Called by pywsgi with the application's answer."""
+        if self._parked is None:
+            super().process_result()
+            return
+        self.response_headers = [pair for pair in self.response_headers if pair[0] != b"Content-Length"]
+        if self.request_version == "HTTP/1.0" or self.close_connection:
+            self._attend_plainly()
+        else:
+            self._parked.framing = self._parked.framing.with_headers(self._more_headers())
+            self._attend()
+
+    def _more_headers(self) -> list[tuple[str, str]]:
+        """What the application's answer has beyond the framing's own headers, such as a web origin's."""
+        usual = {name for name, _ in self._parked.framing.headers(self._parked.cursor)} if self._parked else set()
+        pairs = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in self.response_headers]
+        return [pair for pair in pairs if pair[0] not in usual]
+
+    def _attend_plainly(self) -> None:
+        """For a connection that ends with this answer: it never sleeps, and framing is pywsgi's."""
+        parked = self._parked
+        assert parked is not None
+        self.server.parking.watch(self.socket.fileno(), parked)
+        self.result = list(parked) if parked.one_shot else parked
+        super().process_result()
+
+    def _attend(self) -> None:
+        """Answer with the headers that the application gave, and what its subscriber gets."""
+        parked = self._parked
+        assert parked is not None
+        if not parked.one_shot:
+            self.result = iter(())  # so that pywsgi frames it as a stream
+            self.provided_content_length = None
+            self.write(parked.framing.opening(parked.cursor))
+        self._go_on(b"")
+
+    def _attend_shortly(self) -> None:
+        """Answer a request that came the short way."""
+        self.server.stats.requests += 1
+        self.headers_sent = True
+        parked = self._parked
+        assert parked is not None
+        self._go_on(b"" if parked.one_shot else parked.framing.start(parked.cursor, self.server.date()))
+
+    def _go_on(self, rest: bytes) -> None:
+        """Send `rest`, then what waits; then sleep, or with ``--hibernate off`` wait here, until it ends."""
+        parked, server = self._parked, self.server
+        assert parked is not None
+        if rest:
+            self.send(rest)
+            if parked.one_shot:
+                return
+        awake = parked.awake
+        watched = False
+        while True:
+            items = awake.take(0)
+            if items == [] and awake.patience != 0:
+                if server.hibernate and awake.quiet:
+                    server.parking.sleep(self._detach(), self.network, parked, awake.patience)
+                    return
+                if not watched:
+                    server.parking.watch(self.socket.fileno(), parked)
+                    watched = True
+                items = awake.take(awake.patience)
+            if items is None:
+                self.send(parked.framing.end(parked.cursor, server.date(), server.draining))
+                self.close_connection = server.draining
+                return
+            for data in parked.wires(items, server.date()):
+                self.send(data)
+            if parked.one_shot:
+                return
 
     def _environ(self, head: Head) -> dict[str, Any]:
         environ: dict[str, Any] = self.server.get_environ()
@@ -283,9 +393,7 @@ class Handler(WSGIHandler):
         environ["PATH_INFO"] = head.path.encode().decode("latin-1")
         environ["QUERY_STRING"] = head.query
         environ["SERVER_PROTOCOL"] = head.version
-        if isinstance(self.client_address, tuple):
-            environ["REMOTE_ADDR"] = self.client_address[0]
-            environ["REMOTE_PORT"] = str(self.client_address[1])
+        environ["REMOTE_ADDR"], environ["REMOTE_PORT"] = self.socket.getpeername()[:2]
         for name, value in head.headers.items():
             environ["HTTP_" + name.upper().replace("-", "_")] = value
         if (kind := environ.pop("HTTP_CONTENT_TYPE", None)) is not None:
@@ -331,15 +439,16 @@ class Handler(WSGIHandler):
 class CometServer(WSGIServer):
     """Accepts on a bound `listener` and serves a WSGI `application` (bottle's).
 
-    `capacity` is how many connections it holds at most; the rest are told so and closed.
+    `admit` is the application's short way for a GET that waits: path, query and Last-Event-ID to a
+    subscriber; it may answer None or raise Refusal, and then the application is asked. `capacity` is
+    how many connections the server holds at most; the rest are told so and closed.
     """
-
-    handler_class = Handler
 
     def __init__(
         self,
         listener: socket.socket,
         application: Callable[..., Iterable[bytes]],
+        admit: Callable[[str, Mapping[str, str], str | None], Sleeper | None],
         settings: Settings,
         stats: Stats,
         capacity: int,
@@ -348,60 +457,110 @@ class CometServer(WSGIServer):
         self.settings = settings
         self.stats = stats
         self.capacity = capacity
-        self.hangups = Hangups()
+        self.hibernate = settings.hibernate
         self.draining = False
+        self.parking = Parking(self, settings.idle_timeout, settings.heartbeat, self.date)
+        self.awake: set[Handler] = set()
+        """Connections that have a greenlet."""
         self.idle: set[Handler] = set()
-        """Connections that wait for a request to begin."""
-        self._open: set[Handler] = set()
-        self._addresses: Counter[str] = Counter()
+        """Those of them that wait for a request to begin."""
+        self._admit = admit
+        self._shortcut = Shortcut()
+        self._networks: Counter[str] = Counter()
         self._refusing = 0
         self._empty = Event()
+        self._date = (0, b"")
+
+    def date(self) -> bytes:
+        """The Date header's line, made once a second."""
+        now = int(time.time())
+        if now != self._date[0]:
+            self._date = (now, b"Date: %b\r\n" % format_date_time(now))
+        return self._date[1]
 
     # -- admission
 
-    def enter(self, handler: Handler) -> Refusal | None:
-        """Count a new connection in, or say why not."""
+    def handle(self, sock: Any, address: Any) -> None:
+        """Serve a new connection, in its greenlet, or say why not."""
+        network = _network(address)
+        refusal = self._refusal(network)
+        if refusal is None:
+            self._networks[network] += 1
+            self.stats.accepted += 1
+            self.stats.connections += 1
+            Handler(sock, self, network).handle(fresh=True)
+        else:
+            self._refuse(Handler(sock, self, network), refusal)
+
+    def _refusal(self, network: str) -> Refusal | None:
         if self.draining:
             return Refusal("draining", "This server is stopping; connect again, to another one or a little later.")
-        if len(self._open) >= self.capacity:
+        if self.stats.connections >= self.capacity:
             return Refusal(
                 "worker-full", f"This process holds its {self.capacity} connections; try again later, or start more (--max-connections)."
             )
-        address = _network(handler.client_address)
-        if self._addresses[address] >= self.settings.max_per_address:
-            return Refusal(
-                "address-full",
-                f"{address} has {self.settings.max_per_address} connections open; close some (--max-per-address is the limit).",
-            )
-        self._addresses[address] += 1
-        self._open.add(handler)
-        self.stats.accepted += 1
-        self.stats.connections = len(self._open)
+        most = self.settings.max_per_address
+        if self._networks[network] >= most:
+            return Refusal("address-full", f"{network} has {most} connections open; close some (--max-per-address is the limit).")
         return None
 
-    def leave(self, handler: Handler) -> None:
-        """Count a connection out again."""
-        address = _network(handler.client_address)
-        self._addresses[address] -= 1
-        if not self._addresses[address]:
-            del self._addresses[address]
-        self._open.discard(handler)
-        self.stats.connections = len(self._open)
-        if not self._open:
-            self._empty.set()
-
-    def refuse_entry(self, handler: Handler, refusal: Refusal) -> bool:
-        """Tell a connection why it is not let in, and whether there is the time to let it listen."""
+    def _refuse(self, handler: Handler, refusal: Refusal) -> None:
+        """Tell a connection why it is not let in, where there is the time to let it listen."""
         if self._refusing >= MAX_REFUSING:
             self.stats.refused[refusal.slug] += 1
-            return False
+            handler.socket.close()
+            return
         self._refusing += 1
         try:
-            handler.answer_refusal(refusal)
-            handler._linger()
+            handler.turn_away(refusal)
         finally:
             self._refusing -= 1
-        return False
+
+    def gone(self, network: str) -> None:
+        """A connection that was let in has been closed."""
+        self._networks[network] -= 1
+        if not self._networks[network]:
+            del self._networks[network]
+        self.stats.connections -= 1
+        if not self.stats.connections:
+            self._empty.set()
+
+    # -- between sleep and greenlet
+
+    def admit_shortly(self, data: bytes) -> Sleeper | None:
+        """The subscriber of a request that can go the short way; None where it can't, or is refused: the
+        long way says why."""
+        asked = self._shortcut.read(data)
+        if asked is None:
+            return None
+        try:
+            return self._admit(*asked)
+        except Refusal:
+            return None
+
+    def again(self, descriptor: int, data: bytes) -> bool:
+        """See `Floor`."""
+        subscriber = self.admit_shortly(data)
+        if subscriber is None:
+            return False
+        self.stats.requests += 1
+        rest = b"" if subscriber.one_shot else subscriber.framing.start(subscriber.cursor, self.date())
+        awake = subscriber.awake
+        if not rest and awake.quiet and awake.patience != 0:
+            self.parking.again(descriptor, subscriber, awake.patience)
+        else:
+            self.resume(descriptor, self.parking.take(descriptor), subscriber, rest)
+        return True
+
+    def resume(self, descriptor: int, network: str, subscriber: Sleeper | None, data: bytes) -> None:
+        """See `Floor`."""
+        sock = GeventSocket(self.family, socket.SOCK_STREAM, 0, fileno=descriptor)
+        handler = Handler(sock, self, network)
+        if subscriber is None:
+            handler.buffer += data
+            self._spawn(handler.handle)
+        else:
+            self._spawn(handler.handle, subscriber, data)
 
     # -- stopping
 
@@ -409,23 +568,26 @@ class CometServer(WSGIServer):
         """Take no more connections, and close each as soon as its answer is out; those that wait for a
         request have nothing to finish."""
         self.draining = True
+        spawn = self._spawn
         self.close()
+        self._spawn: Callable[..., Any] = spawn  # sleepers may still have to be woken
         for handler in list(self.idle):
             _shut(handler)
+        self.parking.drain()
         self._empty.clear()
-        if not self._open:
+        if not self.stats.connections:
             self._empty.set()
 
     def join(self, timeout: float) -> int:
         """Wait for the last connection after `drain`; what is still open after `timeout` seconds is cut
         off. Answers how many were."""
         self._empty.wait(timeout)
-        late = list(self._open)
-        for handler in late:
+        late: int = self.stats.connections
+        for handler in list(self.awake):
             _shut(handler)
+        self.parking.close()
         self._empty.wait(1.0)
-        self.hangups.close()
-        return len(late)
+        return late
 
 
 def _shut(handler: Handler) -> None:
@@ -435,14 +597,17 @@ def _shut(handler: Handler) -> None:
         pass  # it is closed or reset already, which is what was wanted
 
 
-def _network(address: Any) -> str:
-    """What counts as one address: an IPv4 address, or an IPv6 /64, which is what one user is given."""
-    if not isinstance(address, tuple):
-        return "unix"
-    host: str = address[0].partition("%")[0]
+@lru_cache(maxsize=4096)
+def _network_of(host: str) -> str:
     if ":" not in host:
         return host
-    parsed = ipaddress.IPv6Address(host)
+    parsed = ipaddress.IPv6Address(host.partition("%")[0])
     if parsed.ipv4_mapped:
         return str(parsed.ipv4_mapped)
     return str(ipaddress.IPv6Network((int(parsed) >> 64 << 64, 64)))
+
+
+def _network(address: Any) -> str:
+    """What counts as one address: an IPv4 address, or an IPv6 /64, which is what one user is given. One
+    string for all its connections."""
+    return _network_of(address[0])

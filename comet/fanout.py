@@ -1,0 +1,151 @@
+"""The order in which many clients get what was published: fair, coalescing, in slices.
+
+The hub hands `Fanout.deliver` the ordered messages of a channel. Few subscribers get them at once,
+inside the publish; many get them in a sweep, a slice of about a millisecond at a time, round-robin
+with the other channels that have something pending. So a direct message passes a broadcast to a
+million, and new requests are read between slices. What is published while a sweep is under way waits
+for the next sweep, in one batch: one write a client however many messages it holds, which is what
+makes falling behind self-limiting.
+
+Pure but for the `schedule` it is given (the loop's) and the subscribers' `deliver`, which does not
+block. Joins append to a channel; leaves leave holes, which go when no sweep is under way.
+"""
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, Protocol, TypeVar
+
+from comet.framing import Batch
+from comet.message import Message
+
+DIRECT = 16
+"""Subscribers of a channel that are served inside the publish: about 150 us of system calls."""
+
+SLICE = 0.001
+"""Seconds that sweeps hold the loop before everything else has its turn."""
+
+MAX_PENDING = 16 << 20
+"""Bytes (as `Message.cost` counts) that wait for a channel's next sweep. Beyond it all but the newest
+are let go: subscribers notice the skip and read them from history, or are told a gap."""
+
+STRIDE = 16
+"""Subscribers between two looks at the clock."""
+
+log = logging.getLogger("comet")
+
+
+class Receiver(Protocol):
+    """A subscriber, as far as a sweep knows one."""
+
+    @property
+    def ended(self) -> bool: ...
+    def deliver(self, batch: Batch) -> None: ...
+
+
+Anyone = TypeVar("Anyone", bound=Receiver)
+
+
+class Members(Generic[Anyone]):
+    """The subscribers of one channel here, in order of joining, and the sweep that is under way.
+
+    `present` may hold some that have ended; `alive` does not count them.
+    """
+
+    __slots__ = ("alive", "batch", "index", "pending", "present", "waiting")
+
+    def __init__(self, *first: Anyone) -> None:
+        self.present: list[Anyone] = list(first)
+        self.alive = len(first)
+        self.pending: list[Message] = []
+        self.waiting = 0  # bytes pending
+        self.batch: Batch | None = None
+        self.index = 0
+
+    def add(self, subscriber: Anyone) -> None:
+        """A subscriber joins."""
+        self.present.append(subscriber)
+        self.alive += 1
+
+    def leave(self) -> None:
+        """One has ended."""
+        self.alive -= 1
+        if self.batch is None:
+            self.compact()
+
+    def compact(self) -> None:
+        """Let go of the ended, when they are many enough to pay for the walk."""
+        if len(self.present) > 2 * self.alive + 16:
+            self.present = [one for one in self.present if not one.ended]
+
+
+class Fanout:
+    """`schedule` runs a function soon, behind whatever else is ready to run; `clock` is in seconds."""
+
+    def __init__(self, schedule: Callable[[Callable[[], None]], None], clock: Callable[[], float] = time.perf_counter) -> None:
+        self._schedule = schedule
+        self._clock = clock
+        self._pending: deque[Members[Any]] = deque()
+
+    def deliver(self, members: Members[Any], messages: Sequence[Message]) -> None:
+        """Send `messages` of one channel on their way, behind those that are."""
+        if members.batch is None and not members.pending and len(members.present) <= DIRECT:
+            batch = Batch(messages)
+            for one in members.present:
+                _deliver(one, batch)
+            _forget(batch)
+            return
+        if members.batch is None and not members.pending:
+            self._pending.append(members)
+            if len(self._pending) == 1:
+                self._schedule(self._slice)
+        members.pending += messages
+        members.waiting += sum(message.cost for message in messages)
+        if members.waiting > MAX_PENDING:
+            del members.pending[:-1]
+            members.waiting = members.pending[0].cost
+
+    def _slice(self) -> None:
+        """About `SLICE` seconds of sweeping, a stride of each channel in turn."""
+        pending = self._pending
+        until = self._clock() + SLICE
+        while pending:
+            members = pending.popleft()
+            if self._stride(members):
+                pending.append(members)
+            if self._clock() >= until:
+                break
+        if pending:
+            self._schedule(self._slice)
+
+    def _stride(self, members: Members[Any]) -> bool:
+        """Serve the next few of a channel; whether it has more to do."""
+        batch = members.batch
+        if batch is None:
+            batch = members.batch = Batch(members.pending)
+            members.pending = []
+            members.waiting = members.index = 0
+        start = members.index
+        stop = members.index = start + STRIDE
+        for one in members.present[start:stop]:
+            _deliver(one, batch)
+        if stop < len(members.present):
+            return True
+        _forget(batch)
+        members.batch = None
+        members.compact()
+        return bool(members.pending)
+
+
+def _deliver(one: Receiver, batch: Batch) -> None:
+    try:
+        one.deliver(batch)
+    except Exception:  # a failure at one client must not keep the message from the others
+        log.exception("a message could not be delivered to %r", one)
+
+
+def _forget(batch: Batch) -> None:
+    """Let go of encoded forms that few will ask for again: history would keep them."""
+    for message in batch.messages:
+        message.frames = None
