@@ -26,6 +26,7 @@ class Hub:
         self._stats = stats
         self._backlog = backlog
         self._channels: dict[str, dict[Subscriber, None]] = {}  # in order of joining
+        self._joining: dict[Subscriber, set[tuple[str, int]]] = {}  # and what was dropped before the answer
         self.draining = False
         """Set by `drain`: new subscribers are refused."""
         backplane.attach(self.deliver, self.dropped)
@@ -42,11 +43,18 @@ class Hub:
         subscriber = Subscriber(channels, framing, patience, self._backlog, self._leave, self._resync)
         for channel in channels:
             self._channels.setdefault(channel, {})[subscriber] = None
+        dropped = self._joining[subscriber] = set()
         try:
             answers = self._backplane.subscribe(channels, since)
         except BaseException:
             self._unregister(subscriber)
             raise
+        finally:
+            del self._joining[subscriber]
+        for channel, answer in zip(channels, answers, strict=True):
+            if (channel, answer.position.epoch) in dropped:  # the log it has joined, not the one before
+                self._discard(channel, subscriber)
+                subscriber.end("deleted")
         self._stats.clients[framing.name] += 1
         subscriber.join(answers)
         return subscriber
@@ -67,14 +75,20 @@ class Hub:
             return None
         left = []
         for channel in subscriber.channels:
-            members = self._channels.get(channel)
-            if members is not None and subscriber in members:
-                del members[subscriber]
-                if not members:
-                    del self._channels[channel]
+            if self._discard(channel, subscriber):
                 left.append(channel)
         subscriber.channels = ()
         return left
+
+    def _discard(self, channel: str, subscriber: Subscriber) -> bool:
+        """Take it off the channel; whether it was there."""
+        members = self._channels.get(channel)
+        if members is None or subscriber not in members:
+            return False
+        del members[subscriber]
+        if not members:
+            del self._channels[channel]
+        return True
 
     def _resync(self, subscriber: Subscriber) -> None:
         gevent.spawn(self._catch_up, subscriber)
@@ -82,12 +96,16 @@ class Hub:
     def _catch_up(self, subscriber: Subscriber) -> None:
         """Read what this process missed, for a subscriber that was offered a later message."""
         answers = []
-        for channel, position in zip(subscriber.channels, subscriber.offered, strict=True):
-            answer = self._backplane.read(channel, position)
-            if answer is None:  # deleted meanwhile: `dropped` has ended it, or is about to
-                return
-            answers.append(answer)
-        if answers:
+        try:
+            for channel, position in zip(subscriber.channels, subscriber.offered, strict=True):
+                answer = self._backplane.read(channel, position)
+                if answer is None:  # deleted meanwhile: `dropped` has ended it, or is about to
+                    return
+                answers.append(answer)
+        except Exception:
+            subscriber.end("unreadable")  # it would hold for ever; it resumes by its cursor
+            raise
+        if subscriber.channels:  # it may have left while the backplane read
             subscriber.join(answers)
 
     # -- what the backplane calls
@@ -103,10 +121,15 @@ class Hub:
                 offers += len(members)
         self._stats.offered += offers
 
-    def dropped(self, channel: str) -> None:
-        """The channel's log is gone: end its subscribers, who may come back to the next one."""
-        for subscriber in self._channels.pop(channel, ()):
-            subscriber.end("deleted")
+    def dropped(self, channel: str, epoch: int) -> None:
+        """The channel's log is gone: end its subscribers, who may come back to the next one. One that is
+        still joining may be of the next already: the epoch of its answer will tell."""
+        for subscriber in list(self._channels.get(channel, ())):
+            if subscriber in self._joining:
+                self._joining[subscriber].add((channel, epoch))
+            else:
+                self._discard(channel, subscriber)
+                subscriber.end("deleted")
 
     # -- what handlers pass on
 

@@ -85,6 +85,7 @@ class Subscriber:
             self._queue.extend(messages)
             self._offered[channel] = messages[-1].position if messages else position
         held, self._held = self._held or [], None
+        self._bytes -= sum(message.cost for message in held)  # offered again below, and charged then
         for message in held:
             self.offer(message)
         if self._queue:
@@ -100,8 +101,9 @@ class Subscriber:
             return
         epoch, offset = self._offered[message.channel]
         if message.position.epoch != epoch or message.position.offset > offset + 1:
-            self._held = [message]
-            self._resync(self)
+            if self._fits(message):
+                self._held = [message]
+                self._resync(self)
         elif message.position.offset == offset + 1 and self._fits(message):
             self._offered[message.channel] = message.position
             self._queue.append(message)
@@ -128,7 +130,7 @@ class Subscriber:
         if not self._queue and self.reason is None:
             self._event.wait(timeout)
         items, self._queue = self._queue, []
-        self._bytes = 0
+        self._bytes = sum(message.cost for message in self._held or ())
         if self.reason is None:
             self._event.clear()
         elif not items:
