@@ -85,6 +85,7 @@ CLOSINGS: dict[str, str] = {
     "lost": "The connection broke while something was written to it.",
     "backlog-bytes": "More messages waited for the client than --backlog allows.",
     "backlog-time": "The client took nothing for --send-timeout.",
+    "unreadable": "Messages that this process missed could not be read from history.",
     "deleted": "The channel was deleted.",
     "shutdown": "The server stopped.",
 }

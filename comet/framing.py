@@ -18,6 +18,9 @@ PORTION: Final = 1 << 20
 """Bytes (as `Message.cost` counts) that are encoded for one client at a time: a replay can be as large
 as a channel's history, and must not be copied for every client that asks for it."""
 
+FORM_COST: Final = 300
+"""Bytes that a kept form has more than the message's data, at most: names of 128 characters fit."""
+
 AnyItem = TypeVar("AnyItem", bound=Item)
 
 _json = msgspec.json.Encoder().encode
@@ -42,7 +45,7 @@ class Framing:
         return self.heartbeat
 
     def encode(self, items: Sequence[Item], cursor: Cursor) -> Sequence[bytes]:
-        """The bytes of `items`, a piece each; moves `cursor` past them."""
+        """The bytes of `items`, a piece each; moves `cursor` past them, where the framing has cursors."""
         raise NotImplementedError
 
     def headers(self, cursor: Cursor) -> list[tuple[str, str]]:
@@ -110,13 +113,16 @@ def portions(items: Sequence[AnyItem]) -> Iterator[Sequence[AnyItem]]:
 
 
 def _once(message: Message, name: str, make: Callable[[Message], bytes]) -> bytes:
-    """The message's bytes in the framing `name`, made the first time."""
+    """The message's bytes in the form `name`, made the first time. Forms that are much larger than the
+    data (all newlines, say) are not kept: `Message.cost` would not cover them."""
     frames = message.frames
     if frames is None:
         frames = message.frames = {}
     made = frames.get(name)
     if made is None:
-        made = frames[name] = make(message)
+        made = make(message)
+        if len(made) <= len(message.data) + FORM_COST:
+            frames[name] = made
     return made
 
 
@@ -142,11 +148,7 @@ class Text(Framing):
         return f"comet welcomes you! Your id: {user}\n".encode()
 
     def encode(self, items: Sequence[Item], cursor: Cursor) -> Sequence[bytes]:
-        return [_once(item, "text", _make_text) for item in items if isinstance(item, Message)]
-
-
-def _make_text(message: Message) -> bytes:
-    return message.data + b"\n"
+        return [item.data + b"\n" for item in items if isinstance(item, Message)]
 
 
 class ServerSentEvents(Framing):
@@ -169,24 +171,18 @@ class ServerSentEvents(Framing):
 
     def encode(self, items: Sequence[Item], cursor: Cursor) -> Sequence[bytes]:
         pieces = []
-        alone = len(cursor.positions) == 1
         for item in items:
             cursor.advance(item)
             if isinstance(item, Gap):
                 text = str(cursor).encode()
                 pieces.append(b'id: %b\nevent: gap\ndata: {"gap":true,"cursor":"%b"}\n\n' % (text, text))
-            elif alone:
-                pieces.append(_once(item, "sse", _make_event))
             else:
-                pieces.append(b"id: %b\n%b" % (str(cursor).encode(), _once(item, "sse-body", _make_event_body)))
+                pieces.append(b"id: %b\n%b" % (str(cursor).encode(), _once(item, "sse", _make_event)))
         return pieces
 
 
 def _make_event(message: Message) -> bytes:
-    return b"id: %b\n%b" % (message.id.encode(), _make_event_body(message))
-
-
-def _make_event_body(message: Message) -> bytes:
+    """What follows the ``id:`` line."""
     lines = message.data.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
     return b"event: %b\ndata: %b\n\n" % (message.type.encode(), b"\ndata: ".join(lines))
 
@@ -207,14 +203,10 @@ class Lines(Framing):
             if isinstance(item, Gap):
                 pieces.append(b'{"gap":true,"cursor":"%b"}\n' % str(cursor).encode())
             elif alone:
-                pieces.append(_once(item, "line", _make_line))
+                pieces.append(message_json(item) + b"\n")
             else:
                 pieces.append(b'%b,"cursor":"%b"}\n' % (message_json(item)[:-1], str(cursor).encode()))
         return pieces
-
-
-def _make_line(message: Message) -> bytes:
-    return message_json(message) + b"\n"
 
 
 class Poll(Framing):

@@ -33,6 +33,8 @@ class Hub:
         self._fanout = Fanout(schedule)
         # a channel's only subscriber stands there itself: most channels are one user's feed
         self._channels: dict[str, Subscriber | Members[Subscriber]] = {}
+        # those whose backplane has not answered yet, and what was dropped meanwhile: (channel, epoch)
+        self._joining: dict[Subscriber, set[tuple[str, int]]] = {}
         backplane.attach(self.deliver, self.dropped)
 
     # -- subscribing
@@ -47,12 +49,19 @@ class Hub:
         subscriber = Subscriber(channels, framing, patience, self)
         for channel in channels:
             self._register(channel, subscriber)
+        dropped = self._joining[subscriber] = set()
         try:
             answers = self._backplane.subscribe(channels, since)
         except BaseException:
-            for channel in subscriber.channels:
-                self._unregister(channel)
+            for channel in channels:
+                self._expel(channel, subscriber)
             raise
+        finally:
+            del self._joining[subscriber]
+        for channel, answer in zip(channels, answers, strict=True):
+            if (channel, answer.position.epoch) in dropped:  # the log it has joined, not the one before
+                self._expel(channel, subscriber)
+                subscriber.end("deleted")
         self._stats.clients[framing.name] += 1
         subscriber.join(answers)
         return subscriber
@@ -65,6 +74,14 @@ class Hub:
             present.add(subscriber)
         else:
             self._channels[channel] = Members(present, subscriber)
+
+    def _expel(self, channel: str, subscriber: Subscriber) -> None:
+        """Take one off a channel that it will not unsubscribe from."""
+        subscriber.channels = [name for name in subscriber.channels if name != channel]
+        present = self._channels[channel]
+        if isinstance(present, Members):
+            present.present.remove(subscriber)
+        self._unregister(channel)
 
     def _unregister(self, channel: str) -> None:
         """One that is registered there has ended."""
@@ -91,12 +108,16 @@ class Hub:
         if subscriber.ended:
             return
         answers = []
-        for channel, position in subscriber.awake.offered.items():
-            answer = self._backplane.read(channel, position)
-            if answer is None:  # deleted meanwhile: `dropped` has ended it, or is about to
-                return
-            answers.append(answer)
-        if not subscriber.ended:
+        try:
+            for channel, position in list(subscriber.awake.offered.items()):
+                answer = self._backplane.read(channel, position)
+                if answer is None:  # deleted meanwhile: `dropped` has ended it, or is about to
+                    return
+                answers.append(answer)
+        except Exception:
+            subscriber.end("unreadable")  # it would hold for ever; it resumes by its cursor
+            raise
+        if not subscriber.ended:  # it may have left while the backplane read
             subscriber.join(answers)
 
     # -- what the backplane calls
@@ -123,11 +144,16 @@ class Hub:
             self._stats.offered += len(messages)
             present.deliver(Batch(messages))
 
-    def dropped(self, channel: str) -> None:
-        """The channel's log is gone: end its subscribers, who may come back to the next one."""
+    def dropped(self, channel: str, epoch: int) -> None:
+        """The channel's log is gone: end its subscribers, who may come back to the next one. One that is
+        still joining may be of the next already: the epoch of its answer will tell."""
         for subscriber in self._members(self._channels.pop(channel, None)):
-            subscriber.channels = [name for name in subscriber.channels if name != channel]
-            subscriber.end("deleted")
+            if subscriber in self._joining:
+                self._joining[subscriber].add((channel, epoch))
+                self._register(channel, subscriber)
+            else:
+                subscriber.channels = [name for name in subscriber.channels if name != channel]
+                subscriber.end("deleted")
 
     @staticmethod
     def _members(present: Subscriber | Members[Subscriber] | None) -> list[Subscriber]:

@@ -21,13 +21,14 @@ _POSITION = re.compile(r"([0-9a-f]{1,12})-(0|[1-9][0-9]{0,15})", re.ASCII)
 USER_PREFIX: Final = "user:"
 """A user's feed is the channel ``user:<id>``."""
 
-MESSAGE_COST: Final = 300
-"""Bytes a message costs beside its data: the Message, its position, its time and its place in a list,
-as sys.getsizeof counts them, rounded up."""
+MESSAGE_COST: Final = 1000
+"""Bytes a message may cost beside three times its data: the Message and what it refers to, its place in
+a list, and what its two encoded forms have more than the data; from sys.getsizeof, rounded up."""
 
 DEFAULT_TYPE: Final = "message"
-RESERVED_TYPES: Final = frozenset({"gap"})
-"""Types that only comet sends: a client must be able to trust that a gap is a gap."""
+RESERVED_TYPES: Final = frozenset({"gap", "error", "open"})
+"""Types no publisher may use: a client must be able to trust that a gap is a gap, and an EventSource
+would take the others for its own events."""
 
 
 class Position(NamedTuple):
@@ -69,8 +70,8 @@ class Receipt(NamedTuple):
 
 
 class Sent(NamedTuple):
-    """A message went to those of its `targets` channels that are held; `delivered` counts their
-    subscribers. `position` is its place in the first target, or None when nobody holds that."""
+    """A message went to those of `targets` channels that are held; `delivered` counts the subscribers of
+    those. `position` is its place in the first target, or None when nobody holds that."""
 
     position: Position | None
     targets: int
@@ -114,9 +115,9 @@ class Message:
 
     @property
     def cost(self) -> int:
-        """Bytes it is charged against a bound on kept or waiting messages: its data twice, since once
-        encoded for a framing it is about as large again, and the objects around it."""
-        return MESSAGE_COST + 2 * len(self.data)
+        """Bytes it is charged against a bound on kept or waiting messages: its data, the two encoded forms
+        that `comet.framing` may keep, and the objects around them."""
+        return MESSAGE_COST + 3 * len(self.data)
 
     def __repr__(self) -> str:
         return f"<Message {self.channel} {self.id} {self.type} {len(self.data)} bytes>"
@@ -164,7 +165,7 @@ def check_type(name: str) -> str:
     if not _CHANNEL.fullmatch(name):
         raise Refusal("bad-type", f"A message type is {_RULE}; {name[:80]!r} is not.")
     if name in RESERVED_TYPES:
-        raise Refusal("bad-type", f"The type {name!r} is comet's own; use another.")
+        raise Refusal("bad-type", f"The type {name!r} has a meaning of its own to clients; use another.")
     return name
 
 

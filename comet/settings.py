@@ -75,13 +75,13 @@ def parse(arguments: Sequence[str], environ: Mapping[str, str] = os.environ) -> 
     parser = argparse.ArgumentParser(
         prog="app.py",
         description="comet: pushes messages to very many HTTP clients, by long poll, stream and server-sent events.",
+        allow_abbrev=False,  # an abbreviation in somebody's script would break with the next flag
         epilog="Each flag is also an environment variable: --max-body is COMET_MAX_BODY. A flag wins.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     for field in dataclasses.fields(Settings):
         flag = "--" + field.name.replace("_", "-")
         meta = field.metadata
-        text = f"[{meta['unit']}] {meta['reason']}".replace("%", "%%")
+        text = f"[{meta['unit']}] {meta['reason']} (default: {field.default if field.default != '' else 'none'})".replace("%", "%%")
         variable = "COMET_" + field.name.upper()
         given = environ.get(variable)
         if isinstance(field.default, bool):

@@ -189,8 +189,9 @@ class Awake:
         for channel, (position, messages, _) in zip(channels, answers, strict=True):
             self._queue.extend(messages)
             self.offered[channel] = messages[-1].position if messages else position
-        held, self._held = self._held, None
-        for message in held or ():
+        held, self._held = self._held or (), None
+        self._bytes -= sum(message.cost for message in held)  # offered again below, and charged then
+        for message in held:
             self._offer(subscriber, message)
         if self._queue:
             self._notify()
@@ -210,8 +211,9 @@ class Awake:
             return
         epoch, offset = self.offered[message.channel]
         if message.epoch != epoch or message.offset > offset + 1:
-            self._held = [message]
-            subscriber.home.resync(subscriber)
+            if self._fits(subscriber, message):
+                self._held = [message]
+                subscriber.home.resync(subscriber)
         elif message.offset == offset + 1 and self._fits(subscriber, message):
             self.offered[message.channel] = message.position
             self._queue.append(message)
@@ -247,7 +249,7 @@ class Awake:
             self._event.wait(timeout)
             self._event = None
         items, self._queue = self._queue, []
-        self._bytes = 0
+        self._bytes = sum(message.cost for message in self._held or ())
         return items if items or self.reason is None else None
 
 

@@ -22,10 +22,11 @@ What every backplane promises
    or until `dropped` says that the channel was deleted: that ends every subscription to it, and
    whoever is told must not unsubscribe from it as well.
 6. *Lingering.* A channel without subscribers keeps its epoch, offset and history for the linger time
-   after its last use (a subscriber leaving, a publication), so that a poller between two polls
+   after its last use (a subscriber leaving, a `publish`), so that a poller between two polls
    loses nothing. Then it is forgotten, and costs nothing.
 7. *Bounds.* History is bounded a channel (count and age) and in all (bytes; the channel that was
-   least recently used pays first). Idempotency keys are bounded in age and number.
+   least recently published to or read pays first). Channels that linger are bounded in number, and
+   idempotency keys in age and number.
 """
 
 from collections.abc import Callable, Sequence
@@ -38,8 +39,8 @@ from comet.message import ChannelInfo, Message, Publication, Receipt, Sent, Sinc
 Deliver = Callable[[Sequence[Message]], None]
 """Takes ordered messages to this process's clients. Must not block and must not raise."""
 
-Dropped = Callable[[str], None]
-"""Tells this process that a channel's log was deleted: its subscribers are ended. As `Deliver`."""
+Dropped = Callable[[str, int], None]
+"""Tells this process that a channel's log, of this epoch, was deleted: its subscribers are ended. As `Deliver`."""
 
 
 class Backplane(Protocol):
@@ -52,11 +53,12 @@ class Backplane(Protocol):
         """Order these, one after the other; an answer each, in the same order.
 
         A channel that nobody holds comes into being: its history waits for a subscriber. A repeated
-        key answers what it answered first; with another body or type it is Refusal ``key-conflict``.
+        key answers what it answered first, also after a `delete`; with another body or type it is Refusal
+        ``key-conflict``.
         """
 
     def send(self, channels: Sequence[str], type: str, data: bytes, key: str | None = None) -> Sent:
-        """One message to many feeds, each in its own order, only where the feed is held.
+        """One message to many feeds, no feed twice, each in its own order, only where the feed is held.
 
         Feeds that nobody has held within the linger time cost nothing and keep nothing. `key` is an
         idempotency key of the first channel. Raises Refusal ``key-conflict``.

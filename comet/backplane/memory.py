@@ -143,6 +143,7 @@ class MemoryBackplane:
         self._bytes += message.cost
         self._warm[channel] = log
         self._trim(channel, log, now)
+        self._use(channel)
         while self._bytes > bounds.history_bytes:
             coldest, victim = next(iter(self._warm.items()))
             self._bytes -= victim.drop(1)
@@ -151,13 +152,16 @@ class MemoryBackplane:
         return message
 
     def _trim(self, channel: str, log: _Channel, now: float) -> None:
-        """Drop what is over a channel's own bounds, and count this as a use of the channel."""
+        """Drop what is over a channel's own bounds."""
         if log.entries is not None:
             self._bytes -= log.trim(self._bounds.history_size, now - self._bounds.history_age)
             if log.entries is None:
                 del self._warm[channel]
-            else:
-                self._warm.move_to_end(channel)
+
+    def _use(self, channel: str) -> None:
+        """The channel was used: it pays last."""
+        if channel in self._warm:
+            self._warm.move_to_end(channel)
 
     # -- idempotency keys
 
@@ -221,6 +225,7 @@ class MemoryBackplane:
 
     def _since(self, channel: str, log: _Channel, since: Since, limit: int | None, now: float) -> Joined:
         self._trim(channel, log, now)
+        self._use(channel)
         return log.since(since, limit)
 
     # -- forgetting
@@ -229,7 +234,7 @@ class MemoryBackplane:
         info = self.info(channel)
         if info is not None:
             self._forget(channel)
-            self._dropped(channel)
+            self._dropped(channel, info.position.epoch)
         return info
 
     def expire(self) -> None:

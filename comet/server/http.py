@@ -124,8 +124,10 @@ def _parse(block: bytes) -> Head:
     host = headers.get("host", "")
     authority = _ABSOLUTE.match(target)
     if authority:  # RFC 9112 section 3.2.2: a server accepts the absolute form; its host counts
-        host = authority[1].decode()
-        target = target[authority.end() :] or b"/"
+        host = headers["host"] = authority[1].decode()
+        target = target[authority.end() :]
+        if not target.startswith(b"/"):
+            target = b"/" + target
     if not _HOST.fullmatch(host.encode("latin-1")):
         raise Refusal("bad-host", "The Host header is not a host and an optional port.")
     length, expects_continue = _body(headers, version)
@@ -147,6 +149,8 @@ def _merge(pairs: list[tuple[bytes, bytes]]) -> dict[str, str]:
         name, value = raw_name.decode("latin-1"), raw_value.strip(b" \t").decode("latin-1")
         if "_" in name:
             continue
+        if name in SINGLE and not value.isascii():
+            raise Refusal("bad-request", f"The header {name} is not ASCII.")
         if name not in headers:
             headers[name] = value
         elif name == "host":
@@ -186,7 +190,7 @@ class ChunkedBody:
         self.done = False
         self._allowance = overhead
         self._data: list[bytes] = []
-        self._parser = httptools.HttpRequestParser(self)
+        self._parser: httptools.HttpRequestParser | None = httptools.HttpRequestParser(self)
         self._parser.feed_data(b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
 
     def on_body(self, data: bytes) -> None:
@@ -198,7 +202,7 @@ class ChunkedBody:
     def feed(self, buffer: bytearray) -> bytes:
         """Consume what `buffer` has of the body and answer the data in it."""
         taken = 0
-        while buffer and not self.done:
+        while buffer and self._parser is not None and not self.done:
             line = bytes(buffer[: buffer.find(b"\n") + 1] or buffer)
             del buffer[: len(line)]
             taken += len(line)
@@ -212,5 +216,5 @@ class ChunkedBody:
         if self._allowance < 0:
             raise Refusal("bad-encoding", "The chunks of the body are mostly framing; send larger ones, and short extensions and trailers.")
         if self.done:
-            del self._parser  # the parser holds its events: break the cycle
+            self._parser = None  # it holds its events: break the cycle
         return data

@@ -1,0 +1,95 @@
+"""What tests/contracts/test_backplane.py needs of a backplane: a factory in `FACTORIES`, nothing more.
+
+The suite knows the `Backplane` protocol alone. Deliveries and answers may arrive later than the call
+that caused them, so tests wait with `Harness.until` for what must come, and call `Harness.settle`
+before they say that something did not come.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+
+from comet.backplane import Backplane, Receipt
+from comet.backplane.memory import Bounds, MemoryBackplane
+from comet.message import Message, Position, Publication
+from tests.harness import wait_until
+
+FENCE = "contract:fence"
+
+
+class Clock:
+    """Seconds that pass only when a test says so."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Harness:
+    """One process of a service: its backplane, and what was delivered and dropped there.
+
+    `advance` lets seconds pass and has the backplane forget what is past its time. A factory whose
+    clock is real may divide every time of its `Bounds`, and what `advance` is given, by one number.
+    """
+
+    def __init__(self, backplane: Backplane, advance: Callable[[float], None]) -> None:
+        self.backplane = backplane
+        self.advance = advance
+        self.delivered: list[Message] = []
+        self.dropped: list[str] = []
+        backplane.attach(self.delivered.extend, lambda channel, _: self.dropped.append(channel))
+
+    def publish(self, channel: str, *bodies: str) -> list[Position]:
+        """Publish each body in one call; their positions."""
+        answers = self.backplane.publish([Publication(channel, body.encode()) for body in bodies])
+        return [answer.position for answer in answers if isinstance(answer, Receipt)]
+
+    def join(self, *channels: str) -> list[Position]:
+        """Subscribe from now on; where that is."""
+        return [answer.position for answer in self.backplane.subscribe(channels, [None] * len(channels))]
+
+    def got(self, channel: str) -> list[str]:
+        """The bodies delivered on a channel so far, in order."""
+        return [message.data.decode() for message in self.delivered if message.channel == channel]
+
+    def until_got(self, channel: str, *bodies: str) -> None:
+        """Wait until exactly these bodies were delivered on a channel."""
+        wait_until(lambda: len(self.got(channel)) >= len(bodies))
+        assert self.got(channel) == list(bodies), (self.got(channel), bodies)
+
+    def kept(self, channel: str) -> list[str] | None:
+        """The bodies in a channel's history; None when there is no such channel."""
+        joined = self.backplane.read(channel, "oldest")
+        return None if joined is None else bodies(joined.messages)
+
+    def settle(self) -> None:
+        """Wait until all that was acknowledged has been delivered: what comes on one link comes in order,
+        so a message on a channel of our own is behind it. Leaves that channel to linger."""
+        self.backplane.subscribe([FENCE], [None])
+        (position,) = self.publish(FENCE, "fence")
+        wait_until(lambda: any(message.position == position for message in self.delivered))
+        self.backplane.unsubscribe([FENCE])
+
+
+def bodies(messages: Sequence[Message]) -> list[str]:
+    """The bodies of messages, as text."""
+    return [message.data.decode() for message in messages]
+
+
+Factory = Callable[[Bounds], AbstractContextManager[Harness]]
+
+
+@contextmanager
+def _memory(bounds: Bounds) -> Iterator[Harness]:
+    clock = Clock()
+    backplane = MemoryBackplane(bounds, clock)
+
+    def advance(seconds: float) -> None:
+        clock.now += seconds
+        backplane.expire()
+
+    yield Harness(backplane, advance)
+
+
+FACTORIES: Mapping[str, Factory] = {"memory": _memory}

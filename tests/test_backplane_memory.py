@@ -1,0 +1,293 @@
+"""What is the memory backplane's own: its accounting, against a naive model, and that it is synchronous."""
+
+import random
+from collections import OrderedDict
+from collections.abc import Callable
+
+import pytest
+
+from comet.backplane import ChannelInfo, Receipt
+from comet.backplane.memory import EPOCH_BITS, Bounds, MemoryBackplane
+from comet.errors import Refusal
+from comet.message import OLDEST, Message, Position, Publication, Since
+from tests.contracts.suite import Clock
+
+BOUNDS = Bounds(history_size=5, history_age=30.0, history_bytes=9000, linger=10.0, max_idle=4, key_age=20.0, max_keys=6)
+CHANNELS = "abcdefgh"
+
+
+def assert_sound(backplane: MemoryBackplane, bounds: Bounds) -> None:
+    """The invariants that the module's docstring rests on."""
+    channels, warm, idle, keys = backplane._channels, backplane._warm, backplane._idle, backplane._keys
+    assert {name for name, log in channels.items() if log.entries is not None} == set(warm)
+    assert all(channels[name] is log and log.entries for name, log in warm.items())
+    assert {name for name, log in channels.items() if not log.subscribers} == set(idle)
+    assert all(log.subscribers >= 0 for log in channels.values())
+    assert list(idle.values()) == sorted(idle.values())
+    assert [known.until for known in keys.values()] == sorted(known.until for known in keys.values())
+    kept = [log.entries or [] for log in channels.values()]
+    assert sum(message.cost for entries in kept for message in entries) == backplane._bytes <= bounds.history_bytes
+    assert all(len(entries) <= bounds.history_size for entries in kept)
+    assert len(idle) <= bounds.max_idle
+    assert len(keys) <= bounds.max_keys
+
+
+class Model:
+    """Every log as it was ordered, whole, and who holds it; nothing is bounded but what lingers."""
+
+    def __init__(self) -> None:
+        self.logs: dict[str, list[bytes]] = {}
+        self.epochs: dict[str, int] = {}
+        self.subscribers: dict[str, int] = {}
+        self.idle: OrderedDict[str, float] = OrderedDict()
+
+    def open(self, channel: str) -> None:
+        if channel not in self.logs:
+            self.logs[channel], self.subscribers[channel] = [], 0
+
+    def forget(self, channel: str) -> None:
+        for table in (self.logs, self.epochs, self.subscribers, self.idle):
+            table.pop(channel, None)
+
+    def rest(self, channel: str, now: float) -> None:
+        self.idle.pop(channel, None)
+        self.idle[channel] = now + BOUNDS.linger
+        if len(self.idle) > BOUNDS.max_idle:
+            self.forget(next(iter(self.idle)))
+
+    def expire(self, now: float) -> None:
+        for channel in [name for name, until in self.idle.items() if until <= now]:
+            self.forget(channel)
+
+
+class Run:
+    """A seeded sequence of operations on both, compared after each."""
+
+    def __init__(self, seed: int) -> None:
+        self.rng = random.Random(seed)
+        self.clock = Clock()
+        self.backplane = MemoryBackplane(BOUNDS, self.clock, self.rng.getrandbits)
+        self.model = Model()
+        self.delivered: list[Message] = []
+        self.dropped: list[str] = []
+        self.held: list[list[str]] = []
+        self.answered: dict[tuple[str, str], tuple[bytes, Receipt, float]] = {}
+        self.conflicts = self.repeats = self.gaps = 0
+        self.backplane.attach(self.delivered.extend, lambda channel, _: self.dropped.append(channel))
+
+    def some(self) -> list[str]:
+        return self.rng.sample(CHANNELS, self.rng.randint(1, 3))
+
+    def order(self, channel: str, data: bytes, position: Position) -> None:
+        """Note in the model what the backplane says it ordered."""
+        log = self.model.logs[channel]
+        log.append(data)
+        assert position == (self.model.epochs.setdefault(channel, position.epoch), len(log))
+        message = self.delivered.pop(0)
+        assert (message.channel, message.position, message.data) == (channel, position, data)
+
+    def publish(self) -> None:
+        now = self.clock.now
+        asked = [
+            Publication(
+                channel, b"%x" % self.rng.getrandbits(4 * self.rng.randint(1, 1500)), "message", self.rng.choice([None, None, "k", "l"])
+            )
+            for channel in self.some()
+        ]
+        for publication, answer in zip(asked, self.backplane.publish(asked), strict=True):
+            channel, data, _, key = publication
+            first = self.answered.get((channel, key)) if key else None
+            if first is not None and first[2] > now and (answer == first[1] or isinstance(answer, Refusal)):
+                assert isinstance(answer, Refusal) == (data != first[0])
+                self.conflicts += isinstance(answer, Refusal)
+                continue  # or it was pushed out by the bound on their number, and is new
+            assert isinstance(answer, Receipt)
+            self.model.open(channel)
+            if not self.model.subscribers[channel]:
+                self.model.rest(channel, now)
+            self.order(channel, data, answer.position)
+            assert answer.subscribers == self.model.subscribers[channel]
+            if key:
+                self.answered[channel, key] = (data, answer, now + BOUNDS.key_age)
+
+    def repeat(self) -> None:
+        living = [(channel, key) for (channel, key), known in self.backplane._keys.items() if known.until > self.clock.now]
+        if living:
+            channel, key = self.rng.choice(living)
+            data, receipt, _ = self.answered[channel, key]
+            assert self.backplane.publish([Publication(channel, data, "message", key)]) == [receipt]
+            self.repeats += 1
+
+    def send(self) -> None:
+        channels = self.some()
+        held = [channel for channel in channels if channel in self.model.logs]
+        heads = [len(self.model.logs[channel]) for channel in held]
+        sent = self.backplane.send(channels, "message", b"sent")
+        assert (sent.targets, sent.delivered) == (len(channels), sum(self.model.subscribers[channel] for channel in held))
+        assert (sent.position is None) == (channels[0] not in held)
+        for channel, head in zip(held, heads, strict=True):
+            self.order(channel, b"sent", Position(self.delivered[0].position.epoch, head + 1))
+
+    def since(self, channel: str) -> Since:
+        epoch = self.model.epochs.get(channel, 7)
+        return self.rng.choice([None, OLDEST, Position(epoch, self.rng.randint(0, 40)), Position(epoch ^ 1, 0)])
+
+    def compare(self, channel: str, since: Since, answer: object) -> None:
+        """An answer is a run of the whole log; it begins where asked or says so."""
+        assert isinstance(answer, tuple)
+        position, messages, gap = answer
+        log = self.model.logs[channel]
+        if log:
+            assert position.epoch == self.model.epochs[channel]
+        assert [message.data for message in messages] == log[position.offset :]
+        if isinstance(since, Position):
+            assert gap == (position != since)
+        elif since is None:
+            assert (position.offset, gap) == (len(log), False)
+        if gap or since == OLDEST:
+            assert len(messages) == len(self.backplane._channels[channel].entries or ())
+        assert all(message.time >= self.clock.now - BOUNDS.history_age for message in messages)
+        self.gaps += gap
+
+    def subscribe(self) -> None:
+        channels = self.some()
+        since = [self.since(channel) for channel in channels]
+        for channel in channels:
+            self.model.open(channel)
+            self.model.subscribers[channel] += 1
+            self.model.idle.pop(channel, None)
+        for channel, start, answer in zip(channels, since, self.backplane.subscribe(channels, since), strict=True):
+            self.model.epochs.setdefault(channel, answer.position.epoch)
+            self.compare(channel, start, answer)
+        self.held.append(channels)
+
+    def unsubscribe(self) -> None:
+        if self.held:
+            channels = self.held.pop(self.rng.randrange(len(self.held)))
+            self.backplane.unsubscribe(channels)
+            for channel in channels:
+                self.model.subscribers[channel] -= 1
+                if not self.model.subscribers[channel]:
+                    self.model.rest(channel, self.clock.now)
+
+    def read(self) -> None:
+        channel = self.rng.choice(CHANNELS)
+        since = self.since(channel)
+        answer = self.backplane.read(channel, since)
+        assert (answer is None) == (channel not in self.model.logs)
+        if answer is not None:
+            self.compare(channel, since, answer)
+
+    def info(self) -> None:
+        for channel in CHANNELS:
+            info = self.backplane.info(channel)
+            assert (info is None) == (channel not in self.model.logs)
+            if info is not None:
+                assert (info.subscribers, info.position.offset) == (self.model.subscribers[channel], len(self.model.logs[channel]))
+
+    def delete(self) -> None:
+        if self.rng.random() < 0.2:
+            channel = self.rng.choice(CHANNELS)
+            known = channel in self.model.logs
+            assert isinstance(self.backplane.delete(channel), ChannelInfo) == known
+            assert self.dropped == [channel] * known
+            self.dropped.clear()
+            self.model.forget(channel)
+            self.held = [[name for name in channels if name != channel] for channels in self.held]
+
+    def wait(self) -> None:
+        self.clock.now += self.rng.choice([0.1, 1.0, 5.0, 5.0, 31.0])
+        if self.rng.random() < 0.7:
+            self.expire()
+
+    def expire(self) -> None:
+        self.backplane.expire()
+        self.model.expire(self.clock.now)
+
+    def step(self) -> None:
+        work: list[Callable[[], None]] = [
+            self.publish, self.publish, self.publish, self.repeat, self.send, self.subscribe, self.unsubscribe,
+            self.read, self.info, self.delete, self.wait,
+        ]  # fmt: skip
+        self.rng.choice(work)()
+        assert_sound(self.backplane, BOUNDS)
+        assert set(self.backplane._channels) == set(self.model.logs)
+        assert not self.delivered
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_thousands_of_operations_agree_with_a_naive_model_and_leave_nothing_behind(seed: int) -> None:
+    run = Run(seed)
+    for _ in range(4000):
+        run.step()
+    assert min(run.conflicts, run.repeats, run.gaps) > 20, "the sequence met too little"
+    while run.held:
+        run.unsubscribe()
+    run.clock.now += 1000
+    run.expire()
+    backplane = run.backplane
+    assert backplane._bytes == 0
+    assert not (backplane._channels or backplane._warm or backplane._idle or backplane._keys)
+    assert set(backplane.totals().values()) == {0}
+
+
+def test_expire_forgets_the_aged_messages_of_a_quiet_channel() -> None:
+    clock = Clock()
+    backplane = MemoryBackplane(BOUNDS, clock)
+    backplane.attach(lambda messages: None, lambda channel, epoch: None)
+    backplane.subscribe(["a"], [None])
+    backplane.publish([Publication("a", b"1")])
+    clock.now += BOUNDS.history_age + 1
+    backplane.expire()
+    assert (backplane._bytes, backplane.totals()["messages_kept"]) == (0, 0)
+    assert_sound(backplane, BOUNDS)
+
+
+def test_deliveries_come_before_the_answer_and_all_of_a_batch_at_once() -> None:
+    batches: list[list[bytes]] = []
+    backplane = MemoryBackplane()
+    backplane.attach(lambda messages: batches.append([message.data for message in messages]), lambda channel, epoch: None)
+    backplane.publish([Publication("a", b"1"), Publication("b", b"2")])
+    assert batches == [[b"1", b"2"]]
+    backplane.send(["a", "b", "c"], "message", b"3")
+    assert batches == [[b"1", b"2"], [b"3", b"3"]]
+
+
+def test_epochs_come_from_a_random_source_of_enough_bits() -> None:
+    asked: list[int] = []
+
+    def bits(count: int) -> int:
+        asked.append(count)
+        return len(asked)
+
+    backplane = MemoryBackplane(randbits=bits)
+    backplane.attach(lambda messages: None, lambda channel, epoch: None)
+    answers = backplane.subscribe(["a", "b"], [None, None])
+    assert [answer.position for answer in answers] == [(1, 0), (2, 0)]
+    assert asked == [EPOCH_BITS, EPOCH_BITS] == [48, 48]
+
+
+def test_publish_and_send_under_one_key_are_two_things() -> None:
+    backplane = MemoryBackplane()
+    backplane.attach(lambda messages: None, lambda channel, epoch: None)
+    backplane.publish([Publication("a", b"1", "message", "k")])
+    with pytest.raises(Refusal, match="key-conflict"):
+        backplane.send(["a"], "message", b"1", "k")
+
+
+def test_what_is_past_its_time_is_not_used_even_before_it_is_forgotten() -> None:
+    clock = Clock()
+    backplane = MemoryBackplane(BOUNDS, clock)
+    backplane.attach(lambda messages: None, lambda channel, epoch: None)
+    backplane.subscribe(["a"], [None])
+    first = Publication("a", b"1", "message", "k")
+    backplane.publish([first])
+    clock.now += BOUNDS.key_age
+    (again,) = backplane.publish([first])
+    assert isinstance(again, Receipt)
+    assert again.position.offset == 2
+    clock.now += BOUNDS.history_age - BOUNDS.key_age + 1  # the first is aged now
+    assert backplane.info("a") == ChannelInfo(1, again.position, 1)
+    joined = backplane.read("a", OLDEST)
+    assert joined is not None
+    assert [message.position for message in joined.messages] == [again.position]

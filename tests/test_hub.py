@@ -1,0 +1,374 @@
+"""Who listens in this process: the registry and the backplane stay in step, whatever happens between."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import gevent
+import pytest
+
+from comet.backplane import Deliver, Dropped
+from comet.backplane.memory import MemoryBackplane
+from comet.errors import Refusal
+from comet.framing import LINES, POLL, TEXT, Framing
+from comet.history import Joined
+from comet.hub import Hub
+from comet.message import Gap, Message, Position, Publication, Since
+from comet.stats import Stats
+from comet.subscriber import Subscriber
+from tests.harness import wait_until
+
+
+class Backplane(MemoryBackplane):
+    """As real as memory, with the seams of one that is asynchronous or fails: what else happens while a
+    call is under way, and deliveries that are lost."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before: Callable[[], None] | None = None  # run once, as a subscribe or read begins
+        self.after: Callable[[], None] | None = None  # run once, as its answer is on the way
+        self.losing = False
+        self.reads = 0
+
+    def attach(self, deliver: Deliver, dropped: Dropped) -> None:
+        super().attach(lambda messages: None if self.losing else deliver(messages), dropped)
+
+    def _run(self, name: str) -> None:
+        hook = getattr(self, name)
+        setattr(self, name, None)
+        if hook is not None:
+            hook()
+
+    def subscribe(self, channels: Sequence[str], since: Sequence[Since]) -> Sequence[Joined]:
+        self._run("before")
+        answers = super().subscribe(channels, since)
+        self._run("after")
+        return answers
+
+    def read(self, channel: str, since: Since, limit: int | None = None) -> Joined | None:
+        self.reads += 1
+        self._run("before")
+        answer = super().read(channel, since, limit)
+        self._run("after")
+        return answer
+
+
+class World:
+    """A hub on such a backplane."""
+
+    def __init__(self, backlog: int = 1 << 20) -> None:
+        self.backplane = Backplane()
+        self.stats = Stats()
+        self.hub = Hub(self.backplane, self.stats, backlog)
+
+    def join(self, *channels: str, since: Since = None, framing: Framing = LINES) -> Subscriber:
+        return self.hub.subscribe(channels, [since] * len(channels), framing, None)
+
+    def publish(self, channel: str, *bodies: str) -> None:
+        self.hub.publish([Publication(channel, body.encode()) for body in bodies])
+
+    def subscribers(self, channel: str) -> int | None:
+        info = self.hub.info(channel)
+        return None if info is None else info.subscribers
+
+    def assert_empty(self, *channels: str) -> None:
+        """Neither the registry nor the backplane counts anybody."""
+        assert not self.hub._channels
+        assert not +self.stats.clients
+        assert [self.subscribers(channel) or 0 for channel in channels] == [0] * len(channels)
+
+
+@pytest.fixture
+def world() -> World:
+    return World()
+
+
+@pytest.fixture
+def crashes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """Exceptions that ended a greenlet; there must be none."""
+    caught: list[Any] = []
+    monkeypatch.setattr(gevent.get_hub(), "handle_error", lambda context, kind, error, trace: caught.append(error))
+    yield caught
+    assert not caught
+
+
+def taken(subscriber: Subscriber) -> list[str]:
+    """What waits: a body a message, GAP for a gap."""
+    items = subscriber.take(0)
+    assert items is not None
+    return ["GAP" if isinstance(item, Gap) else item.data.decode() for item in items]
+
+
+# -- in step
+
+
+def test_a_published_message_reaches_each_of_the_channels_subscribers_here(world: World) -> None:
+    first, second, other = world.join("a"), world.join("b", "a"), world.join("b")
+    world.publish("a", "1", "2")
+    assert [taken(first), taken(second)] == [["1", "2"], ["1", "2"]]
+    assert other.take(0) == []
+    assert (world.stats.offered, world.stats.published) == (4, 2)
+    assert world.subscribers("a") == world.subscribers("b") == 2
+
+
+def test_leaving_counts_out_once_however_often_it_is_said(world: World) -> None:
+    first, second = world.join("a", "b"), world.join("a", framing=POLL)
+    assert +world.stats.clients == {"stream": 1, "poll": 1}
+    first.end("hang-up")
+    for _ in range(3):
+        first.close()
+    assert (world.subscribers("a"), world.subscribers("b")) == (1, 0)
+    second.close()
+    world.assert_empty("a", "b")
+    assert world.stats.closed == {"hang-up": 1, "answered": 1}
+
+
+def test_who_left_gets_nothing_more(world: World) -> None:
+    first, second = world.join("a"), world.join("a")
+    first.close()
+    world.publish("a", "1")
+    assert (first.take(0), taken(second)) == ([], ["1"])
+
+
+def test_a_backplane_that_fails_to_join_leaves_nothing_behind(world: World) -> None:
+    def fail() -> None:
+        raise ConnectionError("the backplane is gone")
+
+    other = world.join("b")
+    world.backplane.before = fail
+    with pytest.raises(ConnectionError):
+        world.join("a", "b")
+    assert list(world.hub._channels) == ["b"]
+    assert +world.stats.clients == {"stream": 1}
+    assert not world.stats.closed
+    other.close()
+    world.assert_empty("a", "b")
+
+
+def test_a_send_counts_as_one_publication(world: World) -> None:
+    subscriber = world.join("user:1", framing=TEXT)
+    assert world.hub.send(["user:1", "user:2"], "message", b"1", None).delivered == 1
+    assert taken(subscriber) == ["1"]
+    assert world.stats.published == 1
+
+
+def test_refused_publications_are_not_counted(world: World) -> None:
+    answers = world.hub.publish([Publication("a", body, "message", "k") for body in (b"1", b"2", b"1")])
+    assert [isinstance(answer, Refusal) for answer in answers] == [False, True, False]
+    assert world.stats.published == 2
+
+
+# -- deleted
+
+
+def test_a_delete_ends_the_channels_subscribers_and_no_others(world: World) -> None:
+    both, one, other = world.join("a", "b"), world.join("a"), world.join("b")
+    world.publish("b", "1")
+    world.hub.delete("a")
+    assert [subscriber.reason for subscriber in (both, one, other)] == ["deleted", "deleted", None]
+    assert taken(both) == ["1"]
+    again = world.join("a")  # comes back before the others have left
+    both.close()
+    one.close()
+    assert (world.subscribers("a"), world.subscribers("b")) == (1, 1)
+    world.publish("a", "2")
+    assert taken(again) == ["2"]
+    for subscriber in (again, other):
+        subscriber.close()
+    world.assert_empty("a", "b")
+    assert world.stats.closed == {"deleted": 2, "lost": 2}
+
+
+def test_all_of_a_subscribers_channels_may_be_deleted(world: World) -> None:
+    subscriber = world.join("a", "b", "c")
+    for channel in "abc":
+        world.hub.delete(channel)
+    subscriber.close()
+    world.assert_empty("a", "b", "c")
+    assert world.stats.closed == {"deleted": 1}
+
+
+def test_a_delete_that_overtakes_a_join_leaves_no_count_behind(world: World) -> None:
+    world.publish("a", "1")
+    world.backplane.before = lambda: world.hub.delete("a") and None  # the join is of the next log
+    subscriber = world.join("a")
+    subscriber.close()
+    world.assert_empty("a")
+
+
+def test_a_delete_right_behind_a_join_ends_it(world: World) -> None:
+    world.backplane.after = lambda: world.hub.delete("a") and None
+    subscriber = world.join("a", "b")
+    assert subscriber.reason == "deleted"
+    subscriber.close()
+    world.assert_empty("a", "b")
+
+
+# -- replay and live
+
+
+def test_messages_behind_the_replay_come_after_it(world: World) -> None:
+    world.publish("a", "1", "2")
+    world.backplane.after = lambda: world.publish("a", "3", "4")
+    assert taken(world.join("a", since="oldest")) == ["1", "2", "3", "4"]
+    assert world.backplane.reads == 0
+
+
+def test_messages_that_the_replay_has_too_come_once(world: World) -> None:
+    world.publish("a", "1")
+    world.backplane.before = lambda: world.publish("a", "2", "3")
+    world.backplane.after = lambda: world.publish("a", "4")
+    assert taken(world.join("a", since="oldest")) == ["1", "2", "3", "4"]
+    assert world.backplane.reads == 0
+
+
+def lose(world: World, *bodies: str) -> None:
+    world.backplane.losing = True
+    world.publish("a", *bodies)
+    world.backplane.losing = False
+
+
+def test_after_lost_deliveries_history_is_read_and_nothing_is_lost_or_doubled(world: World, crashes: list[Any]) -> None:
+    first, second = world.join("a", "b"), world.join("a")
+    world.publish("a", "1")
+    lose(world, "2", "3")
+    world.backplane.before = lambda: world.publish("a", "5")
+    world.backplane.after = lambda: world.publish("a", "6")
+    world.publish("a", "4")
+    wait_until(lambda: world.backplane.reads == 3)  # one a channel of each subscriber
+    world.publish("a", "7")
+    assert taken(first) == taken(second) == list("1234567")
+    gevent.sleep(0)
+    assert world.backplane.reads == 3
+
+
+def test_what_is_lost_and_no_longer_kept_is_told_once(world: World, crashes: list[Any]) -> None:
+    subscriber = world.join("a")
+    world.publish("a", "1")
+    lose(world, *["2"] * 1500)
+    world.publish("a", "3")
+    wait_until(lambda: world.backplane.reads)
+    world.publish("a", "4")
+    got = taken(subscriber)
+    assert (got[:2], got[-2:], got.count("GAP"), len(got)) == (["1", "GAP"], ["3", "4"], 1, 2 + 1000 + 1)
+
+
+def test_a_new_epoch_seen_in_a_delivery_is_one_gap_and_all_it_keeps(world: World, crashes: list[Any]) -> None:
+    subscriber = world.join("a")
+    world.publish("a", "1")
+    world.backplane._channels["a"].epoch += 1  # as a router that was restarted
+    world.backplane._channels["a"].head = 0
+    world.backplane._channels["a"].entries = None
+    world.publish("a", "2")
+    world.publish("a", "3")
+    wait_until(lambda: world.backplane.reads)
+    world.publish("a", "4")
+    assert taken(subscriber) == ["1", "GAP", "2", "3", "4"]
+
+
+def test_who_leaves_while_history_is_read_harms_nothing(world: World, crashes: list[Any]) -> None:
+    subscriber = world.join("a", "b")
+    lose(world, "1")
+    world.backplane.after = subscriber.close
+    world.publish("a", "2")
+    wait_until(lambda: world.backplane.reads)
+    gevent.sleep(0)
+    world.assert_empty("a", "b")
+
+
+def test_a_channel_deleted_while_history_is_read_harms_nothing(world: World, crashes: list[Any]) -> None:
+    subscriber = world.join("a")
+    lose(world, "1")
+    world.publish("a", "2")  # the reading has been asked for, and comes too late
+    world.hub.delete("a")
+    wait_until(lambda: world.backplane.reads)
+    assert subscriber.take(None) is None
+    subscriber.close()
+    world.assert_empty("a")
+
+
+def test_history_that_cannot_be_read_does_not_leave_a_subscriber_deaf(world: World, crashes: list[Any]) -> None:
+    def fail() -> None:
+        raise ConnectionError("the backplane is gone")
+
+    subscriber = world.join("a")
+    lose(world, "1")
+    world.backplane.before = fail
+    world.publish("a", "2")
+    wait_until(lambda: world.backplane.reads)
+    gevent.sleep(0)
+    crashes.clear()  # that it is reported is right
+    world.publish("a", "3")
+    gevent.sleep(0)
+    assert subscriber.reason is not None or taken(subscriber) == ["1", "2", "3"]
+
+
+# -- many, and the end
+
+
+def test_a_slow_client_is_closed_and_the_others_and_the_publisher_go_on() -> None:
+    world = World(backlog=2000)
+    slow, quick = world.join("a"), world.join("a")
+    for number in range(20):
+        world.publish("a", str(number))
+        assert taken(quick) == [str(number)]
+    assert (slow.reason, quick.reason) == ("backlog-bytes", None)
+    slow.close()
+    assert world.subscribers("a") == 1
+    assert world.stats.closed == {"backlog-bytes": 1}
+    back = world.hub.subscribe(["a"], [slow.cursor.positions["a"]], LINES, None)
+    assert taken(back) == [str(number) for number in range(20)]
+
+
+def test_draining_ends_all_and_refuses_the_next(world: World) -> None:
+    poll, stream = world.join("a", framing=POLL), world.join("a", "b")
+    world.publish("a", "1")
+    world.hub.drain()
+    with pytest.raises(Refusal, match="draining"):
+        world.join("a")
+    (answer,) = poll
+    assert [message["data"] for message in json.loads(answer)["messages"]] == ["1"]
+    assert len(list(stream)) == 2  # the opening and what waited
+    world.assert_empty("a", "b")
+    assert world.stats.closed == {"shutdown": 2}
+
+
+def test_a_drain_in_the_middle_of_a_join_ends_it(world: World) -> None:
+    world.backplane.after = world.hub.drain
+    subscriber = world.join("a")
+    assert subscriber.reason == "shutdown"
+    subscriber.close()
+    world.assert_empty("a")
+
+
+def test_joining_and_leaving_during_a_delivery_disturbs_nobody(world: World) -> None:
+    """Clients' greenlets run between deliveries, never inside one: whoever is woken leaves and comes back."""
+    total, clients = 50, 10
+    got: list[list[int]] = [[] for _ in range(clients)]
+
+    def poller(number: int) -> None:
+        since: Since = Position(epoch, 0)
+        while len(got[number]) < total:
+            subscriber = world.hub.subscribe(["a"], [since], POLL, None)
+            (answer,) = subscriber
+            document = json.loads(answer)
+            assert not document["gap"]
+            got[number] += [int(message["data"]) for message in document["messages"]]
+            since = subscriber.cursor.positions["a"]
+
+    (keeper := world.join("a")).close()
+    epoch = keeper.cursor.positions["a"].epoch
+    greenlets = [gevent.spawn(poller, number) for number in range(clients)]
+    for number in range(total):
+        world.publish("a", str(number))
+        gevent.sleep(0)
+    gevent.joinall(greenlets, timeout=20, raise_error=True)
+    assert got == [list(range(total))] * clients
+    world.assert_empty("a")
+
+
+def test_deliveries_for_nobody_are_ignored(world: World) -> None:
+    world.hub.deliver([Message("a", Position(1, 1), "message", b"1")])
+    world.hub.dropped("a", 1)
+    assert world.stats.offered == 0
+    world.assert_empty("a")

@@ -1,0 +1,115 @@
+"""Imports go one way (CONTRIBUTING.md): every import of ours is in the table below, or it is a mistake."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.harness import ROOT
+
+SPOKEN = {"comet.errors", "comet.message"}
+SERVER = {"comet.errors", "comet.settings", "comet.stats", "comet.kernel", "comet.server"}
+HANDLER = {
+    "comet.hub", "comet.message", "comet.framing", "comet.history", "comet.stats", "comet.settings", "comet.errors",
+    "comet.backplane", "handlers.params",
+}  # fmt: skip
+
+ALLOWED: dict[str, set[str]] = {
+    # the leaves
+    "comet": set(),
+    "comet.errors": set(),
+    "comet.settings": set(),
+    "comet.stats": set(),
+    "comet.kernel": set(),
+    "comet.kernel.limits": set(),
+    "comet.kernel.sockets": set(),
+    "comet.message": {"comet.errors"},
+    # the way of a message
+    "comet.framing": {"comet.message"},
+    "comet.history": {"comet.message"},
+    "comet.subscriber": {*SPOKEN, "comet.framing", "comet.history"},
+    "comet.hub": {*SPOKEN, "comet.backplane", "comet.framing", "comet.history", "comet.stats", "comet.subscriber"},
+    "comet.backplane": {*SPOKEN, "comet.history"},
+    "comet.backplane.memory": {*SPOKEN, "comet.history", "comet.backplane"},
+    # the server, which knows a subscriber only by its small interface
+    "comet.server": set(),
+    "comet.server.http": SERVER,
+    "comet.server.parking": SERVER,
+    "comet.server.wsgi": SERVER,
+    # the endpoints: none knows another
+    "handlers": {*HANDLER, "handlers"},
+    "handlers.params": HANDLER - {"handlers.params"},
+    "handlers.channels": HANDLER,
+    "handlers.health": HANDLER,
+    "handlers.metabrew": HANDLER,
+    "handlers.page": HANDLER,
+    "handlers.poll": HANDLER,
+    "handlers.publish": HANDLER,
+    "handlers.stream": HANDLER,
+}
+"""Module -> what it may import of ours. A package that holds modules of one kind stands for them all
+(`comet.kernel`, `comet.server`, and for the URL table `handlers`); `comet.backplane` is the contract alone."""
+
+KINDS = {"comet.kernel", "comet.server", "handlers"}
+
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for folder in ("comet", "handlers")
+    for path in (ROOT / folder).rglob("*.py")
+}
+
+
+def imports(path: Path, module: str) -> Iterator[str]:
+    """Every import of ours in a file, wherever it stands, as the module that is imported."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}: relative imports hide where they go"
+            source = node.module or ""
+            names = [f"{source}.{alias.name}" if f"{source}.{alias.name}" in MODULES else source for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        yield from (name for name in names if name.split(".")[0] in ("comet", "handlers", "app", "tests", "loadtest"))
+
+
+def permitted(target: str, allowed: set[str]) -> bool:
+    return target in allowed or any(target.startswith(kind + ".") for kind in KINDS & allowed)
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_a_module_imports_what_it_may(module: str) -> None:
+    assert module in ALLOWED, "a new module: say in ALLOWED what it may import"
+    wrong = [target for target in imports(MODULES[module], module) if not permitted(target, ALLOWED[module])]
+    assert not wrong
+
+
+def test_the_table_names_modules_that_exist() -> None:
+    assert set(ALLOWED) == set(MODULES)
+
+
+def test_there_are_no_cycles() -> None:
+    graph = {module: set(imports(path, module)) for module, path in MODULES.items()}
+    while graph:
+        leaves = {module for module, targets in graph.items() if not targets & set(graph)}
+        assert leaves, f"a cycle within {sorted(graph)}"
+        graph = {module: targets for module, targets in graph.items() if module not in leaves}
+
+
+def test_nothing_imports_the_composition_root() -> None:
+    everything = [path for folder in ("comet", "handlers", "loadtest", "tests", "deploy") for path in (ROOT / folder).rglob("*.py")]
+    assert not [path for path in everything if "app" in imports(path, str(path))]
+
+
+def test_load_tests_know_nothing_but_the_kernel_and_meet_the_server_over_http() -> None:
+    for path in (ROOT / "loadtest").rglob("*.py"):
+        ours = [target for target in imports(path, str(path)) if target.split(".")[0] != "loadtest"]
+        assert all(target.startswith("comet.kernel") for target in ours), path
+
+
+def test_no_module_runs_an_import_by_name() -> None:
+    """The table would not see it."""
+    for module, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            assert not (isinstance(node, ast.Name) and node.id in ("__import__", "importlib")), module

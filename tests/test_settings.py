@@ -1,0 +1,114 @@
+"""Every knob, as a flag and as a variable; and what a bad one is told."""
+
+import dataclasses
+import re
+from typing import Any
+
+import pytest
+
+from comet.settings import Settings, parse
+
+Field = dataclasses.Field[Any]
+FIELDS = dataclasses.fields(Settings)
+NUMBERS = [field for field in FIELDS if isinstance(field.default, int | float) and not isinstance(field.default, bool)]
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def other(field: Field) -> tuple[str, Any]:
+    """A value that is not the default, as text and as itself."""
+    if isinstance(field.default, bool):
+        return "1", True
+    if isinstance(field.default, str):
+        return "text%s%%", "text%s%%"  # a per cent sign must not trip argparse
+    least = max(1, field.metadata["least"])
+    value = least + 1 if isinstance(field.default, int) else least + 1.5
+    return str(value), value
+
+
+def test_without_flags_and_variables_all_is_default() -> None:
+    assert parse([], {}) == Settings()
+
+
+@pytest.mark.parametrize("field", FIELDS, ids=lambda field: str(field.name))
+def test_each_field_is_a_flag_and_a_variable_and_the_flag_wins(field: Field) -> None:
+    text, value = other(field)
+    changed = dataclasses.replace(Settings(), **{field.name: value})
+    arguments = [flag(field.name)] if isinstance(field.default, bool) else [flag(field.name), text]
+    variable = "COMET_" + field.name.upper()
+    assert parse(arguments, {}) == changed != Settings()
+    assert parse([], {variable: text, "COMET": "x", field.name: "x"}) == changed
+    assert type(getattr(parse([], {variable: text}), field.name)) is type(field.default)
+    against = "0" if isinstance(field.default, bool) else str(field.default)
+    assert parse(arguments, {variable: against}) == changed
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("1", True), ("true", True), ("YES", True), ("0", False), ("no", False), ("False", False), ("", False)]
+)
+def test_a_switch_may_be_said_in_words(text: str, value: bool) -> None:
+    assert parse([], {"COMET_OPEN": text}).open is value
+    assert parse(["--no-open"], {"COMET_OPEN": text}).open is False
+
+
+BAD = [
+    *((field.name, text) for field in NUMBERS for text in ("x", "-1", "nan", "", "1 2")),
+    *((field.name, "1.5") for field in NUMBERS if isinstance(field.default, int)),
+    *((field.name, str(field.metadata["most"] + 1)) for field in NUMBERS if field.metadata["most"] is not None),
+    *((field.name, str(field.metadata["least"] - 1)) for field in NUMBERS if field.metadata["least"] > 0),
+]
+
+
+@pytest.mark.parametrize(("name", "text"), BAD)
+def test_a_bad_number_ends_with_status_2_and_a_sentence(name: str, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, environ in (([f"{flag(name)}={text}"], {}), ([], {"COMET_" + name.upper(): text})):
+        with pytest.raises(SystemExit) as ended:
+            parse(arguments, environ)
+        assert ended.value.code == 2
+        sentence = capsys.readouterr().err.splitlines()[-1]
+        assert sentence.startswith("app.py: error: ")
+        assert flag(name) in sentence
+
+
+@pytest.mark.parametrize("arguments", [["--unknown"], ["--port"], ["stray"]])
+def test_a_bad_flag_ends_with_status_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse(arguments, {})
+    assert ended.value.code == 2
+    assert "app.py: error: " in capsys.readouterr().err
+
+
+def test_a_bad_switch_ends_with_status_2_and_names_its_variable(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse([], {"COMET_OPEN": "maybe"})
+    assert ended.value.code == 2
+    assert "COMET_OPEN" in capsys.readouterr().err
+
+
+def helped(environ: dict[str, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("COLUMNS", "1000")  # argparse would break the lines at hyphens
+    with pytest.raises(SystemExit) as ended:
+        parse(["--help"], environ)
+    assert ended.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_help_names_unit_default_and_reason_of_each_field(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    text = helped({}, capsys, monkeypatch)
+    for field in FIELDS:
+        assert field.metadata["reason"].strip()
+        line = re.search(rf"^ +{flag(field.name)}\b.*(?:\n {{10,}}.*)?", text, re.MULTILINE)
+        assert line, field.name
+        assert f"[{field.metadata['unit']}] {field.metadata['reason']}" in line[0]
+        assert f"(default: {field.default if field.default != '' else 'none'})" in line[0]
+
+
+def test_help_does_not_tell_the_publish_key(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "very-secret" not in helped({"COMET_PUBLISH_KEY": "very-secret"}, capsys, monkeypatch)
+
+
+def test_settings_are_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Settings().port = 1  # type: ignore[misc]

@@ -1,0 +1,334 @@
+"""One client's queue: joining, holding, skipping, its backlog, and the greenlet that takes."""
+
+import json
+from collections.abc import Iterator
+
+import gevent
+import pytest
+
+from comet.framing import LINES, POLL, PORTION, TEXT, Framing, ServerSentEvents
+from comet.history import History, Joined
+from comet.message import MESSAGE_COST, Gap, Item, Message, Position
+from comet.subscriber import Subscriber
+from tests.harness import TIMEOUT, wait_until
+
+EPOCH = 5
+NOW = Position(EPOCH, 0)
+
+
+class Client:
+    """A subscriber and what it asked of its hub."""
+
+    def __init__(self, *channels: str, framing: Framing = LINES, patience: float | None = None, backlog: int = 1 << 20) -> None:
+        self.resyncs: list[Subscriber] = []
+        self.closes: list[Subscriber] = []
+        self.subscriber = Subscriber(channels or ("a",), framing, patience, backlog, self.closes.append, self.resyncs.append)
+        self.join, self.offer = self.subscriber.join, self.subscriber.offer
+
+    def join_now(self) -> "Client":
+        self.join([Joined(NOW, [], False)] * len(self.subscriber.channels))
+        return self
+
+    def taken(self) -> list[str]:
+        """What waits: a body a message, GAP@offset."""
+        items = self.subscriber.take(0)
+        assert items is not None
+        return [f"GAP@{','.join(map(str, item.positions))}" if isinstance(item, Gap) else item.data.decode() for item in items]
+
+
+def log(count: int, channel: str = "a", epoch: int = EPOCH) -> list[Message]:
+    """Messages whose bodies are their offsets, 1 to `count`."""
+    history = History(epoch)
+    return [history.append(channel, "message", b"%d" % offset, 0.0) for offset in range(1, count + 1)]
+
+
+def lines(pieces: Iterator[bytes]) -> list[str]:
+    return [json.loads(piece)["data"] for piece in pieces if piece != LINES.heartbeat]
+
+
+# -- joining
+
+
+def test_live_messages_that_come_before_the_replay_follow_it() -> None:
+    client, messages = Client(), log(4)
+    for message in messages[2:]:
+        client.offer(message)
+    client.join([Joined(NOW, messages[:2], False)])
+    assert client.taken() == ["1", "2", "3", "4"]
+    assert not client.resyncs
+
+
+def test_live_messages_that_the_replay_has_too_come_once() -> None:
+    client, messages = Client(), log(4)
+    for message in messages[1:]:
+        client.offer(message)
+    client.join([Joined(NOW, messages[:3], False)])
+    assert client.taken() == ["1", "2", "3", "4"]
+    assert not client.resyncs
+
+
+def test_nothing_can_be_taken_before_the_replay_is_there() -> None:
+    client, messages = Client(), log(2)
+    client.offer(messages[1])
+    assert client.subscriber.take(0) == []
+    client.join([Joined(NOW, messages[:1], False)])
+    assert client.taken() == ["1", "2"]
+
+
+def test_a_known_message_is_dropped() -> None:
+    client, messages = Client().join_now(), log(3)
+    for index in (0, 0, 1, 0, 1, 2):
+        client.offer(messages[index])
+    assert client.taken() == ["1", "2", "3"]
+    client.offer(messages[1])
+    assert client.subscriber.take(0) == []
+
+
+def test_several_channels_are_held_and_replayed_each_by_its_own_position() -> None:
+    client = Client("a", "b")
+    a, b = log(3, "a"), log(3, "b", 9)
+    client.offer(b[2])
+    client.offer(a[1])
+    client.join([Joined(NOW, a[:2], False), Joined(Position(9, 1), [b[1]], False)])
+    client.offer(a[2])
+    assert client.taken() == ["1", "2", "2", "3", "3"]
+    assert client.subscriber.offered == [Position(EPOCH, 3), Position(9, 3)]
+
+
+# -- skips
+
+
+def test_after_a_skip_the_rest_is_held_until_history_was_read() -> None:
+    client, messages = Client().join_now(), log(6)
+    for index in (0, 3, 4):  # 2 and 3 were lost on the way
+        client.offer(messages[index])
+    assert client.resyncs == [client.subscriber]
+    assert client.subscriber.offered == [Position(EPOCH, 1)]
+    assert client.taken() == ["1"]
+    client.join([Joined(Position(EPOCH, 1), messages[1:4], False)])
+    client.offer(messages[5])
+    assert client.taken() == ["2", "3", "4", "5", "6"]
+    assert len(client.resyncs) == 1
+
+
+def test_a_second_skip_among_the_held_is_fetched_too() -> None:
+    client, messages = Client().join_now(), log(7)
+    for index in (2, 5, 6):
+        client.offer(messages[index])
+    client.join([Joined(NOW, messages[:3], False)])
+    assert len(client.resyncs) == 2
+    client.join([Joined(Position(EPOCH, 3), messages[3:6], False)])
+    assert client.taken() == ["1", "2", "3", "4", "5", "6", "7"]
+
+
+def test_another_epoch_is_told_as_exactly_one_gap() -> None:
+    client, old, new = Client().join_now(), log(2), log(3, epoch=6)
+    client.offer(old[0])
+    for message in new[1:]:
+        client.offer(message)
+    client.join([Joined(Position(6, 0), new, True)])
+    assert client.taken() == ["1", "GAP@6-0", "1", "2", "3"]
+    assert len(client.resyncs) == 1
+
+
+def test_a_gap_on_one_of_several_channels_keeps_the_place_on_the_others() -> None:
+    client = Client("a", "b")
+    client.join([Joined(NOW, log(1), False), Joined(Position(9, 4), [], True)])
+    items = client.subscriber.take(0)
+    assert items is not None
+    assert items[0] == Gap([NOW, Position(9, 4)])
+    client.subscriber.encode(items)
+    assert str(client.subscriber.cursor) == "5-1.9-4"
+
+
+def test_gaps_on_several_channels_are_told_as_one() -> None:
+    client = Client("a", "b")
+    client.join([Joined(NOW, log(1), True), Joined(Position(9, 4), [], True)])
+    assert client.taken() == ["GAP@5-0,9-4", "1"]
+
+
+# -- the backlog
+
+
+def test_a_client_that_takes_nothing_is_closed_when_its_backlog_is_full() -> None:
+    client, messages = Client(backlog=3 * (MESSAGE_COST + 3)).join_now(), log(5)
+    for message in messages[:3]:
+        client.offer(message)
+    assert client.subscriber.reason is None
+    client.offer(messages[3])
+    assert client.subscriber.reason == "backlog-bytes"
+    client.offer(messages[4])
+    assert client.subscriber.take(0) is None
+    assert str(client.subscriber.cursor) == "5-0"  # it resumes where it stood
+
+
+def test_a_client_that_takes_has_its_backlog_back() -> None:
+    client, messages = Client(backlog=3 * (MESSAGE_COST + 3)).join_now(), log(9)
+    for start in (0, 3, 6):
+        for message in messages[start : start + 3]:
+            client.offer(message)
+        assert client.taken() == [message.data.decode() for message in messages[start : start + 3]]
+    assert client.subscriber.reason is None
+
+
+def test_a_replay_is_not_charged_to_the_backlog() -> None:
+    client, messages = Client(backlog=MESSAGE_COST + 3), log(9)
+    client.join([Joined(NOW, messages[:8], False)])
+    client.offer(messages[8])
+    assert client.taken() == list("123456789")
+
+
+def test_what_is_held_is_bounded_too() -> None:
+    client, messages = Client(backlog=3 * (MESSAGE_COST + 3)), log(4)
+    for message in messages:
+        client.offer(message)
+    assert client.subscriber.reason == "backlog-bytes"
+    client.join([Joined(NOW, messages, False)])  # the answer comes nevertheless
+    assert client.taken() == ["1", "2", "3", "4"]  # of the history, in order
+    assert client.subscriber.take(0) is None
+
+
+def test_what_was_held_is_charged_once() -> None:
+    client, messages = Client(backlog=3 * (MESSAGE_COST + 3)), log(3)
+    for message in messages:
+        client.offer(message)
+    client.join_now()
+    assert client.subscriber.reason is None
+    assert client.taken() == ["1", "2", "3"]
+
+
+def test_what_is_held_stays_charged_while_the_client_takes() -> None:
+    client, messages = Client(backlog=3 * (MESSAGE_COST + 3)).join_now(), log(9)
+    client.offer(messages[0])
+    for message in messages[4:7]:  # 4 was lost: these are held
+        client.offer(message)
+        client.subscriber.take(0)
+    assert client.subscriber.reason is None
+    client.offer(messages[7])
+    assert client.subscriber.reason == "backlog-bytes"
+
+
+# -- the end
+
+
+def test_the_first_reason_stays_and_what_waits_is_still_taken() -> None:
+    client, messages = Client().join_now(), log(2)
+    client.offer(messages[0])
+    client.subscriber.end("shutdown")
+    client.subscriber.end("hang-up")
+    client.offer(messages[1])
+    assert client.subscriber.reason == "shutdown"
+    assert client.taken() == ["1"]
+    assert client.subscriber.take(None) is None
+
+
+# -- the client's greenlet
+
+
+@pytest.mark.parametrize("how", ["offer", "join", "end"])
+def test_a_waiting_greenlet_is_woken(how: str) -> None:
+    client, (message,) = Client(), log(1)
+    if how != "join":
+        client.join_now()
+    greenlet = gevent.spawn(client.subscriber.take, None)
+    gevent.sleep(0)
+    assert not greenlet.dead
+    if how == "offer":
+        client.offer(message)
+    elif how == "join":
+        client.join([Joined(NOW, [message], False)])
+    else:
+        client.subscriber.end("hang-up")
+    assert greenlet.get(timeout=TIMEOUT) == (None if how == "end" else [message])
+
+
+def test_a_known_message_wakes_nobody() -> None:
+    client, (message,) = Client().join_now(), log(1)
+    client.offer(message)
+    client.taken()
+    client.offer(message)
+    greenlet = gevent.spawn(client.subscriber.take, None)
+    gevent.sleep(0)
+    assert not greenlet.dead
+    client.subscriber.end("hang-up")
+    assert greenlet.get(timeout=TIMEOUT) is None
+
+
+def test_a_stream_goes_on_until_its_end_and_closes_once() -> None:
+    client, messages = Client().join_now(), log(4)
+    got: list[bytes] = []
+    greenlet = gevent.spawn(lambda: got.extend(client.subscriber) or "ended")  # type: ignore[func-returns-value]
+    for message in messages:
+        client.offer(message)
+        gevent.sleep(0)
+    client.subscriber.end("deleted")
+    assert greenlet.get(timeout=TIMEOUT) == "ended"
+    assert got[0] == LINES.heartbeat
+    assert lines(iter(got)) == ["1", "2", "3", "4"]
+    assert client.closes == [client.subscriber]
+    assert str(client.subscriber.cursor) == "5-4"
+
+
+def test_a_silent_stream_has_heartbeats() -> None:
+    client, (message,) = Client(framing=ServerSentEvents(1), patience=0.001).join_now(), log(1)
+    stream = iter(client.subscriber)
+    assert next(stream).startswith(b"retry: 1\n")
+    assert [next(stream) for _ in range(3)] == [b":\n\n"] * 3
+    client.offer(message)
+    assert b"data: 1\n" in next(stream)
+    assert next(stream) == b":\n\n"
+
+
+def test_a_stream_that_is_given_up_is_closed() -> None:
+    client = Client().join_now()
+    stream = iter(client.subscriber)
+    next(stream)
+    del stream  # as WSGI does when a client is gone in the middle of a write
+    assert client.closes == [client.subscriber]
+
+
+@pytest.mark.parametrize(("messages", "ended"), [(2, False), (0, False), (2, True), (0, True)])
+def test_a_poll_is_one_answer(messages: int, ended: bool) -> None:
+    client = Client(framing=POLL, patience=0.001).join_now()
+    for message in log(messages):
+        client.offer(message)
+    if ended:
+        client.subscriber.end("shutdown")
+    (answer,) = client.subscriber
+    document = json.loads(answer)
+    assert [message["data"] for message in document["messages"]] == ["1", "2"][:messages]
+    assert document["cursor"] == f"5-{messages}"
+    assert client.closes == [client.subscriber]
+
+
+def test_a_poll_whose_replay_is_huge_answers_a_part_and_its_cursor() -> None:
+    history = History(EPOCH)
+    big: list[Item] = [history.append("a", "message", b"x" * 200_000, 0.0) for _ in range(9)]
+    client = Client(framing=POLL, patience=0)
+    client.join([history.since("oldest")])
+    (answer,) = client.subscriber
+    document = json.loads(answer)
+    assert 1 <= len(document["messages"]) < len(big)
+    assert len(answer) <= PORTION
+    assert document["cursor"] == document["messages"][-1]["id"]
+
+
+def test_text_streams_begin_with_a_welcome() -> None:
+    client = Client("user:7", framing=TEXT)
+    client.join([Joined(NOW, log(1, "user:7"), False)])
+    client.subscriber.end("shutdown")
+    assert list(client.subscriber) == [b"comet welcomes you! Your id: 7\n", b"1\n"]
+
+
+def test_many_waiting_clients_wake_each_on_its_own() -> None:
+    clients = [Client().join_now() for _ in range(50)]
+    greenlets = [gevent.spawn(client.subscriber.take, None) for client in clients]
+    gevent.sleep(0)
+    (message,) = log(1)
+    clients[7].offer(message)
+    wait_until(lambda: greenlets[7].dead)
+    assert [greenlet.dead for greenlet in greenlets].count(True) == 1
+    for client in clients:
+        client.subscriber.end("shutdown")
+    gevent.joinall(greenlets, timeout=TIMEOUT, raise_error=True)
+    assert all(greenlet.dead for greenlet in greenlets)
