@@ -62,8 +62,7 @@ def main(arguments: list[str]) -> int:
     application = Bottle()
     context = Context(hub, settings, stats)
     handlers.mount(application, context)
-    admit = handlers.admitter(application, context)
-    server = CometServer(listener, application, admit, settings, stats, capacity)
+    server = CometServer(listener, application, handlers.reader(application, context), hub, settings, stats, capacity)
     stopping = Event()
 
     def on_signal() -> None:

@@ -53,7 +53,7 @@ class Members(Generic[Anyone]):
     `present` may hold some that have ended; `alive` does not count them.
     """
 
-    __slots__ = ("alive", "batch", "index", "pending", "present", "waiting")
+    __slots__ = ("alive", "batch", "end", "index", "pending", "present", "waiting")
 
     def __init__(self, *first: Anyone) -> None:
         self.present: list[Anyone] = list(first)
@@ -62,6 +62,7 @@ class Members(Generic[Anyone]):
         self.waiting = 0  # bytes pending
         self.batch: Batch | None = None
         self.index = 0
+        self.end = 0  # who joins behind it, while a sweep is under way, knows what is swept
 
     def add(self, subscriber: Anyone) -> None:
         """A subscriber joins."""
@@ -126,11 +127,12 @@ class Fanout:
             batch = members.batch = Batch(members.pending)
             members.pending = []
             members.waiting = members.index = 0
+            members.end = len(members.present)
         start = members.index
-        stop = members.index = start + STRIDE
+        stop = members.index = min(start + STRIDE, members.end)
         for one in members.present[start:stop]:
             _deliver(one, batch)
-        if stop < len(members.present):
+        if stop < members.end:
             return True
         _forget(batch)
         members.batch = None

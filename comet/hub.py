@@ -13,11 +13,11 @@ import gevent
 from comet.backplane import Backplane
 from comet.errors import Refusal
 from comet.fanout import Fanout, Members
-from comet.framing import Batch, Framing
+from comet.framing import Batch
 from comet.history import Joined
-from comet.message import ChannelInfo, Message, Publication, Receipt, Sent, Since
+from comet.message import ChannelInfo, Message, Position, Publication, Receipt, Sent, Since
 from comet.stats import Stats
-from comet.subscriber import Subscriber
+from comet.subscriber import Awake, Host, Subscriber, Wish
 
 
 class Hub:
@@ -39,14 +39,15 @@ class Hub:
 
     # -- subscribing
 
-    def subscribe(self, channels: Sequence[str], since: Sequence[Since], framing: Framing, patience: float | None) -> Subscriber:
+    def subscribe(self, wish: Wish) -> Subscriber:
         """A new subscriber that has everything after `since`, and will have everything to come.
 
         Raises Refusal ``draining`` once `drain` was called.
         """
         if self.draining:
             raise Refusal("draining", "This server is stopping; connect again, to another one or a little later.")
-        subscriber = Subscriber(channels, framing, patience, self)
+        channels, since, framing, patience = wish
+        subscriber = Subscriber(channels, framing, self, Awake(patience, {}))
         for channel in channels:
             self._register(channel, subscriber)
         dropped = self._joining[subscriber] = set()
@@ -66,6 +67,22 @@ class Hub:
         subscriber.join(answers)
         return subscriber
 
+    def resubscribe(self, wish: Wish, bed: Host) -> Subscriber | None:
+        """As `subscribe`, for a client who has missed nothing, asleep in `bed` from the start: what a poller
+        does nearly always. None where it takes a look, and then nothing was done."""
+        channels, since, framing, _ = wish
+        start = since[0]
+        if len(channels) != 1 or not isinstance(start, Position) or self.draining:
+            return None
+        channel = channels[0]
+        if not self._backplane.rejoin(channel, start):
+            return None
+        subscriber = Subscriber(channels, framing, self, bed)
+        subscriber.epoch, subscriber.offset = start
+        self._stats.clients[framing.name] += 1
+        self._register(channel, subscriber)
+        return subscriber
+
     def _register(self, channel: str, subscriber: Subscriber) -> None:
         present = self._channels.get(channel)
         if present is None:
@@ -77,7 +94,7 @@ class Hub:
 
     def _expel(self, channel: str, subscriber: Subscriber) -> None:
         """Take one off a channel that it will not unsubscribe from."""
-        subscriber.channels = [name for name in subscriber.channels if name != channel]
+        subscriber.drop(channel)
         present = self._channels[channel]
         if isinstance(present, Members):
             present.present.remove(subscriber)
@@ -152,7 +169,7 @@ class Hub:
                 self._joining[subscriber].add((channel, epoch))
                 self._register(channel, subscriber)
             else:
-                subscriber.channels = [name for name in subscriber.channels if name != channel]
+                subscriber.drop(channel)
                 subscriber.end("deleted")
 
     @staticmethod

@@ -17,13 +17,23 @@ missed something: the subscriber holds again and asks its hub for the same kind 
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from gevent.event import Event
 
 from comet.framing import Batch, Framing, portions
 from comet.history import Joined
-from comet.message import Cursor, Gap, Item, Message, Position
+from comet.message import Cursor, Gap, Item, Message, Position, Since
+
+
+class Wish(NamedTuple):
+    """What a client asks for: `channels`, after `since` on each, in a `framing`; `patience` is how many
+    seconds a silence lasts before a heartbeat (a stream) or an empty answer (a poll), None for ever."""
+
+    channels: Sequence[str]
+    since: Sequence[Since]
+    framing: Framing
+    patience: float | None
 
 
 class Home(Protocol):
@@ -44,25 +54,34 @@ class Host(Protocol):
 
 
 class Subscriber:
-    """`channels` as requested; `framing` turns what waits into bytes; `descriptor` is its socket's while
+    """`channels` until it ends; `framing` turns what waits into bytes; `descriptor` is its socket's while
     it sleeps, else -1.
 
     Where the client stands, past everything that was made bytes of: `epoch` and `offset` on its one
     channel, or `places`, a cursor, on several.
     """
 
-    __slots__ = ("channels", "descriptor", "epoch", "framing", "home", "host", "offset", "places")
+    __slots__ = ("_names", "descriptor", "epoch", "framing", "home", "host", "offset", "places")
 
-    def __init__(self, channels: Sequence[str], framing: Framing, patience: float | None, home: Home) -> None:
-        self.channels = channels
+    def __init__(self, channels: Sequence[str], framing: Framing, home: Home, host: "Host") -> None:
+        self._names: str | Sequence[str] = channels[0] if len(channels) == 1 else channels  # a tuple of one is 48 bytes
         self.framing = framing
         self.home = home
+        self.host = host
         self.descriptor = -1
         self.epoch = self.offset = 0
         self.places: Cursor | None = None
-        self.host: Host = Awake(patience, {})
 
     # -- the hub's side: nothing here blocks
+
+    @property
+    def channels(self) -> Sequence[str]:
+        """Those it is registered on."""
+        return (self._names,) if isinstance(self._names, str) else self._names
+
+    def drop(self, channel: str) -> None:
+        """It is no longer registered there."""
+        self._names = [name for name in self.channels if name != channel]
 
     def join(self, answers: Sequence[Joined]) -> None:
         """Queue the replay, one answer a channel, then what was held meanwhile."""
@@ -105,7 +124,7 @@ class Subscriber:
     @property
     def cursor(self) -> Cursor:
         """Where the client stands."""
-        return self.places or Cursor(self.channels, [Position(self.epoch, self.offset)])
+        return self.places or Cursor(("",) if not self._names else self.channels, [Position(self.epoch, self.offset)])
 
     def encode(self, items: Sequence[Item]) -> Sequence[bytes]:
         """The bytes of `items` for this client, in its framing; a heartbeat where a stream has none."""

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from bottle import Bottle, HTTPError, HTTPResponse, request, response
 
 from comet.errors import Refusal
-from comet.subscriber import Subscriber
+from comet.subscriber import Wish
 from handlers import channels, health, metabrew, page, poll, publish, stream
 from handlers.params import Asked, Context, allowed_origin, check_origin, check_publish_key, refuse, wait
 
@@ -18,8 +18,8 @@ Handler = Callable[..., Any]
 
 
 class Route(NamedTuple):
-    """One row. `secret`: needs the publish key although it is a GET. `waits`: its handler takes an `Asked`
-    and answers a subscriber; it has no HEAD, since that would subscribe."""
+    """One row. `secret`: needs the publish key although it is a GET. `waits`: its handler only reads an
+    `Asked` into a `Wish`, and the hub subscribes; it has no HEAD, since that would subscribe."""
 
     method: str
     path: str
@@ -75,12 +75,12 @@ def mount(application: Bottle, context: Context) -> None:
         application.add_hook("after_request", lambda: _allow_origin(context))
 
 
-def admitter(application: Bottle, context: Context) -> Callable[[str, Mapping[str, str], str | None], Subscriber | None]:
-    """The short way to the handlers that wait, past bottle's request: for a path, its query and the
-    Last-Event-ID, the subscriber; None where bottle has to answer. Raises Refusal."""
+def reader(application: Bottle, context: Context) -> Callable[[str, Mapping[str, str], str | None], Wish | None]:
+    """The short way to the handlers that wait, past bottle's request: path, query and Last-Event-ID to
+    what the client wishes; None where bottle has to answer. Raises Refusal, changes nothing."""
     match = application.router.match
 
-    def admit(path: str, query: Mapping[str, str], last_event_id: str | None) -> Subscriber | None:
+    def read(path: str, query: Mapping[str, str], last_event_id: str | None) -> Wish | None:
         try:
             route, arguments = match({"PATH_INFO": path, "REQUEST_METHOD": "GET"})
         except HTTPError:
@@ -88,7 +88,7 @@ def admitter(application: Bottle, context: Context) -> Callable[[str, Mapping[st
         waiter = route.config.get("waiter")
         return None if waiter is None else waiter(context, Asked(query, last_event_id), **arguments)
 
-    return admit
+    return read
 
 
 def _guarded(route: Route, context: Context) -> Handler:
@@ -104,7 +104,7 @@ def _guarded(route: Route, context: Context) -> Handler:
             if needs_key:
                 check_publish_key(context.settings)
             if route.waits:
-                return wait(handler(context, Asked.now(), **arguments))
+                return wait(context.hub.subscribe(handler(context, Asked.now(), **arguments)))
             return handler(context, **arguments)
         except Refusal as refusal:
             return refuse(refusal, context.stats)

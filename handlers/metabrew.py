@@ -7,16 +7,16 @@ from bottle import HTTPResponse
 
 from comet.framing import TEXT
 from comet.message import DEFAULT_TYPE, USER_PREFIX, check_channel
-from comet.subscriber import Subscriber
+from comet.subscriber import Wish
 from handlers.params import Asked, Context, answer, idempotency_key, text_body
 
 
-def test(context: Context, asked: Asked, user: str) -> Subscriber:
+def test(context: Context, asked: Asked, user: str) -> Wish:
     """GET /test/<id>: a welcome, then a line and a chunk a message, for as long as the client stays.
 
     The same id may be logged in any number of times.
     """
-    return context.hub.subscribe((check_channel(USER_PREFIX + user),), (None,), TEXT, patience=None)
+    return Wish((check_channel(USER_PREFIX + user),), (None,), TEXT, patience=None)
 
 
 def send(context: Context, user: str) -> HTTPResponse:

@@ -34,7 +34,7 @@ from typing import Protocol
 
 from comet.errors import Refusal
 from comet.history import Joined
-from comet.message import ChannelInfo, Message, Publication, Receipt, Sent, Since
+from comet.message import ChannelInfo, Message, Position, Publication, Receipt, Sent, Since
 
 Deliver = Callable[[Sequence[Message]], None]
 """Takes ordered messages to this process's clients. Must not block and must not raise."""
@@ -66,6 +66,10 @@ class Backplane(Protocol):
 
     def subscribe(self, channels: Sequence[str], since: Sequence[Since]) -> Sequence[Joined]:
         """Join each channel, after its `since`; one answer a channel, in order."""
+
+    def rejoin(self, channel: str, position: Position) -> bool:
+        """`subscribe` at once, if that needs no look: whoever stands at `position` has missed nothing on
+        this channel. False: nothing was done. Never blocks."""
 
     def unsubscribe(self, channels: Sequence[str]) -> None:
         """Undo one `subscribe` of these channels."""

@@ -4,6 +4,9 @@ Everything here is synchronous and switches no greenlet, which is what makes joi
 the answer of `subscribe` and its use nothing else can have run. Time comes from `clock`; `expire`
 is called about once a second by whoever owns the backplane.
 
+A channel that never had a message, with one subscriber or lingering, is only its epoch: an integer in
+the place of the log. Most channels of a million users are like that.
+
 Bounds, and how each is kept:
 
 - *count, a channel*: on every append the oldest go.
@@ -16,7 +19,7 @@ Bounds, and how each is kept:
 """
 
 import hashlib
-import secrets
+import random
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -25,7 +28,7 @@ from typing import Any, NamedTuple
 from comet.backplane import Deliver, Dropped
 from comet.errors import Refusal
 from comet.history import History, Joined
-from comet.message import ChannelInfo, Message, Publication, Receipt, Sent, Since
+from comet.message import ChannelInfo, Message, Position, Publication, Receipt, Sent, Since
 
 EPOCH_BITS = 48
 
@@ -70,12 +73,12 @@ class MemoryBackplane:
         self,
         bounds: Bounds | None = None,
         clock: Callable[[], float] = time.monotonic,
-        randbits: Callable[[int], int] = secrets.randbits,
+        randbits: Callable[[int], int] = random.Random().getrandbits,  # noqa: B008 - seeded by the kernel, once
     ) -> None:
         self._bounds = bounds or Bounds()
         self._clock = clock
         self._randbits = randbits
-        self._channels: dict[str, _Channel] = {}
+        self._channels: dict[str, _Channel | int] = {}
         self._warm: OrderedDict[str, _Channel] = OrderedDict()
         self._idle: OrderedDict[str, float] = OrderedDict()
         self._keys: OrderedDict[tuple[str, str], _Remembered] = OrderedDict()
@@ -125,7 +128,7 @@ class MemoryBackplane:
         messages: list[Message] = []
         delivered = 0
         for channel in channels:
-            log = self._channels.get(channel)
+            log = self._known(channel)
             if log is not None:
                 messages.append(self._append(channel, log, type, data, now))
                 delivered += log.subscribers
@@ -188,28 +191,50 @@ class MemoryBackplane:
         now = self._clock()
         answers = []
         for channel, start in zip(channels, since, strict=True):
+            if start is None and channel not in self._channels:
+                epoch = self._channels[channel] = self._randbits(EPOCH_BITS)
+                answers.append(Joined(Position(epoch, 0), (), False))
+                continue
             log = self._open(channel)
             log.subscribers += 1
             self._idle.pop(channel, None)
             answers.append(self._since(channel, log, start, None, now))
         return answers
 
+    def rejoin(self, channel: str, position: Position) -> bool:
+        log = self._channels.get(channel)
+        if log is None:
+            return False
+        if isinstance(log, int):
+            if position != (log, 0):
+                return False
+            if self._idle.pop(channel, None) is None:
+                self._open(channel).subscribers += 1
+            return True
+        if log.head != position.offset or log.epoch != position.epoch:
+            return False
+        if not log.subscribers:
+            del self._idle[channel]
+        log.subscribers += 1
+        return True
+
     def unsubscribe(self, channels: Sequence[str]) -> None:
-        now = self._clock()
         for channel in channels:
             log = self._channels[channel]
-            log.subscribers -= 1
-            if not log.subscribers:
-                self._rest(channel, now)
+            if not isinstance(log, int):
+                log.subscribers -= 1
+                if log.subscribers:
+                    continue
+            self._rest(channel, self._clock())
 
     # -- reading
 
     def read(self, channel: str, since: Since, limit: int | None = None) -> Joined | None:
-        log = self._channels.get(channel)
+        log = self._known(channel)
         return None if log is None else self._since(channel, log, since, limit, self._clock())
 
     def info(self, channel: str) -> ChannelInfo | None:
-        log = self._channels.get(channel)
+        log = self._known(channel)
         if log is None:
             return None
         self._trim(channel, log, self._clock())
@@ -255,11 +280,17 @@ class MemoryBackplane:
         while keys and next(iter(keys.values())).until <= now:
             keys.popitem(last=False)
 
+    def _known(self, channel: str) -> _Channel | None:
+        return self._open(channel) if channel in self._channels else None
+
     def _open(self, channel: str) -> _Channel:
+        """The channel's log, made now if it is new or was only an epoch."""
         log = self._channels.get(channel)
-        if log is None:
-            log = self._channels[channel] = _Channel(self._randbits(EPOCH_BITS))
-        return log
+        if isinstance(log, _Channel):
+            return log
+        opened = self._channels[channel] = _Channel(self._randbits(EPOCH_BITS) if log is None else log)
+        opened.subscribers = int(log is not None and channel not in self._idle)
+        return opened
 
     def _rest(self, channel: str, now: float) -> None:
         """Begin (again) the linger time of a channel that has no subscriber."""
@@ -270,7 +301,8 @@ class MemoryBackplane:
 
     def _forget(self, channel: str) -> None:
         log = self._channels.pop(channel)
-        self._bytes -= log.drop(len(log.entries or ()))
+        if isinstance(log, _Channel):
+            self._bytes -= log.drop(len(log.entries or ()))
         self._warm.pop(channel, None)
         self._idle.pop(channel, None)
 

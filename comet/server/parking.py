@@ -35,7 +35,8 @@ _EVENTS = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET  # EPOLLHUP and EP
 _GONE = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
 _READ = 1
 _BATCH = 512
-READ_SIZE = 65536
+REQUEST_SIZE = 4096
+"""Bytes read of a request to an idle connection: larger ones are read on in a greenlet."""
 
 SCAN_SECONDS = 0.05
 """Between two walks, each over a twentieth of the table: a deadline is kept to about a second."""
@@ -103,14 +104,16 @@ class Parking:
 
     def __init__(self, floor: Floor, idle_timeout: float, heartbeat: float, date: Callable[[], bytes]) -> None:
         self._floor = floor
-        self._idle_timeout = idle_timeout
-        self._heartbeat = heartbeat
+        self._idle_timeout = int(idle_timeout * 1000)
+        self._heartbeat = int(heartbeat * 1000)
         self._date = date
         self._owners: list[Sleeper | _Idle | None] = []
         self._networks: list[str] = []
         self._deadlines = array("q")  # milliseconds of time.monotonic
         self._buried: list[int] = []
         self._at = 0
+        self._now = int(time.monotonic() * 1000)
+        """As of the last walk: deadlines are coarse, and asking the time for each would cost more than them."""
         self._early: set[int] = set()
         self._draining = False
         self._epoll = epoll()
@@ -129,17 +132,17 @@ class Parking:
     def sleep(self, descriptor: int, network: str, subscriber: Sleeper, patience: float | None) -> None:
         """A subscriber with nothing waiting sleeps here from now on; it owns the descriptor."""
         subscriber.sleep(self, descriptor)
-        self._put(descriptor, subscriber, network, _after(patience))
+        self._put(descriptor, subscriber, network, self._after(patience))
 
     def idle(self, descriptor: int, network: str) -> None:
         """A kept-alive connection waits here for its next request."""
-        self._put(descriptor, IDLE, network, _after(self._idle_timeout))
+        self._put(descriptor, IDLE, network, self._now + self._idle_timeout)
 
     def again(self, descriptor: int, subscriber: Sleeper, patience: float | None) -> None:
-        """An idle connection sleeps again as `subscriber`."""
-        subscriber.sleep(self, descriptor)
+        """An idle connection sleeps again as `subscriber`, whose host this is."""
+        subscriber.descriptor = descriptor
         self._owners[descriptor] = subscriber
-        self._deadlines[descriptor] = _after(patience)
+        self._deadlines[descriptor] = self._after(patience)
 
     def _put(self, descriptor: int, owner: Sleeper | _Idle, network: str, deadline: int) -> None:
         owners = self._owners
@@ -204,8 +207,10 @@ class Parking:
 
     def _deliver_odd(self, subscriber: Sleeper, batch: Any) -> None:
         """To a subscriber of several channels, or one that knows some of the batch or misses some before."""
-        positions = subscriber.cursor.positions
-        epoch, offset = positions[batch.messages[0].channel]
+        if subscriber.places is None:
+            epoch, offset = subscriber.epoch, subscriber.offset
+        else:
+            epoch, offset = subscriber.places.positions[batch.messages[0].channel]
         if epoch == batch.epoch and batch.before <= offset:
             items = batch.messages[offset - batch.before :]
             if items:
@@ -239,7 +244,7 @@ class Parking:
     def _rest(self, descriptor: int) -> None:
         """An answer is over: what stays is a kept-alive connection, perhaps with a request that came early."""
         self._owners[descriptor] = IDLE
-        self._deadlines[descriptor] = _after(self._idle_timeout)
+        self._deadlines[descriptor] = self._now + self._idle_timeout
         if descriptor in self._early:  # its edge was told already and will not be told again
             self._early.discard(descriptor)
             self._loop.run_callback(self._look, descriptor)
@@ -303,7 +308,7 @@ class Parking:
     def _request(self, descriptor: int, event: int) -> None:
         """An idle connection sent something, or ended."""
         try:
-            data = os_read(descriptor, READ_SIZE)
+            data = os_read(descriptor, REQUEST_SIZE)
         except BlockingIOError:
             return
         except OSError:
@@ -316,20 +321,20 @@ class Parking:
 
     def _scan(self) -> None:
         deadlines, owners = self._deadlines, self._owners
-        now = int(time.monotonic() * 1000)
+        now = self._now = int(time.monotonic() * 1000)
         start = self._at
         stop = start + len(owners) // SCANS + 1
         self._at = stop if stop < len(owners) else 0
         for descriptor, deadline in enumerate(deadlines[start:stop], start):
             if deadline <= now and owners[descriptor] is not None:
-                self._due(descriptor)
+                self._due(descriptor, now)
 
-    def _due(self, descriptor: int) -> None:
+    def _due(self, descriptor: int, now: int) -> None:
         owner = self._owners[descriptor]
         if isinstance(owner, _Idle):
             self._close(descriptor, "idle")
         elif owner is not None:
-            self._deadlines[descriptor] = _after(self._heartbeat)
+            self._deadlines[descriptor] = now + self._heartbeat
             self._write(owner, owner.framing.wire(owner.encode([]), self._date()))
 
     # -- stopping
@@ -352,6 +357,5 @@ class Parking:
             watcher.close()
         self._epoll.close()
 
-
-def _after(seconds: float | None) -> int:
-    return NEVER if seconds is None else int((time.monotonic() + seconds) * 1000)
+    def _after(self, seconds: float | None) -> int:
+        return NEVER if seconds is None else self._now + int(seconds * 1000)

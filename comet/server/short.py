@@ -7,7 +7,8 @@ in the target, a body, an Origin, HTTP/1.0, anything new) takes the long way, wh
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from comet.errors import Refusal
 from comet.server.http import split_head
@@ -15,17 +16,39 @@ from comet.server.http import split_head
 MAX_BLOCKS = 1000
 MAX_BLOCK = 4096
 """Header blocks remembered, and the bytes of one."""
+MAX_WISHES = 2000
+"""Whole requests remembered."""
 
 _LINE = re.compile(rb"GET (/[A-Za-z0-9_.:@,/-]*)(?:\?([A-Za-z0-9_.:@,&=-]*))? HTTP/1\.1")
 
 
 class Shortcut:
-    """Remembers header blocks; one a server."""
+    """`wishes` makes a wish of path, query and Last-Event-ID, None where it can't, or raises Refusal; the
+    same must always give the same."""
 
-    def __init__(self) -> None:
+    def __init__(self, wishes: Callable[[str, Mapping[str, str], str | None], Any]) -> None:
+        self._make = wishes
         self._blocks: dict[bytes, str | None] = {}
+        self._wishes: dict[bytes, Any] = {}
 
-    def read(self, data: bytes) -> tuple[str, Mapping[str, str], str | None] | None:
+    def read(self, data: bytes) -> Any:
+        """The wish of exactly one whole plain GET; None for anything else, or what is refused: the long way
+        says why. A request that many send, such as a poll after the message all had, is read once."""
+        wish = self._wishes.get(data)
+        if wish is None:
+            asked = self.parse(data)
+            if asked is None:
+                return None
+            try:
+                wish = self._make(*asked)
+            except Refusal:
+                return None
+            if len(self._wishes) >= MAX_WISHES:
+                self._wishes.clear()
+            self._wishes[data] = wish
+        return wish
+
+    def parse(self, data: bytes) -> tuple[str, Mapping[str, str], str | None] | None:
         """Path, query and Last-Event-ID of exactly one whole plain GET; None for anything else."""
         line, _, block = data.partition(b"\r\n")
         if block not in self._blocks and not self._learn(data, block):

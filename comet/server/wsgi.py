@@ -17,20 +17,22 @@ import io
 import ipaddress
 import json
 import logging
+import os
 import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 from gevent.event import Event
 from gevent.pywsgi import WSGIHandler, WSGIServer, format_date_time
 from gevent.socket import socket as GeventSocket
 
 from comet.errors import Refusal
+from comet.server.crew import Crew
 from comet.server.http import ChunkedBody, Head, split_head
-from comet.server.parking import Parking, Sleeper
+from comet.server.parking import Parking, Sleeper, os_close, os_read, os_write
 from comet.server.short import Shortcut
 from comet.settings import Settings
 from comet.stats import Stats
@@ -40,6 +42,9 @@ LINGER_BYTES = 65536
 LINGER_SECONDS = 1.0
 MAX_REFUSING = 100
 """Connections that are being told at the same time that there is no room; more are just closed."""
+
+MAX_STARTING = 16
+"""Connections that are accepted before the first of them is served."""
 
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 _NO_BODY = io.BytesIO()
@@ -100,20 +105,30 @@ class RequestBody(io.RawIOBase):
             self._left -= len(self._pending)
 
 
+class Subscribers(Protocol):
+    """The hub, as far as the server knows it: what an application wishes becomes a subscriber."""
+
+    def subscribe(self, wish: Any) -> Any: ...
+    def resubscribe(self, wish: Any, bed: Any) -> Any: ...
+
+
 class Handler(WSGIHandler):
     """One connection while it is awake, in its greenlet: requests are read and answered one after the
     other, until it is closed or goes to sleep."""
 
     server: "CometServer"
-    socket: Any
+    descriptor: int
+    """The connection, -1 once it is given away or closed. A gevent socket is made for it only when
+    something has to wait: most requests are read and answered without."""
     status: bytes | None
     result: Any
     response_headers: list[tuple[bytes, bytes]]
     buffer: bytearray
     """Read from the socket and not used yet: the front of the next request."""
 
-    def __init__(self, sock: Any, server: "CometServer", network: str) -> None:
-        self.socket = sock
+    def __init__(self, descriptor: int, server: "CometServer", network: str) -> None:
+        self.descriptor = descriptor
+        self._waiting_socket: Any = None
         self.server = server
         self.network = network
         self.buffer = bytearray()
@@ -131,7 +146,7 @@ class Handler(WSGIHandler):
                 self._parked, self.headers_sent = parked, True
                 self._guard(self._go_on, rest)
                 self._release()
-            if self.socket is not None and not self.close_connection and self._serve(fresh):
+            if self.descriptor >= 0 and not self.close_connection and self._serve(fresh):
                 self._linger()
         except OSError:
             pass  # the peer is gone, and with it whoever could be told; what was open is counted where it ends
@@ -140,8 +155,8 @@ class Handler(WSGIHandler):
             log.exception("a connection failed")
         finally:
             self.server.awake.discard(self)
-            if self.socket is not None:
-                self.socket.close()
+            if self.descriptor >= 0:
+                self.close()
                 self.server.gone(self.network)
 
     def _serve(self, fresh: bool) -> bool:
@@ -162,26 +177,49 @@ class Handler(WSGIHandler):
             if isinstance(head, Head):
                 self._respond(head)
             else:
-                self._parked = head
-                self._guard(self._attend_shortly)
+                self._guard(self._attend_shortly, head)
                 self._release()
-            if self.socket is None:
+            if self.descriptor < 0:
                 return False
             if self.close_connection:
                 return bool(self.buffer) or not (self._body is None or self._body.finished)
 
     def _detach(self) -> int:
         """Give the descriptor away; the caller passes it to the parking."""
-        descriptor: int = self.socket.detach()
-        self.socket = None
+        descriptor, self.descriptor = self.descriptor, -1
+        if self._waiting_socket is not None:
+            self._waiting_socket.detach()  # never dropped: that would close the number under its next owner
+            self._waiting_socket = None
         return descriptor
 
-    def _read_head(self, fresh: bool) -> "Head | Sleeper | None":
-        """The next request's head, or its subscriber where the short way led there; None when the client
-        has none. Raises Refusal."""
+    def close(self) -> None:
+        """Close the connection, unlinked from the parking before."""
+        self.server.parking.take(self.descriptor)
+        if self._waiting_socket is not None:
+            self._waiting_socket.close()
+            self._waiting_socket = None
+        else:
+            os_close(self.descriptor)
+        self.descriptor = -1
+
+    @property
+    def socket(self) -> Any:
+        """A gevent socket of the descriptor, for what may have to wait."""
+        if self._waiting_socket is None:
+            self._waiting_socket = GeventSocket(self.server.family, socket.SOCK_STREAM, 0, fileno=self.descriptor)
+        return self._waiting_socket
+
+    def _read_head(self, fresh: bool) -> Any:
+        """The next request's `Head`, or its wish where the short way led there; None when the client has
+        none. Raises Refusal."""
         settings, buffer = self.server.settings, self.buffer
         deadline = time.monotonic() + (settings.header_timeout if fresh or buffer else settings.idle_timeout)
         look = bool(buffer)
+        if look and not fresh:
+            wish = self.server.shortcut.read(bytes(buffer))
+            if wish is not None:
+                buffer.clear()
+                return wish
         while True:
             if look or len(buffer) > settings.max_header:
                 head = split_head(buffer, settings.max_header)
@@ -201,9 +239,9 @@ class Handler(WSGIHandler):
             if not data or (not began and self.server.draining):
                 return None
             if not began:
-                subscriber = self.server.admit_shortly(data)
-                if subscriber is not None:
-                    return subscriber
+                wish = self.server.shortcut.read(data)
+                if wish is not None:
+                    return wish
                 if not fresh:
                     deadline = time.monotonic() + settings.header_timeout
             buffer += data
@@ -211,6 +249,10 @@ class Handler(WSGIHandler):
 
     def receive(self, timeout: float) -> bytes:
         """What the client sends next, b"" at its end. Raises TimeoutError after `timeout` seconds."""
+        try:
+            return os_read(self.descriptor, READ_SIZE)
+        except BlockingIOError:
+            pass
         if timeout <= 0:
             raise TimeoutError
         self.socket.settimeout(timeout)
@@ -219,8 +261,13 @@ class Handler(WSGIHandler):
 
     def send(self, data: bytes) -> None:
         """Raises TimeoutError when the client has not taken all of it within the send time-out."""
-        self.socket.settimeout(self.server.settings.send_timeout)
-        self.socket.sendall(data)
+        try:
+            sent = os_write(self.descriptor, data)
+        except BlockingIOError:
+            sent = 0
+        if sent < len(data):
+            self.socket.settimeout(self.server.settings.send_timeout)
+            self.socket.sendall(data[sent:])
 
     def _linger(self) -> None:
         """Let the client read the answer although it still sends: closing with unread bytes would reset
@@ -242,7 +289,7 @@ class Handler(WSGIHandler):
         except OSError:
             pass  # it has gone by itself
         finally:
-            self.socket.close()
+            self.close()
 
     def answer_refusal(self, refusal: Refusal) -> None:
         """Answer, outside of any application, why this connection is closed."""
@@ -309,8 +356,8 @@ class Handler(WSGIHandler):
 
     def _release(self) -> None:
         """The answer is over, or goes on without this greenlet: then the socket is gone."""
-        if self._parked is not None and self.socket is not None:
-            self.server.parking.take(self.socket.fileno())
+        if self._parked is not None and self.descriptor >= 0:
+            self.server.parking.take(self.descriptor)
             self._parked.close()
         self._parked = None
 
@@ -336,7 +383,7 @@ class Handler(WSGIHandler):
         """For a connection that ends with this answer: it never sleeps, and framing is pywsgi's."""
         parked = self._parked
         assert parked is not None
-        self.server.parking.watch(self.socket.fileno(), parked)
+        self.server.parking.watch(self.descriptor, parked)
         self.result = list(parked) if parked.one_shot else parked
         super().process_result()
 
@@ -350,12 +397,16 @@ class Handler(WSGIHandler):
             self.write(parked.framing.opening(parked.cursor))
         self._go_on(b"")
 
-    def _attend_shortly(self) -> None:
+    def _attend_shortly(self, wish: Any) -> None:
         """Answer a request that came the short way."""
         self.server.stats.requests += 1
+        try:
+            parked = self._parked = self.server.subscribe(wish)
+        except Refusal as refusal:
+            self.close_connection = True
+            self.answer_refusal(refusal)
+            return
         self.headers_sent = True
-        parked = self._parked
-        assert parked is not None
         self._go_on(b"" if parked.one_shot else parked.framing.start(parked.cursor, self.server.date()))
 
     def _go_on(self, rest: bytes) -> None:
@@ -375,7 +426,7 @@ class Handler(WSGIHandler):
                     server.parking.sleep(self._detach(), self.network, parked, awake.patience)
                     return
                 if not watched:
-                    server.parking.watch(self.socket.fileno(), parked)
+                    server.parking.watch(self.descriptor, parked)
                     watched = True
                 items = awake.take(awake.patience)
             if items is None:
@@ -439,16 +490,17 @@ class Handler(WSGIHandler):
 class CometServer(WSGIServer):
     """Accepts on a bound `listener` and serves a WSGI `application` (bottle's).
 
-    `admit` is the application's short way for a GET that waits: path, query and Last-Event-ID to a
-    subscriber; it may answer None or raise Refusal, and then the application is asked. `capacity` is
-    how many connections the server holds at most; the rest are told so and closed.
+    `wishes` is the application's short way for a GET that waits (see `Shortcut`), and `hub` answers a
+    wish with a subscriber. `capacity` is how many connections the server holds at most; the rest are
+    told so and closed.
     """
 
     def __init__(
         self,
         listener: socket.socket,
         application: Callable[..., Iterable[bytes]],
-        admit: Callable[[str, Mapping[str, str], str | None], Sleeper | None],
+        wishes: Callable[[str, Mapping[str, str], str | None], Any],
+        hub: Subscribers,
         settings: Settings,
         stats: Stats,
         capacity: int,
@@ -464,8 +516,10 @@ class CometServer(WSGIServer):
         """Connections that have a greenlet."""
         self.idle: set[Handler] = set()
         """Those of them that wait for a request to begin."""
-        self._admit = admit
-        self._shortcut = Shortcut()
+        self.shortcut = Shortcut(wishes)
+        self.subscribe = hub.subscribe
+        self._resubscribe = hub.resubscribe
+        self._crew = Crew()
         self._networks: Counter[str] = Counter()
         self._refusing = 0
         self._empty = Event()
@@ -480,17 +534,39 @@ class CometServer(WSGIServer):
 
     # -- admission
 
-    def handle(self, sock: Any, address: Any) -> None:
-        """Serve a new connection, in its greenlet, or say why not."""
+    def do_read(self) -> tuple[int, Any] | None:
+        """Accept, for pywsgi's loop: a bare descriptor, since most connections need no more."""
+        if self._crew.starting >= MAX_STARTING:
+            return None  # those first: the queue of the kernel is cheaper than one of greenlets
+        try:
+            descriptor, address = self.socket._accept()
+        except BlockingIOError:
+            return None
+        os.set_blocking(descriptor, False)
+        return descriptor, address
+
+    def do_handle(self, descriptor: int, address: Any) -> None:
+        """Serve a new connection in a greenlet of its own, or say why not."""
         network = _network(address)
         refusal = self._refusal(network)
+        handler = Handler(descriptor, self, network)
         if refusal is None:
             self._networks[network] += 1
             self.stats.accepted += 1
             self.stats.connections += 1
-            Handler(sock, self, network).handle(fresh=True)
+            self._crew.run(handler.handle, None, b"", True)
+        elif self._refusing < MAX_REFUSING:
+            self._refusing += 1
+            self._crew.run(self._turn_away, handler, refusal)
         else:
-            self._refuse(Handler(sock, self, network), refusal)
+            self.stats.refused[refusal.slug] += 1
+            handler.close()
+
+    def _turn_away(self, handler: Handler, refusal: Refusal) -> None:
+        try:
+            handler.turn_away(refusal)
+        finally:
+            self._refusing -= 1
 
     def _refusal(self, network: str) -> Refusal | None:
         if self.draining:
@@ -504,18 +580,6 @@ class CometServer(WSGIServer):
             return Refusal("address-full", f"{network} has {most} connections open; close some (--max-per-address is the limit).")
         return None
 
-    def _refuse(self, handler: Handler, refusal: Refusal) -> None:
-        """Tell a connection why it is not let in, where there is the time to let it listen."""
-        if self._refusing >= MAX_REFUSING:
-            self.stats.refused[refusal.slug] += 1
-            handler.socket.close()
-            return
-        self._refusing += 1
-        try:
-            handler.turn_away(refusal)
-        finally:
-            self._refusing -= 1
-
     def gone(self, network: str) -> None:
         """A connection that was let in has been closed."""
         self._networks[network] -= 1
@@ -527,40 +591,26 @@ class CometServer(WSGIServer):
 
     # -- between sleep and greenlet
 
-    def admit_shortly(self, data: bytes) -> Sleeper | None:
-        """The subscriber of a request that can go the short way; None where it can't, or is refused: the
-        long way says why."""
-        asked = self._shortcut.read(data)
-        if asked is None:
-            return None
-        try:
-            return self._admit(*asked)
-        except Refusal:
-            return None
-
     def again(self, descriptor: int, data: bytes) -> bool:
         """See `Floor`."""
-        subscriber = self.admit_shortly(data)
+        wish = self.shortcut.read(data)
+        if wish is None or not wish.framing.one_shot or wish.patience == 0:
+            return False
+        subscriber = self._resubscribe(wish, self.parking)
         if subscriber is None:
             return False
         self.stats.requests += 1
-        rest = b"" if subscriber.one_shot else subscriber.framing.start(subscriber.cursor, self.date())
-        awake = subscriber.awake
-        if not rest and awake.quiet and awake.patience != 0:
-            self.parking.again(descriptor, subscriber, awake.patience)
-        else:
-            self.resume(descriptor, self.parking.take(descriptor), subscriber, rest)
+        self.parking.again(descriptor, subscriber, wish.patience)
         return True
 
     def resume(self, descriptor: int, network: str, subscriber: Sleeper | None, data: bytes) -> None:
         """See `Floor`."""
-        sock = GeventSocket(self.family, socket.SOCK_STREAM, 0, fileno=descriptor)
-        handler = Handler(sock, self, network)
+        handler = Handler(descriptor, self, network)
         if subscriber is None:
             handler.buffer += data
-            self._spawn(handler.handle)
+            self._crew.run(handler.handle)
         else:
-            self._spawn(handler.handle, subscriber, data)
+            self._crew.run(handler.handle, subscriber, data)
 
     # -- stopping
 
@@ -568,9 +618,7 @@ class CometServer(WSGIServer):
         """Take no more connections, and close each as soon as its answer is out; those that wait for a
         request have nothing to finish."""
         self.draining = True
-        spawn = self._spawn
         self.close()
-        self._spawn: Callable[..., Any] = spawn  # sleepers may still have to be woken
         for handler in list(self.idle):
             _shut(handler)
         self.parking.drain()
