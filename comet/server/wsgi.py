@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
+import gevent
 from gevent.event import Event
 from gevent.pywsgi import WSGIHandler, WSGIServer
 
@@ -30,7 +31,7 @@ from comet.server.parking import Hangups
 from comet.settings import Settings
 from comet.stats import Stats
 
-READ_SIZE = 65536
+READ_SIZE = 16384
 LINGER_BYTES = 65536
 LINGER_SECONDS = 1.0
 MAX_REFUSING = 100
@@ -95,6 +96,8 @@ class RequestBody(io.RawIOBase):
                 data = handler.receive(self._deadline - time.monotonic())
             except TimeoutError:
                 raise Refusal("body-timeout", "The body did not arrive in time; send it faster, or in parts.") from None
+            except OSError:  # reset, or cut off by us: nobody is left to read the answer
+                data = b""
             if not data:
                 raise Refusal("bad-body", "The connection ended in the middle of the body.")
             buffer += data
@@ -127,18 +130,16 @@ class Handler(WSGIHandler):
 
     def handle(self) -> None:
         """Serve this connection to its end. Lets no exception out: pywsgi would stop accepting."""
-        linger = False
         try:
             refusal = self.server.enter(self)
             if refusal is None:
                 try:
-                    linger = self._serve()
+                    if self._serve():
+                        self._linger()  # still counted: who lingers holds a descriptor
                 finally:
                     self.server.leave(self)
             else:
-                linger = self.server.refuse_entry(self, refusal)
-            if linger:
-                self._linger()
+                self.server.refuse_entry(self, refusal)
         except OSError:
             pass  # the peer is gone, and with it whoever could be told; what was open is counted where it ends
         except Exception:
@@ -160,6 +161,8 @@ class Handler(WSGIHandler):
                 return False
             fresh = False
             self._respond(head)
+            if not self.close_connection and self.buffer:
+                gevent.sleep(1e-9)  # who pipelines takes turns with the others
             if self.close_connection:
                 return bool(self.buffer) or not (self._body is None or self._body.finished)
 
@@ -168,6 +171,7 @@ class Handler(WSGIHandler):
         settings, buffer = self.server.settings, self.buffer
         deadline = time.monotonic() + (settings.header_timeout if fresh or buffer else settings.idle_timeout)
         look = bool(buffer)
+        idle = not fresh and not buffer
         while True:
             if look or len(buffer) > settings.max_header:
                 head = split_head(buffer, settings.max_header)
@@ -186,7 +190,8 @@ class Handler(WSGIHandler):
                 self.server.idle.discard(self)
             if not data or (not began and self.server.draining):
                 return None
-            if not began and not fresh:
+            if idle:  # once: empty lines must not begin it again
+                idle = False
                 deadline = time.monotonic() + settings.header_timeout
             buffer += data
             look = b"\n" in data
@@ -195,13 +200,23 @@ class Handler(WSGIHandler):
         """What the client sends next, b"" at its end. Raises TimeoutError after `timeout` seconds."""
         if timeout <= 0:
             raise TimeoutError
+        gevent.sleep(1e-9)  # recv does not yield while there is data: a flood would stop everyone else
         self.socket.settimeout(timeout)
         return self.socket.recv(READ_SIZE)
 
     def send(self, data: bytes) -> None:
-        """Raises TimeoutError when the client has not taken all of it within the send time-out."""
+        """Raises TimeoutError when the client has taken nothing for the send time-out."""
         self.socket.settimeout(self.server.settings.send_timeout)
-        self.socket.sendall(data)
+        view = memoryview(data)
+        try:
+            while view:
+                view = view[self.socket.send(view) :]
+        except TimeoutError:
+            self._abandon("backlog-time")  # before the result is closed, which counts the reason
+            raise
+        except OSError:
+            self._abandon("lost")
+            raise
 
     def _linger(self) -> None:
         """Let the client read the answer although it still sends: closing with unread bytes would reset
@@ -252,13 +267,15 @@ class Handler(WSGIHandler):
             self._abandon("lost")
         except Exception:
             self.server.stats.errors += 1
-            log.exception("%s %s failed", head.method, head.path)
+            log.exception("%s %r failed", head.method, head.path)
             self._abandon("lost")
             if not self.headers_sent:
                 self.answer_refusal(Refusal("internal", "The server failed at this request; its log says how."))
         finally:
             self.server.hangups.remove(self.socket.fileno())
             if self._parked is not None:
+                if not self._parked.one_shot:
+                    self.close_connection = True  # its client may have stopped reading
                 self._parked.close()
                 self._parked = None
             self.environ = {}  # the old one holds `park`, which holds this handler: break the cycle
@@ -390,18 +407,17 @@ class CometServer(WSGIServer):
         if not self._open:
             self._empty.set()
 
-    def refuse_entry(self, handler: Handler, refusal: Refusal) -> bool:
-        """Tell a connection why it is not let in, and whether there is the time to let it listen."""
+    def refuse_entry(self, handler: Handler, refusal: Refusal) -> None:
+        """Tell a connection why it is not let in, unless too many are being told already."""
         if self._refusing >= MAX_REFUSING:
             self.stats.refused[refusal.slug] += 1
-            return False
+            return
         self._refusing += 1
         try:
             handler.answer_refusal(refusal)
             handler._linger()
         finally:
             self._refusing -= 1
-        return False
 
     # -- stopping
 
