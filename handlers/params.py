@@ -19,6 +19,7 @@ from comet.settings import Settings
 from comet.stats import Stats
 from comet.subscriber import Subscriber
 
+_NUMBER = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?", re.ASCII)
 _KEY = re.compile(r"[!-~]{1,200}")
 
 NO_STORE = {"Cache-Control": "no-store"}
@@ -88,10 +89,7 @@ def number(asked: Asked, name: str, default: float, most: float) -> float:
     text = asked.query.get(name)
     if text is None:
         return default
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
+    value = float(text) if _NUMBER.fullmatch(text) else -1.0
     if not 0 <= value <= most:
         raise Refusal("bad-parameter", f"?{name}= is a number from 0 to {most:g}.")
     return value
@@ -103,7 +101,9 @@ def body(most: int) -> bytes:
     too_large = Refusal("body-too-large", f"A body here has at most {most} bytes; send less, or in parts.")
     if request.content_length > most:
         raise too_large
-    data: bytes = request.environ["wsgi.input"].read(most + 1)
+    # a server may leave the end of the input to us (PEP 3333): then a body has a length
+    size = most + 1 if request.environ.get("wsgi.input_terminated") else max(0, request.content_length)
+    data: bytes = request.environ["wsgi.input"].read(size)
     if len(data) > most:
         raise too_large
     return data

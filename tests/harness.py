@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -227,11 +227,14 @@ class Events(Client):
 class Server:
     """`python app.py` on a free port, until the block ends. `log` is its standard error, a file."""
 
+    program: Sequence[str] = ("app.py",)
+    """What Python runs."""
+
     def __init__(self, log: Path, *flags: str, **environment: str) -> None:
         self.log = log
         with log.open("wb") as errors:
             self.process = green.Popen(
-                [sys.executable, "app.py", "--port", "0", *flags],
+                [sys.executable, *self.program, "--port", "0", *flags],
                 cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, env={**os.environ, **environment},
             )  # fmt: skip
         line = self.process.stdout.readline().decode()
@@ -286,6 +289,10 @@ class Server:
     def descriptors(self) -> int:
         """How many files the server has open."""
         return len(os.listdir(f"/proc/{self.process.pid}/fd"))
+
+    def memory(self) -> int:
+        """The bytes of memory it holds (resident)."""
+        return int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
     def clients(self) -> int:
         """How many subscribers it counts."""

@@ -6,10 +6,9 @@ from collections.abc import Callable
 
 import pytest
 
-from comet.backplane import ChannelInfo, Receipt
-from comet.backplane.memory import EPOCH_BITS, Bounds, MemoryBackplane
+from comet.backplane.memory import EPOCH_BITS, Bounds, MemoryBackplane, _Channel
 from comet.errors import Refusal
-from comet.message import OLDEST, Message, Position, Publication, Since
+from comet.message import OLDEST, ChannelInfo, Message, Position, Publication, Receipt, Since
 from tests.contracts.suite import Clock
 
 BOUNDS = Bounds(history_size=5, history_age=30.0, history_bytes=9000, linger=10.0, max_idle=4, key_age=20.0, max_keys=6)
@@ -18,7 +17,8 @@ CHANNELS = "abcdefgh"
 
 def assert_sound(backplane: MemoryBackplane, bounds: Bounds) -> None:
     """The invariants that the module's docstring rests on."""
-    channels, warm, idle, keys = backplane._channels, backplane._warm, backplane._idle, backplane._keys
+    warm, idle, keys = backplane._warm, backplane._idle, backplane._keys
+    channels = logs(backplane)
     assert {name for name, log in channels.items() if log.entries is not None} == set(warm)
     assert all(channels[name] is log and log.entries for name, log in warm.items())
     assert {name for name, log in channels.items() if not log.subscribers} == set(idle)
@@ -30,6 +30,18 @@ def assert_sound(backplane: MemoryBackplane, bounds: Bounds) -> None:
     assert all(len(entries) <= bounds.history_size for entries in kept)
     assert len(idle) <= bounds.max_idle
     assert len(keys) <= bounds.max_keys
+
+
+def logs(backplane: MemoryBackplane) -> dict[str, _Channel]:
+    """Its logs; one that is only an epoch stands for an empty one, lingering or with one subscriber."""
+    made: dict[str, _Channel] = {}
+    for name, log in backplane._channels.items():
+        if isinstance(log, int):
+            made[name] = _Channel(log)
+            made[name].subscribers = int(name not in backplane._idle)
+        else:
+            made[name] = log
+    return made
 
 
 class Model:
@@ -72,7 +84,7 @@ class Run:
         self.dropped: list[str] = []
         self.held: list[list[str]] = []
         self.answered: dict[tuple[str, str], tuple[bytes, Receipt, float]] = {}
-        self.conflicts = self.repeats = self.gaps = 0
+        self.conflicts = self.repeats = self.gaps = self.rejoined = 0
         self.backplane.attach(self.delivered.extend, lambda channel, _: self.dropped.append(channel))
 
     def some(self) -> list[str]:
@@ -145,7 +157,7 @@ class Run:
         elif since is None:
             assert (position.offset, gap) == (len(log), False)
         if gap or since == OLDEST:
-            assert len(messages) == len(self.backplane._channels[channel].entries or ())
+            assert len(messages) == len(logs(self.backplane)[channel].entries or ())
         assert all(message.time >= self.clock.now - BOUNDS.history_age for message in messages)
         self.gaps += gap
 
@@ -160,6 +172,21 @@ class Run:
             self.model.epochs.setdefault(channel, answer.position.epoch)
             self.compare(channel, start, answer)
         self.held.append(channels)
+
+    def rejoin(self) -> None:
+        channel = self.rng.choice(CHANNELS)
+        log = self.model.logs.get(channel, [])
+        epoch = self.model.epochs.get(channel, 7)
+        since = Position(epoch ^ (self.rng.random() < 0.2), max(0, len(log) - (self.rng.random() < 0.2)))
+        known = channel in self.model.logs
+        joined = self.backplane.rejoin(channel, since)
+        assert joined == (known and since == logs(self.backplane)[channel].position)
+        assert not joined or since.offset == len(log)
+        if joined:
+            self.model.subscribers[channel] += 1
+            self.model.idle.pop(channel, None)
+            self.held.append([channel])
+            self.rejoined += 1
 
     def unsubscribe(self) -> None:
         if self.held:
@@ -206,7 +233,7 @@ class Run:
 
     def step(self) -> None:
         work: list[Callable[[], None]] = [
-            self.publish, self.publish, self.publish, self.repeat, self.send, self.subscribe, self.unsubscribe,
+            self.publish, self.publish, self.publish, self.repeat, self.send, self.subscribe, self.rejoin, self.unsubscribe,
             self.read, self.info, self.delete, self.wait,
         ]  # fmt: skip
         self.rng.choice(work)()
@@ -220,7 +247,7 @@ def test_thousands_of_operations_agree_with_a_naive_model_and_leave_nothing_behi
     run = Run(seed)
     for _ in range(4000):
         run.step()
-    assert min(run.conflicts, run.repeats, run.gaps) > 20, "the sequence met too little"
+    assert min(run.conflicts, run.repeats, run.gaps, run.rejoined) > 20, "the sequence met too little"
     while run.held:
         run.unsubscribe()
     run.clock.now += 1000

@@ -15,7 +15,7 @@ from comet.history import Joined
 from comet.hub import Hub
 from comet.message import Gap, Message, Position, Publication, Since
 from comet.stats import Stats
-from comet.subscriber import Subscriber
+from comet.subscriber import Subscriber, Wish
 from tests.harness import wait_until
 
 
@@ -59,13 +59,21 @@ class World:
     def __init__(self, backlog: int = 1 << 20) -> None:
         self.backplane = Backplane()
         self.stats = Stats()
-        self.hub = Hub(self.backplane, self.stats, backlog)
+        self.swept: list[Callable[[], None]] = []
+        """Sweeps that are to go on; a loop would run them."""
+        self.hub = Hub(self.backplane, self.stats, backlog, self.swept.append)
 
     def join(self, *channels: str, since: Since = None, framing: Framing = LINES) -> Subscriber:
-        return self.hub.subscribe(channels, [since] * len(channels), framing, None)
+        return self.hub.subscribe(Wish(channels, [since] * len(channels), framing, None))
+
+    def sweep(self) -> None:
+        """Run what the hub has scheduled, until there is nothing more."""
+        while self.swept:
+            self.swept.pop(0)()
 
     def publish(self, channel: str, *bodies: str) -> None:
         self.hub.publish([Publication(channel, body.encode()) for body in bodies])
+        self.sweep()
 
     def subscribers(self, channel: str) -> int | None:
         info = self.hub.info(channel)
@@ -92,9 +100,14 @@ def crashes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     assert not caught
 
 
+def reason(subscriber: Subscriber) -> str | None:
+    """What it is to end for, while somebody still takes."""
+    return subscriber.awake.reason
+
+
 def taken(subscriber: Subscriber) -> list[str]:
     """What waits: a body a message, GAP for a gap."""
-    items = subscriber.take(0)
+    items = subscriber.awake.take(0)
     assert items is not None
     return ["GAP" if isinstance(item, Gap) else item.data.decode() for item in items]
 
@@ -106,7 +119,7 @@ def test_a_published_message_reaches_each_of_the_channels_subscribers_here(world
     first, second, other = world.join("a"), world.join("b", "a"), world.join("b")
     world.publish("a", "1", "2")
     assert [taken(first), taken(second)] == [["1", "2"], ["1", "2"]]
-    assert other.take(0) == []
+    assert other.awake.take(0) == []
     assert (world.stats.offered, world.stats.published) == (4, 2)
     assert world.subscribers("a") == world.subscribers("b") == 2
 
@@ -127,7 +140,7 @@ def test_who_left_gets_nothing_more(world: World) -> None:
     first, second = world.join("a"), world.join("a")
     first.close()
     world.publish("a", "1")
-    assert (first.take(0), taken(second)) == ([], ["1"])
+    assert (first.ended, taken(second)) == (True, ["1"])
 
 
 def test_a_backplane_that_fails_to_join_leaves_nothing_behind(world: World) -> None:
@@ -165,7 +178,7 @@ def test_a_delete_ends_the_channels_subscribers_and_no_others(world: World) -> N
     both, one, other = world.join("a", "b"), world.join("a"), world.join("b")
     world.publish("b", "1")
     world.hub.delete("a")
-    assert [subscriber.reason for subscriber in (both, one, other)] == ["deleted", "deleted", None]
+    assert [reason(subscriber) for subscriber in (both, one, other)] == ["deleted", "deleted", None]
     assert taken(both) == ["1"]
     again = world.join("a")  # comes back before the others have left
     both.close()
@@ -199,7 +212,7 @@ def test_a_delete_that_overtakes_a_join_leaves_no_count_behind(world: World) -> 
 def test_a_delete_right_behind_a_join_ends_it(world: World) -> None:
     world.backplane.after = lambda: world.hub.delete("a") and None
     subscriber = world.join("a", "b")
-    assert subscriber.reason == "deleted"
+    assert reason(subscriber) == "deleted"
     subscriber.close()
     world.assert_empty("a", "b")
 
@@ -256,9 +269,10 @@ def test_what_is_lost_and_no_longer_kept_is_told_once(world: World, crashes: lis
 def test_a_new_epoch_seen_in_a_delivery_is_one_gap_and_all_it_keeps(world: World, crashes: list[Any]) -> None:
     subscriber = world.join("a")
     world.publish("a", "1")
-    world.backplane._channels["a"].epoch += 1  # as a router that was restarted
-    world.backplane._channels["a"].head = 0
-    world.backplane._channels["a"].entries = None
+    log = world.backplane._open("a")
+    log.epoch += 1  # as a router that was restarted
+    log.head = 0
+    log.entries = None
     world.publish("a", "2")
     world.publish("a", "3")
     wait_until(lambda: world.backplane.reads)
@@ -282,7 +296,7 @@ def test_a_channel_deleted_while_history_is_read_harms_nothing(world: World, cra
     world.publish("a", "2")  # the reading has been asked for, and comes too late
     world.hub.delete("a")
     wait_until(lambda: world.backplane.reads)
-    assert subscriber.take(None) is None
+    assert subscriber.awake.take(None) is None
     subscriber.close()
     world.assert_empty("a")
 
@@ -300,7 +314,7 @@ def test_history_that_cannot_be_read_does_not_leave_a_subscriber_deaf(world: Wor
     crashes.clear()  # that it is reported is right
     world.publish("a", "3")
     gevent.sleep(0)
-    assert subscriber.reason is not None or taken(subscriber) == ["1", "2", "3"]
+    assert reason(subscriber) is not None or taken(subscriber) == ["1", "2", "3"]
 
 
 # -- many, and the end
@@ -312,11 +326,11 @@ def test_a_slow_client_is_closed_and_the_others_and_the_publisher_go_on() -> Non
     for number in range(20):
         world.publish("a", str(number))
         assert taken(quick) == [str(number)]
-    assert (slow.reason, quick.reason) == ("backlog-bytes", None)
+    assert (reason(slow), reason(quick)) == ("backlog-bytes", None)
     slow.close()
     assert world.subscribers("a") == 1
     assert world.stats.closed == {"backlog-bytes": 1}
-    back = world.hub.subscribe(["a"], [slow.cursor.positions["a"]], LINES, None)
+    back = world.hub.subscribe(Wish(["a"], [slow.cursor.positions["a"]], LINES, None))
     assert taken(back) == [str(number) for number in range(20)]
 
 
@@ -336,7 +350,7 @@ def test_draining_ends_all_and_refuses_the_next(world: World) -> None:
 def test_a_drain_in_the_middle_of_a_join_ends_it(world: World) -> None:
     world.backplane.after = world.hub.drain
     subscriber = world.join("a")
-    assert subscriber.reason == "shutdown"
+    assert reason(subscriber) == "shutdown"
     subscriber.close()
     world.assert_empty("a")
 
@@ -349,7 +363,7 @@ def test_joining_and_leaving_during_a_delivery_disturbs_nobody(world: World) -> 
     def poller(number: int) -> None:
         since: Since = Position(epoch, 0)
         while len(got[number]) < total:
-            subscriber = world.hub.subscribe(["a"], [since], POLL, None)
+            subscriber = world.hub.subscribe(Wish(["a"], [since], POLL, None))
             (answer,) = subscriber
             document = json.loads(answer)
             assert not document["gap"]

@@ -10,10 +10,12 @@ from tests.harness import ROOT
 
 SPOKEN = {"comet.errors", "comet.message"}
 SERVER = {"comet.errors", "comet.settings", "comet.stats", "comet.kernel", "comet.server"}
+HUB = {*SPOKEN, "comet.backplane", "comet.fanout", "comet.framing", "comet.history", "comet.stats", "comet.subscriber"}
 HANDLER = {
-    "comet.hub", "comet.message", "comet.framing", "comet.history", "comet.stats", "comet.settings", "comet.errors",
-    "comet.backplane", "handlers.params",
+    "comet.hub", "comet.message", "comet.framing", "comet.subscriber", "comet.stats", "comet.settings", "comet.errors",
+    "handlers.params",
 }  # fmt: skip
+"""A handler speaks to the hub; it knows neither the backplane nor the server."""
 
 ALLOWED: dict[str, set[str]] = {
     # the leaves
@@ -28,14 +30,17 @@ ALLOWED: dict[str, set[str]] = {
     # the way of a message
     "comet.framing": {"comet.message"},
     "comet.history": {"comet.message"},
-    "comet.subscriber": {*SPOKEN, "comet.framing", "comet.history"},
-    "comet.hub": {*SPOKEN, "comet.backplane", "comet.framing", "comet.history", "comet.stats", "comet.subscriber"},
+    "comet.subscriber": {"comet.message", "comet.framing", "comet.history"},
+    "comet.fanout": {"comet.message", "comet.framing"},
+    "comet.hub": HUB,
     "comet.backplane": {*SPOKEN, "comet.history"},
     "comet.backplane.memory": {*SPOKEN, "comet.history", "comet.backplane"},
     # the server, which knows a subscriber only by its small interface
     "comet.server": set(),
+    "comet.server.crew": SERVER,
     "comet.server.http": SERVER,
     "comet.server.parking": SERVER,
+    "comet.server.short": SERVER,
     "comet.server.wsgi": SERVER,
     # the endpoints: none knows another
     "handlers": {*HANDLER, "handlers"},

@@ -20,7 +20,7 @@ def flag(name: str) -> str:
 def other(field: Field) -> tuple[str, Any]:
     """A value that is not the default, as text and as itself."""
     if isinstance(field.default, bool):
-        return "1", True
+        return ("off", False) if field.default else ("on", True)
     if isinstance(field.default, str):
         return "text%s%%", "text%s%%"  # a per cent sign must not trip argparse
     least = max(1, field.metadata["least"])
@@ -36,21 +36,27 @@ def test_without_flags_and_variables_all_is_default() -> None:
 def test_each_field_is_a_flag_and_a_variable_and_the_flag_wins(field: Field) -> None:
     text, value = other(field)
     changed = dataclasses.replace(Settings(), **{field.name: value})
-    arguments = [flag(field.name)] if isinstance(field.default, bool) else [flag(field.name), text]
+    arguments = [flag(field.name), text]
     variable = "COMET_" + field.name.upper()
     assert parse(arguments, {}) == changed != Settings()
     assert parse([], {variable: text, "COMET": "x", field.name: "x"}) == changed
     assert type(getattr(parse([], {variable: text}), field.name)) is type(field.default)
-    against = "0" if isinstance(field.default, bool) else str(field.default)
+    against = str(field.default)
     assert parse(arguments, {variable: against}) == changed
 
 
 @pytest.mark.parametrize(
-    ("text", "value"), [("1", True), ("true", True), ("YES", True), ("0", False), ("no", False), ("False", False), ("", False)]
+    ("text", "value"),
+    [("1", True), ("on", True), ("true", True), ("YES", True), ("0", False), ("OFF", False), ("no", False), ("False", False), ("", False)],
 )
 def test_a_switch_may_be_said_in_words(text: str, value: bool) -> None:
     assert parse([], {"COMET_OPEN": text}).open is value
-    assert parse(["--no-open"], {"COMET_OPEN": text}).open is False
+    assert parse(["--open", text], {"COMET_OPEN": "on" if not value else "off"}).open is value
+
+
+def test_a_switch_alone_is_on() -> None:
+    assert parse(["--open"], {"COMET_OPEN": "off"}).open is True
+    assert parse(["--hibernate", "--port", "1"], {"COMET_HIBERNATE": "off"}).hibernate is True
 
 
 BAD = [
@@ -80,11 +86,12 @@ def test_a_bad_flag_ends_with_status_2(arguments: list[str], capsys: pytest.Capt
     assert "app.py: error: " in capsys.readouterr().err
 
 
-def test_a_bad_switch_ends_with_status_2_and_names_its_variable(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        parse([], {"COMET_OPEN": "maybe"})
-    assert ended.value.code == 2
-    assert "COMET_OPEN" in capsys.readouterr().err
+def test_a_bad_switch_ends_with_status_2_and_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, environ in ((["--open=maybe"], {}), ([], {"COMET_OPEN": "maybe"})):
+        with pytest.raises(SystemExit) as ended:
+            parse(arguments, environ)
+        assert ended.value.code == 2
+        assert "--open: 'maybe' is not on or off" in capsys.readouterr().err
 
 
 def helped(environ: dict[str, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> str:

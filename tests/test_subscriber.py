@@ -1,4 +1,4 @@
-"""One client's queue: joining, holding, skipping, its backlog, and the greenlet that takes."""
+"""One client, awake: joining, holding, skipping, its backlog, and the greenlet that takes; and asleep: who hosts it."""
 
 import json
 from collections.abc import Iterator
@@ -6,10 +6,10 @@ from collections.abc import Iterator
 import gevent
 import pytest
 
-from comet.framing import LINES, POLL, PORTION, TEXT, Framing, ServerSentEvents
+from comet.framing import LINES, POLL, PORTION, TEXT, Batch, Framing, ServerSentEvents
 from comet.history import History, Joined
 from comet.message import MESSAGE_COST, Gap, Item, Message, Position
-from comet.subscriber import Subscriber
+from comet.subscriber import Awake, Subscriber
 from tests.harness import TIMEOUT, wait_until
 
 EPOCH = 5
@@ -17,13 +17,32 @@ NOW = Position(EPOCH, 0)
 
 
 class Client:
-    """A subscriber and what it asked of its hub."""
+    """A subscriber, and the home that it asks."""
 
     def __init__(self, *channels: str, framing: Framing = LINES, patience: float | None = None, backlog: int = 1 << 20) -> None:
         self.resyncs: list[Subscriber] = []
-        self.closes: list[Subscriber] = []
-        self.subscriber = Subscriber(channels or ("a",), framing, patience, backlog, self.closes.append, self.resyncs.append)
-        self.join, self.offer = self.subscriber.join, self.subscriber.offer
+        self.closes: list[tuple[Subscriber, str]] = []
+        self.backlog = backlog
+        self.subscriber = Subscriber(channels or ("a",), framing, self, Awake(patience, {}))
+        self.join = self.subscriber.join
+
+    def leave(self, subscriber: Subscriber, reason: str) -> None:
+        self.closes.append((subscriber, reason))
+
+    def resync(self, subscriber: Subscriber) -> None:
+        self.resyncs.append(subscriber)
+
+    def offer(self, *messages: Message) -> None:
+        """What the hub delivers."""
+        self.subscriber.deliver(Batch(messages))
+
+    @property
+    def reason(self) -> str | None:
+        """Why it is to end, while somebody still takes."""
+        return self.subscriber.awake.reason
+
+    def take(self, timeout: float | None) -> list[Item] | None:
+        return self.subscriber.awake.take(timeout)
 
     def join_now(self) -> "Client":
         self.join([Joined(NOW, [], False)] * len(self.subscriber.channels))
@@ -31,7 +50,7 @@ class Client:
 
     def taken(self) -> list[str]:
         """What waits: a body a message, GAP@offset."""
-        items = self.subscriber.take(0)
+        items = self.take(0)
         assert items is not None
         return [f"GAP@{','.join(map(str, item.positions))}" if isinstance(item, Gap) else item.data.decode() for item in items]
 
@@ -70,7 +89,7 @@ def test_live_messages_that_the_replay_has_too_come_once() -> None:
 def test_nothing_can_be_taken_before_the_replay_is_there() -> None:
     client, messages = Client(), log(2)
     client.offer(messages[1])
-    assert client.subscriber.take(0) == []
+    assert client.take(0) == []
     client.join([Joined(NOW, messages[:1], False)])
     assert client.taken() == ["1", "2"]
 
@@ -81,7 +100,7 @@ def test_a_known_message_is_dropped() -> None:
         client.offer(messages[index])
     assert client.taken() == ["1", "2", "3"]
     client.offer(messages[1])
-    assert client.subscriber.take(0) == []
+    assert client.take(0) == []
 
 
 def test_several_channels_are_held_and_replayed_each_by_its_own_position() -> None:
@@ -92,7 +111,7 @@ def test_several_channels_are_held_and_replayed_each_by_its_own_position() -> No
     client.join([Joined(NOW, a[:2], False), Joined(Position(9, 1), [b[1]], False)])
     client.offer(a[2])
     assert client.taken() == ["1", "2", "2", "3", "3"]
-    assert client.subscriber.offered == [Position(EPOCH, 3), Position(9, 3)]
+    assert client.subscriber.awake.offered == {"a": Position(EPOCH, 3), "b": Position(9, 3)}
 
 
 # -- skips
@@ -103,7 +122,7 @@ def test_after_a_skip_the_rest_is_held_until_history_was_read() -> None:
     for index in (0, 3, 4):  # 2 and 3 were lost on the way
         client.offer(messages[index])
     assert client.resyncs == [client.subscriber]
-    assert client.subscriber.offered == [Position(EPOCH, 1)]
+    assert client.subscriber.awake.offered == {"a": Position(EPOCH, 1)}
     assert client.taken() == ["1"]
     client.join([Joined(Position(EPOCH, 1), messages[1:4], False)])
     client.offer(messages[5])
@@ -134,7 +153,7 @@ def test_another_epoch_is_told_as_exactly_one_gap() -> None:
 def test_a_gap_on_one_of_several_channels_keeps_the_place_on_the_others() -> None:
     client = Client("a", "b")
     client.join([Joined(NOW, log(1), False), Joined(Position(9, 4), [], True)])
-    items = client.subscriber.take(0)
+    items = client.take(0)
     assert items is not None
     assert items[0] == Gap([NOW, Position(9, 4)])
     client.subscriber.encode(items)
@@ -154,11 +173,11 @@ def test_a_client_that_takes_nothing_is_closed_when_its_backlog_is_full() -> Non
     client, messages = Client(backlog=3 * (MESSAGE_COST + 3)).join_now(), log(5)
     for message in messages[:3]:
         client.offer(message)
-    assert client.subscriber.reason is None
+    assert client.reason is None
     client.offer(messages[3])
-    assert client.subscriber.reason == "backlog-bytes"
+    assert client.reason == "backlog-bytes"
     client.offer(messages[4])
-    assert client.subscriber.take(0) is None
+    assert client.take(0) is None
     assert str(client.subscriber.cursor) == "5-0"  # it resumes where it stood
 
 
@@ -168,7 +187,7 @@ def test_a_client_that_takes_has_its_backlog_back() -> None:
         for message in messages[start : start + 3]:
             client.offer(message)
         assert client.taken() == [message.data.decode() for message in messages[start : start + 3]]
-    assert client.subscriber.reason is None
+    assert client.reason is None
 
 
 def test_a_replay_is_not_charged_to_the_backlog() -> None:
@@ -182,10 +201,10 @@ def test_what_is_held_is_bounded_too() -> None:
     client, messages = Client(backlog=3 * (MESSAGE_COST + 3)), log(4)
     for message in messages:
         client.offer(message)
-    assert client.subscriber.reason == "backlog-bytes"
+    assert client.reason == "backlog-bytes"
     client.join([Joined(NOW, messages, False)])  # the answer comes nevertheless
     assert client.taken() == ["1", "2", "3", "4"]  # of the history, in order
-    assert client.subscriber.take(0) is None
+    assert client.take(0) is None
 
 
 def test_what_was_held_is_charged_once() -> None:
@@ -193,7 +212,7 @@ def test_what_was_held_is_charged_once() -> None:
     for message in messages:
         client.offer(message)
     client.join_now()
-    assert client.subscriber.reason is None
+    assert client.reason is None
     assert client.taken() == ["1", "2", "3"]
 
 
@@ -202,10 +221,10 @@ def test_what_is_held_stays_charged_while_the_client_takes() -> None:
     client.offer(messages[0])
     for message in messages[4:7]:  # 4 was lost: these are held
         client.offer(message)
-        client.subscriber.take(0)
-    assert client.subscriber.reason is None
+        client.take(0)
+    assert client.reason is None
     client.offer(messages[7])
-    assert client.subscriber.reason == "backlog-bytes"
+    assert client.reason == "backlog-bytes"
 
 
 # -- the end
@@ -217,9 +236,9 @@ def test_the_first_reason_stays_and_what_waits_is_still_taken() -> None:
     client.subscriber.end("shutdown")
     client.subscriber.end("hang-up")
     client.offer(messages[1])
-    assert client.subscriber.reason == "shutdown"
+    assert client.reason == "shutdown"
     assert client.taken() == ["1"]
-    assert client.subscriber.take(None) is None
+    assert client.take(None) is None
 
 
 # -- the client's greenlet
@@ -230,7 +249,7 @@ def test_a_waiting_greenlet_is_woken(how: str) -> None:
     client, (message,) = Client(), log(1)
     if how != "join":
         client.join_now()
-    greenlet = gevent.spawn(client.subscriber.take, None)
+    greenlet = gevent.spawn(client.take, None)
     gevent.sleep(0)
     assert not greenlet.dead
     if how == "offer":
@@ -247,7 +266,7 @@ def test_a_known_message_wakes_nobody() -> None:
     client.offer(message)
     client.taken()
     client.offer(message)
-    greenlet = gevent.spawn(client.subscriber.take, None)
+    greenlet = gevent.spawn(client.take, None)
     gevent.sleep(0)
     assert not greenlet.dead
     client.subscriber.end("hang-up")
@@ -265,7 +284,7 @@ def test_a_stream_goes_on_until_its_end_and_closes_once() -> None:
     assert greenlet.get(timeout=TIMEOUT) == "ended"
     assert got[0] == LINES.heartbeat
     assert lines(iter(got)) == ["1", "2", "3", "4"]
-    assert client.closes == [client.subscriber]
+    assert client.closes == [(client.subscriber, "deleted")]
     assert str(client.subscriber.cursor) == "5-4"
 
 
@@ -284,7 +303,7 @@ def test_a_stream_that_is_given_up_is_closed() -> None:
     stream = iter(client.subscriber)
     next(stream)
     del stream  # as WSGI does when a client is gone in the middle of a write
-    assert client.closes == [client.subscriber]
+    assert client.closes == [(client.subscriber, "lost")]
 
 
 @pytest.mark.parametrize(("messages", "ended"), [(2, False), (0, False), (2, True), (0, True)])
@@ -298,7 +317,7 @@ def test_a_poll_is_one_answer(messages: int, ended: bool) -> None:
     document = json.loads(answer)
     assert [message["data"] for message in document["messages"]] == ["1", "2"][:messages]
     assert document["cursor"] == f"5-{messages}"
-    assert client.closes == [client.subscriber]
+    assert client.closes == [(client.subscriber, "shutdown" if ended else "answered")]
 
 
 def test_a_poll_whose_replay_is_huge_answers_a_part_and_its_cursor() -> None:
@@ -322,7 +341,7 @@ def test_text_streams_begin_with_a_welcome() -> None:
 
 def test_many_waiting_clients_wake_each_on_its_own() -> None:
     clients = [Client().join_now() for _ in range(50)]
-    greenlets = [gevent.spawn(client.subscriber.take, None) for client in clients]
+    greenlets = [gevent.spawn(client.take, None) for client in clients]
     gevent.sleep(0)
     (message,) = log(1)
     clients[7].offer(message)
@@ -332,3 +351,113 @@ def test_many_waiting_clients_wake_each_on_its_own() -> None:
         client.subscriber.end("shutdown")
     gevent.joinall(greenlets, timeout=TIMEOUT, raise_error=True)
     assert all(greenlet.dead for greenlet in greenlets)
+
+
+# -- who acts for it
+
+
+class Bed:
+    """A host that notes what it is handed."""
+
+    def __init__(self) -> None:
+        self.delivered: list[Batch] = []
+        self.ends: list[str] = []
+
+    def deliver(self, subscriber: Subscriber, batch: Batch) -> None:
+        self.delivered.append(batch)
+
+    def end(self, subscriber: Subscriber, reason: str) -> None:
+        self.ends.append(reason)
+
+
+def test_asleep_its_bed_gets_what_is_delivered_and_its_end() -> None:
+    client, bed, messages = Client().join_now(), Bed(), log(2)
+    assert client.subscriber.awake.quiet
+    client.subscriber.sleep(bed, 7)
+    client.offer(*messages)
+    client.subscriber.end("deleted")
+    assert [batch.messages for batch in bed.delivered] == [tuple(messages)]
+    assert (bed.ends, client.subscriber.descriptor, client.closes) == (["deleted"], 7, [])
+
+
+def test_woken_it_goes_on_where_it_stood() -> None:
+    client, messages = Client().join_now(), log(5)
+    client.offer(messages[0])
+    assert client.take(0) == [messages[0]]
+    client.subscriber.encode([messages[0]])
+    client.subscriber.sleep(Bed(), 7)
+    client.subscriber.offset = 3  # what a bed does that has written 2 and 3
+    client.subscriber.wake(1.5)
+    assert (client.subscriber.descriptor, client.subscriber.awake.patience) == (-1, 1.5)
+    client.offer(*messages[1:])
+    assert client.taken() == ["4", "5"]
+    assert not client.resyncs
+
+
+def test_woken_on_several_channels_it_goes_on_where_it_stood_on_each() -> None:
+    client = Client("a", "b").join_now()
+    a, b = log(2, "a"), log(2, "b")
+    client.offer(a[0])
+    items = client.take(0)
+    assert items is not None
+    client.subscriber.encode(items)
+    client.subscriber.sleep(Bed(), 7)
+    client.subscriber.encode([b[0]])
+    client.subscriber.wake(None)
+    client.offer(*a)
+    client.offer(*b)
+    assert client.taken() == ["2", "2"]
+    assert not client.resyncs
+
+
+@pytest.mark.parametrize("state", ["joining", "waiting", "skipped", "ended"])
+def test_it_may_not_sleep_while_anything_is_to_do(state: str) -> None:
+    client, messages = Client(), log(3)
+    assert not client.subscriber.awake.quiet  # its replay is not there yet
+    if state != "joining":
+        client.join_now()
+        assert client.subscriber.awake.quiet
+    if state == "waiting":
+        client.offer(messages[0])
+    elif state == "skipped":
+        client.offer(messages[1])
+    elif state == "ended":
+        client.subscriber.end("deleted")
+    assert not client.subscriber.awake.quiet
+
+
+def test_once_closed_nothing_reaches_it_any_more() -> None:
+    client, bed = Client().join_now(), Bed()
+    client.subscriber.sleep(bed, 7)
+    client.subscriber.close("hang-up")
+    client.offer(*log(1))
+    client.subscriber.end("deleted")
+    client.subscriber.close("lost")
+    assert client.subscriber.ended
+    assert (bed.delivered, bed.ends, client.closes) == ([], [], [(client.subscriber, "hang-up")])
+
+
+def test_the_reason_it_was_ended_for_wins_over_how_its_answer_ended() -> None:
+    client = Client().join_now()
+    client.subscriber.end("deleted")
+    client.subscriber.close("lost")
+    assert client.closes == [(client.subscriber, "deleted")]
+
+
+def test_a_poll_of_a_deleted_channel_is_still_answered() -> None:
+    """The hub takes the channel off it before it ends."""
+    client = Client(framing=POLL).join_now()
+    client.subscriber.drop("a")
+    client.subscriber.end("deleted")
+    (answer,) = client.subscriber
+    assert json.loads(answer) == {"cursor": "5-0", "gap": False, "messages": []}
+
+
+def test_on_the_wire_a_poll_is_one_portion_and_a_stream_is_all() -> None:
+    history = History(EPOCH)
+    big: list[Item] = [history.append("a", "message", b"x" * 200_000, 0.0) for _ in range(9)]
+    poll, stream = Client(framing=POLL).join_now(), Client(framing=TEXT).join_now()
+    assert len(list(poll.subscriber.wires(big, b""))) == 1
+    assert poll.subscriber.offset < 9
+    assert b"".join(stream.subscriber.wires(big, b"")).count(b"x") == 9 * 200_000
+    assert stream.subscriber.offset == 9

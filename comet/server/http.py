@@ -33,6 +33,7 @@ _LINE = re.compile(rb"([!-~]{1,32}) ([!-~]+) HTTP/([0-9])\.([0-9])")
 _BARE = re.compile(rb"\r(?!\n|\Z)|(?<!\r)\n|\x00")
 _FOLD = re.compile(rb"\n[ \t]")
 _HOST = re.compile(rb"[A-Za-z0-9._~%!$&'()*+,;=:\[\]-]*")
+_SIZE = re.compile(rb"[0-9A-Fa-f]+")
 _ABSOLUTE = re.compile(rb"[hH][tT][tT][pP][sS]?://([^/?#]*)")
 
 
@@ -190,8 +191,14 @@ class ChunkedBody:
         self.done = False
         self._allowance = overhead
         self._data: list[bytes] = []
+        self._left = 0  # of the present chunk's data, which is fed at once, newlines or not
+        self._line = b""
         self._parser: httptools.HttpRequestParser | None = httptools.HttpRequestParser(self)
         self._parser.feed_data(b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+
+    def on_chunk_header(self) -> None:
+        found = _SIZE.match(self._line)
+        self._left = int(found[0], 16) if found else 0
 
     def on_body(self, data: bytes) -> None:
         self._data.append(data)
@@ -203,7 +210,12 @@ class ChunkedBody:
         """Consume what `buffer` has of the body and answer the data in it."""
         taken = 0
         while buffer and self._parser is not None and not self.done:
-            line = bytes(buffer[: buffer.find(b"\n") + 1] or buffer)
+            if self._left:
+                line = bytes(buffer[: self._left])
+                self._left -= len(line)
+            else:
+                line = bytes(buffer[: buffer.find(b"\n") + 1] or buffer)
+                self._line = line if self._line.endswith(b"\n") else self._line + line
             del buffer[: len(line)]
             taken += len(line)
             try:

@@ -273,7 +273,7 @@ class Parking:
         except OSError:
             self._close(descriptor, reason)
             return
-        if complete and not self._draining:
+        if complete and subscriber.one_shot and not self._draining:
             self._rest(descriptor)
             subscriber.close(reason)
         else:

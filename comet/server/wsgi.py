@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from typing import Any, Protocol
 
+import gevent
 from gevent.event import Event
 from gevent.pywsgi import WSGIHandler, WSGIServer, format_date_time
 from gevent.socket import socket as GeventSocket
@@ -37,7 +38,7 @@ from comet.server.short import Shortcut
 from comet.settings import Settings
 from comet.stats import Stats
 
-READ_SIZE = 65536
+READ_SIZE = 16384
 LINGER_BYTES = 65536
 LINGER_SECONDS = 1.0
 MAX_REFUSING = 100
@@ -45,6 +46,10 @@ MAX_REFUSING = 100
 
 MAX_STARTING = 16
 """Connections that are accepted before the first of them is served."""
+
+A_TURN = 1e-9
+"""Seconds to sleep for everything else to have its turn. Not 0: gevent runs up to fifty greenlets that
+do so before it looks at sockets again."""
 
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 _NO_BODY = io.BytesIO()
@@ -93,6 +98,8 @@ class RequestBody(io.RawIOBase):
                 data = handler.receive(self._deadline - time.monotonic())
             except TimeoutError:
                 raise Refusal("body-timeout", "The body did not arrive in time; send it faster, or in parts.") from None
+            except OSError:  # reset, or cut off by us: nobody is left to read the answer
+                data = b""
             if not data:
                 raise Refusal("bad-body", "The connection ended in the middle of the body.")
             buffer += data
@@ -132,6 +139,7 @@ class Handler(WSGIHandler):
         self.server = server
         self.network = network
         self.buffer = bytearray()
+        self._has_read = False
         self._body: RequestBody | None = None
         self._parked: Sleeper | None = None
 
@@ -181,6 +189,8 @@ class Handler(WSGIHandler):
                 self._release()
             if self.descriptor < 0:
                 return False
+            if not self.close_connection and self.buffer:
+                gevent.sleep(A_TURN)  # who pipelines takes turns with the others
             if self.close_connection:
                 return bool(self.buffer) or not (self._body is None or self._body.finished)
 
@@ -215,6 +225,7 @@ class Handler(WSGIHandler):
         settings, buffer = self.server.settings, self.buffer
         deadline = time.monotonic() + (settings.header_timeout if fresh or buffer else settings.idle_timeout)
         look = bool(buffer)
+        idle = not fresh and not buffer
         if look and not fresh:
             wish = self.server.shortcut.read(bytes(buffer))
             if wish is not None:
@@ -242,32 +253,45 @@ class Handler(WSGIHandler):
                 wish = self.server.shortcut.read(data)
                 if wish is not None:
                     return wish
-                if not fresh:
-                    deadline = time.monotonic() + settings.header_timeout
+            if idle:  # once: empty lines must not begin it again
+                idle = False
+                deadline = time.monotonic() + settings.header_timeout
             buffer += data
             look = b"\n" in data
 
     def receive(self, timeout: float) -> bytes:
         """What the client sends next, b"" at its end. Raises TimeoutError after `timeout` seconds."""
+        if timeout <= 0:
+            raise TimeoutError
+        if self._has_read:
+            gevent.sleep(A_TURN)  # reading does not yield while there is data: a flood would stop everyone else
+        self._has_read = True
         try:
             return os_read(self.descriptor, READ_SIZE)
         except BlockingIOError:
             pass
-        if timeout <= 0:
-            raise TimeoutError
         self.socket.settimeout(timeout)
         data: bytes = self.socket.recv(READ_SIZE)
         return data
 
     def send(self, data: bytes) -> None:
-        """Raises TimeoutError when the client has not taken all of it within the send time-out."""
+        """Raises TimeoutError when the client has taken nothing for the send time-out."""
         try:
-            sent = os_write(self.descriptor, data)
-        except BlockingIOError:
-            sent = 0
-        if sent < len(data):
-            self.socket.settimeout(self.server.settings.send_timeout)
-            self.socket.sendall(data[sent:])
+            try:
+                sent = os_write(self.descriptor, data)
+            except BlockingIOError:
+                sent = 0
+            if sent < len(data):
+                self.socket.settimeout(self.server.settings.send_timeout)
+                view = memoryview(data)[sent:]
+                while view:
+                    view = view[self.socket.send(view) :]
+        except TimeoutError:
+            self._abandon("backlog-time")  # before the subscriber is closed, which counts the reason
+            raise
+        except OSError:
+            self._abandon("lost")
+            raise
 
     def _linger(self) -> None:
         """Let the client read the answer although it still sends: closing with unread bytes would reset
@@ -358,6 +382,8 @@ class Handler(WSGIHandler):
         """The answer is over, or goes on without this greenlet: then the socket is gone."""
         if self._parked is not None and self.descriptor >= 0:
             self.server.parking.take(self.descriptor)
+            if not self._parked.one_shot:
+                self.close_connection = True  # a stream's connection ends with it: its client may not be reading
             self._parked.close()
         self._parked = None
 

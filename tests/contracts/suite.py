@@ -8,9 +8,9 @@ before they say that something did not come.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
-from comet.backplane import Backplane, Receipt
+from comet.backplane import Backplane
 from comet.backplane.memory import Bounds, MemoryBackplane
-from comet.message import Message, Position, Publication
+from comet.message import Message, Position, Publication, Receipt
 from tests.harness import wait_until
 
 FENCE = "contract:fence"

@@ -8,10 +8,9 @@ from typing import Any
 import gevent
 import pytest
 
-from comet.backplane import ChannelInfo, Receipt
 from comet.backplane.memory import Bounds
 from comet.errors import Refusal
-from comet.message import MESSAGE_COST, OLDEST, Position, Publication, Since
+from comet.message import MESSAGE_COST, OLDEST, ChannelInfo, Position, Publication, Receipt, Since
 from tests.contracts.suite import FACTORIES, Harness, bodies
 from tests.harness import wait_until
 
@@ -300,6 +299,47 @@ def test_a_poller_between_two_polls_loses_nothing(start: Open) -> None:
     h.advance(59)
     (joined,) = h.backplane.subscribe(["a"], cursor)
     assert (joined.position, bodies(joined.messages), joined.gap) == (cursor[0], ["1"], False)
+
+
+@pytest.mark.parametrize("published", [0, 3])
+def test_who_has_missed_nothing_may_join_again_without_an_answer(start: Open, published: int) -> None:
+    h = start(linger=60.0)
+    (position,) = h.join("a")
+    if published:
+        position = h.publish("a", *"123"[:published])[-1]
+    for others in (0, 1):  # with nobody there, and beside somebody
+        h.backplane.unsubscribe(["a"])
+        h.advance(30)
+        if others:
+            h.join("a")
+        assert h.backplane.rejoin("a", position)
+        info = h.backplane.info("a")
+        assert info is not None
+        assert info.subscribers == 1 + others
+    h.advance(100)  # it is held again
+    assert h.publish("a", "last") == [Position(position.epoch, position.offset + 1)]
+    h.until_got("a", *"123"[:published], "last")
+    h.backplane.unsubscribe(["a"])
+    h.backplane.unsubscribe(["a"])
+    h.advance(100)
+    assert h.backplane.info("a") is None
+
+
+def test_who_may_have_missed_something_does_not_join_again_without_an_answer(h: Harness) -> None:
+    (first,) = h.join("a")
+    (position,) = h.publish("a", "1")
+    (other,) = h.join("quiet")
+    for channel, wrong in [
+        ("a", first),  # behind
+        ("a", Position(position.epoch, 2)),  # beyond
+        ("a", Position(position.epoch ^ 1, 1)),
+        ("quiet", Position(other.epoch ^ 1, 0)),
+        ("quiet", Position(other.epoch, 1)),
+        ("unknown", Position(1, 0)),
+    ]:
+        assert not h.backplane.rejoin(channel, wrong)
+    infos = [h.backplane.info(channel) for channel in ("a", "quiet", "unknown")]
+    assert [info and info.subscribers for info in infos] == [1, 1, None]
 
 
 def test_a_held_channel_outlives_the_linger_time(start: Open) -> None:

@@ -1,0 +1,698 @@
+"""Limits and ends: sizes, times, counts, and what a client sees when it meets one.
+
+In each case the client that is still sending can read the answer, and afterwards everything is given
+back: connections, subscribers, descriptors.
+"""
+
+import contextlib
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import gevent
+import pytest
+from gevent import socket
+
+from handlers import ROUTES
+from tests.conftest import Start
+from tests.harness import Client, Response, Server, wait_until
+
+HEALTH = b"GET /healthz HTTP/1.1\r\nHost: h\r\n\r\n"
+
+
+def refused(client: Client, status: int, slug: str) -> Response:
+    """The client can read the refusal, and then the connection is at its end."""
+    answer = client.read()
+    assert (answer.status, answer.json["error"]) == (status, slug), answer
+    assert answer.headers["connection"] == "close"
+    assert client.at_end(), client.buffer
+    return answer
+
+
+def drip(client: Client, data: bytes, pause: float) -> None:
+    """Send `data` byte by byte until the server has had enough."""
+    with contextlib.suppress(OSError):
+        for index in range(len(data)):
+            client.send(data[index : index + 1])
+            gevent.sleep(pause)
+
+
+@contextlib.contextmanager
+def dripping(client: Client, data: bytes, pause: float = 0.05) -> Iterator[None]:
+    """While in the block, `client` sends slowly."""
+    greenlet = gevent.spawn(drip, client, data, pause)
+    try:
+        yield
+    finally:
+        greenlet.kill()
+
+
+def took(start: float) -> float:
+    """Seconds since `start`."""
+    return time.monotonic() - start
+
+
+# -- heads
+
+
+def test_a_header_that_is_too_large_is_told_so(start: Start) -> None:
+    server = start("--max-header", "1000")
+    for data in (
+        b"GET /healthz HTTP/1.1\r\nHost: h\r\nX: " + b"a" * 2000 + b"\r\n\r\n",
+        b"GET /" + b"a" * 2000 + b" HTTP/1.1\r\nHost: h\r\n\r\n",
+        b"GET /" + b"a" * 2000,
+        b"GET /healthz HTTP/1.1\r\nHost: h\r\n" + b"X: a\r\n" * 5000,
+    ):
+        with server.client() as client:
+            client.send(data)
+            refused(client, 431, "header-too-large")
+    with server.client() as client:
+        client.send(b"GET /healthz HTTP/1.1\r\nHost: h\r\nX: " + b"a" * 900 + b"\r\n\r\n")
+        assert client.read().status == 200
+
+
+def test_too_many_headers_are_told_so(server: Server) -> None:
+    with server.client() as client:
+        client.send(b"GET /healthz HTTP/1.1\r\nHost: h\r\n" + b"X: a\r\n" * 99 + b"\r\n")
+        assert client.read().status == 200
+        client.send(b"GET /healthz HTTP/1.1\r\nHost: h\r\n" + b"X: a\r\n" * 100 + b"\r\n")
+        refused(client, 431, "header-too-large")
+
+
+@pytest.mark.parametrize("before", [b"", HEALTH])
+def test_a_head_that_drips_is_cut_at_an_absolute_time(start: Start, before: bytes) -> None:
+    server = start("--header-timeout", "0.5", "--idle-timeout", "5")
+    with server.client() as client:
+        if before:
+            client.send(before)
+            assert client.read().status == 200
+        begun = time.monotonic()
+        with dripping(client, b"GET / HTTP/1.1\r\nHost: h\r\nX: " + b"a" * 1000):
+            refused(client, 408, "header-timeout")
+        assert 0.4 < took(begun) < 2
+
+
+def test_a_head_that_drips_in_lines_is_cut_as_well(start: Start) -> None:
+    server = start("--header-timeout", "0.5")
+    with server.client() as client:
+        begun = time.monotonic()
+        with dripping(client, b"GET / HTTP/1.1\r\nHost: h\r\n" + b"X:a\r\n" * 200):
+            refused(client, 408, "header-timeout")
+        assert 0.4 < took(begun) < 2
+
+
+def test_empty_lines_do_not_keep_a_connection(start: Start) -> None:
+    server = start("--header-timeout", "0.5", "--idle-timeout", "0.5")
+    for before in (b"", HEALTH):
+        with server.client() as client:
+            if before:
+                client.send(before)
+                assert client.read().status == 200
+            begun = time.monotonic()
+            with dripping(client, b"\r\n" * 200):
+                client.at_end()
+            assert 0.3 < took(begun) < 2, before
+
+
+def test_a_connection_that_sends_nothing_is_closed_silently(start: Start) -> None:
+    server = start("--header-timeout", "0.3")
+    with server.client() as client:
+        begun = time.monotonic()
+        assert client.at_end()
+        assert 0.2 < took(begun) < 2
+    assert server.stats()["refused"] == {}
+
+
+def test_an_idle_connection_is_closed_silently_after_the_idle_time_out(start: Start) -> None:
+    server = start("--header-timeout", "0.1", "--idle-timeout", "0.6")
+    with server.client() as client:
+        for _ in range(2):
+            assert client.request("GET", "/healthz").status == 200
+            gevent.sleep(0.3)  # longer than a head may take, shorter than idleness
+        assert client.request("GET", "/healthz").status == 200
+        begun = time.monotonic()
+        assert client.at_end()
+        assert 0.5 < took(begun) < 2
+    assert server.stats()["refused"] == {}
+
+
+# -- bodies
+
+
+@pytest.mark.parametrize("coding", [b"Content-Length: 500", b"Transfer-Encoding: chunked"])
+def test_a_body_that_drips_is_cut_at_an_absolute_time(start: Start, coding: bytes) -> None:
+    server = start("--body-timeout", "0.5")
+    with server.client() as client:
+        begun = time.monotonic()
+        client.send(b"POST /publish/slow HTTP/1.1\r\nHost: h\r\n" + coding + b"\r\n\r\n1f0\r\n")
+        with dripping(client, b"a" * 400):
+            refused(client, 408, "body-timeout")
+        assert 0.4 < took(begun) < 2
+    assert server.request("GET", "/channels/slow").status == 404
+
+
+def test_a_body_that_never_comes_is_cut(start: Start) -> None:
+    server = start("--body-timeout", "0.3")
+    with server.client() as client:
+        client.send(b"POST /publish/slow HTTP/1.1\r\nHost: h\r\nContent-Length: 3\r\n\r\nab")
+        refused(client, 408, "body-timeout")
+
+
+def test_a_body_that_ends_early_is_told_so_to_a_client_that_still_reads(server: Server) -> None:
+    for coding in (b"Content-Length: 5", b"Transfer-Encoding: chunked"):
+        with server.client() as client:
+            client.send(b"POST /publish/short HTTP/1.1\r\nHost: h\r\n" + coding + b"\r\n\r\n3\r\n")
+            client.sock.shutdown(socket.SHUT_WR)
+            refused(client, 400, "bad-body")
+    assert server.request("GET", "/channels/short").status == 404
+
+
+def test_a_body_that_is_announced_too_large_is_refused_before_it_is_sent(server: Server) -> None:
+    for length in (65537, 10**12, 10**17):
+        with server.client() as client:
+            client.send(b"POST /publish/large HTTP/1.1\r\nHost: h\r\nContent-Length: %d\r\n\r\n" % length)
+            refused(client, 413, "body-too-large")
+
+
+def test_a_body_that_is_too_large_is_not_asked_for(server: Server) -> None:
+    with server.client() as client:
+        client.ask("POST", "/publish/large", headers={"Content-Length": "65537", "Expect": "100-continue"})
+        client.read_until(b"HTTP/1.1 ")
+        assert client.read_exactly(3) == b"413"
+
+
+def test_a_chunked_body_is_refused_when_it_gets_too_large(start: Start) -> None:
+    server = start("--max-body", "1000")
+    with server.client() as client:
+        client.send(b"POST /publish/large HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n" + b"64\r\n" + b"a" * 100 + b"\r\n")
+        for _ in range(10):
+            client.send(b"64\r\n" + b"a" * 100 + b"\r\n")
+        refused(client, 413, "body-too-large")
+    assert server.request("GET", "/channels/large").status == 404
+
+
+@pytest.mark.parametrize("coding", ["length", "chunked"])
+def test_a_body_of_exactly_the_limit_is_taken(server: Server, coding: str) -> None:
+    body = b"a" * 65536
+    with server.client() as client:
+        if coding == "length":
+            client.ask("POST", "/publish/exact", body)
+        else:
+            client.send(b"POST /publish/exact HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n10000\r\n" + body + b"\r\n0\r\n\r\n")
+        assert client.read().status == 201
+
+
+@pytest.mark.parametrize("size", [1, 30_000, 60_000])
+@pytest.mark.parametrize(
+    ("head", "status", "slug"),
+    [
+        (b"POST /publish/drained HTTP/1.1\r\nHost: h\r\nContent-Length: 99999999\r\n\r\n", 413, "body-too-large"),
+        (b"POST /nothing HTTP/1.1\r\nHost: h\r\nContent-Length: 99999999\r\n\r\n", 404, "not-found"),
+        (b"POST /publish/a HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: gzip\r\n\r\n", 400, "bad-encoding"),
+        (b"POST /publish/a HTTP/1.1\r\n\r\n", 400, "bad-host"),
+    ],
+)
+def test_who_still_sends_can_read_why_it_was_refused(server: Server, head: bytes, status: int, slug: str, size: int) -> None:
+    for _ in range(5):
+        with server.client() as client:
+            client.send(head)
+            for start in range(0, size, 10_000):
+                client.send(b"x" * min(10_000, size - start))
+            refused(client, status, slug)
+
+
+def test_who_never_stops_sending_is_cut_off_soon(server: Server) -> None:
+    before = server.descriptors()
+    begun = time.monotonic()
+    with server.client() as client:
+        client.send(b"POST /nothing HTTP/1.1\r\nHost: h\r\nContent-Length: 99999999999\r\n\r\n")
+        with pytest.raises(OSError, match=r"reset|[Bb]roken pipe"):
+            while took(begun) < 10:
+                client.send(b"x" * 65536)
+    assert took(begun) < 3
+    wait_until(lambda: server.descriptors() <= before)
+
+
+def test_who_drips_after_its_refusal_is_cut_off_after_a_second(server: Server) -> None:
+    before = server.descriptors()
+    begun = time.monotonic()
+    with server.client() as client:
+        client.send(b"X\r\n")
+        with dripping(client, b"x" * 1000):
+            assert client.read().status == 400
+            wait_until(lambda: server.descriptors() <= before, timeout=3)
+        assert 0.9 < took(begun) < 3
+
+
+# -- counts
+
+
+def test_connections_of_one_address_are_limited_and_freed(start: Start) -> None:
+    server = start("--max-per-address", "3")
+    clients = [Client(server.port, source="127.0.0.2") for _ in range(3)]
+    for client in clients:
+        assert client.request("GET", "/healthz").status == 200
+    with Client(server.port, source="127.0.0.2") as fourth:
+        fourth.send(HEALTH)
+        answer = refused(fourth, 429, "address-full")
+        assert int(answer.headers["retry-after"]) > 0
+    with Client(server.port, source="127.0.0.3") as other:
+        assert other.request("GET", "/healthz").status == 200
+    clients.pop().close()
+    wait_until(lambda: server.stats()["connections"] == 3)  # two, and the one that asks, from another address
+    with Client(server.port, source="127.0.0.2") as again:
+        assert again.request("GET", "/healthz").status == 200
+    for client in clients:
+        assert client.request("GET", "/healthz").status == 200
+        client.close()
+    assert server.stats()["refused"] == {"address-full": 1}
+
+
+def test_a_full_process_says_so_and_the_rest_goes_on(start: Start) -> None:
+    server = start("--max-connections", "5")
+    clients = [server.client() for _ in range(5)]
+    for client in clients:
+        assert client.request("GET", "/healthz").status == 200
+    for _ in range(20):
+        with server.client() as more:
+            answer = refused(more, 503, "worker-full")  # although it has sent nothing
+            assert int(answer.headers["retry-after"]) > 0
+    for client in clients:
+        assert client.request("GET", "/healthz").status == 200
+    assert clients[0].request("GET", "/stats").json["refused"] == {"worker-full": 20}
+    clients.pop().close()
+    wait_until(lambda: clients[0].request("GET", "/stats").json["connections"] == 4)
+    with server.client() as again:
+        assert again.request("GET", "/healthz").status == 200
+    for client in clients:
+        client.close()
+
+
+@pytest.mark.parametrize("data", [b"X\r\n\r\n", b"POST /nothing HTTP/1.1\r\nHost: h\r\nContent-Length: 5\r\n\r\n"])
+def test_connections_that_linger_after_a_refusal_are_bounded_as_well(start: Start, data: bytes) -> None:
+    """What `comet.kernel.limits` reserves beside the connections must do for everything else."""
+    server = start("--max-connections", "50")
+    resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, (50 + 256, 50 + 256))
+    most = 0
+    lingering = []
+    for number in range(600):
+        client = server.client()
+        with contextlib.suppress(OSError):  # it may be refused and closed before it has sent
+            client.send(data)
+        lingering.append(client)
+        if number % 20 == 0:
+            most = max(most, server.descriptors())
+    for client in lingering:
+        client.close()
+    wait_until(lambda: server.request("GET", "/healthz").status == 200, timeout=10)
+    assert "Too many open files" not in server.log.read_text()
+    assert most < 50 + 256
+
+
+# -- one connection does not stop the others
+
+
+def flood(port: int, opening: bytes, data: bytes, read: bool) -> subprocess.Popen[bytes]:
+    """Another process that sends `opening`, reads its answer if there is one, and then `data` again and
+    again as fast as it can, reading and dropping all answers."""
+    script = f"""
+import socket, threading
+s = socket.create_connection(("127.0.0.1", {port}))
+if {opening!r}:
+    s.sendall({opening!r})
+    if {read}:
+        s.recv(65536)
+def drop():
+    try:
+        while s.recv(1 << 20):
+            pass
+    except OSError:
+        pass
+threading.Thread(target=drop, daemon=True).start()
+data = {data!r} * (200000 // {len(data)} + 1)
+print("sending", flush=True)
+try:
+    while True:
+        s.sendall(data)
+except OSError:
+    pass
+"""
+    return subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
+
+
+@pytest.mark.parametrize(
+    ("opening", "data", "read"),
+    [
+        pytest.param(b"", HEALTH, False, id="pipelined requests"),
+        pytest.param(HEALTH, b"\r\n", True, id="empty lines"),
+        pytest.param(b"", b"\r\n", False, id="empty lines first"),
+        pytest.param(
+            b"POST /publish HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n700000\r\n", b"\n", False, id="a body of newlines"
+        ),
+        pytest.param(b"POST /publish HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n", b"1\r\na\r\n", False, id="tiny chunks"),
+    ],
+)
+def test_a_flood_on_one_connection_does_not_starve_the_others(start: Start, opening: bytes, data: bytes, read: bool) -> None:
+    server = start()
+    process = flood(server.port, opening, data, read)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"sending\n"
+        deadline = time.monotonic() + 1.5
+        worst = 0.0
+        while time.monotonic() < deadline:
+            begun = time.monotonic()
+            assert server.request("GET", "/healthz").status == 200
+            worst = max(worst, took(begun))
+        assert worst < 0.5, worst
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_batch_of_very_many_lines_costs_bounded_memory(start: Start) -> None:
+    """8 MiB in must not become a gigabyte out."""
+    server = start()
+    before = server.stats()["peak_memory_bytes"]
+    with server.client() as client:
+        client.ask("POST", "/publish", b"\n" * (2 << 20))
+        answer = client.read_head()
+        assert answer.status in (200, 400, 413), answer
+        length = int(answer.headers["content-length"])
+    assert length < 16 << 20, length
+    assert server.stats()["peak_memory_bytes"] - before < 100 << 20
+
+
+# -- keep-alive, pipelining, one write
+
+
+def test_many_pipelined_requests_are_answered_in_order(server: Server) -> None:
+    with server.client() as client:
+        count = 500
+        gevent.spawn(
+            client.send, b"".join(b"POST /publish/pipe%d HTTP/1.1\r\nHost: h\r\nContent-Length: 1\r\n\r\nx" % n for n in range(count))
+        )
+        epochs = [client.read().json["id"] for _ in range(count)]
+        kept = [client.request("GET", f"/channels/pipe{n}").json["position"] for n in range(0, count, 50)]
+    assert kept == epochs[::50]
+
+
+def test_a_connection_serves_many_requests(server: Server) -> None:
+    with server.client() as client:
+        for _ in range(300):
+            answer = client.request("GET", "/healthz")
+            assert answer.status == 200
+            assert "connection" not in answer.headers
+    assert server.stats()["connections"] == 1
+
+
+def test_a_client_that_pipelines_and_never_reads_is_closed(start: Start) -> None:
+    server = start("--send-timeout", "0.5")
+    with server.client() as client:
+        client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        begun = time.monotonic()
+        with pytest.raises(OSError, match=r"reset|[Bb]roken pipe"):
+            while took(begun) < 15:
+                client.send(HEALTH * 1000)
+    wait_until(lambda: server.stats()["connections"] == 1)
+
+
+def test_http_1_0_gets_an_unchunked_body_ended_by_close(server: Server) -> None:
+    for connection in (b"", b"Connection: keep-alive\r\n"):
+        with server.client() as client:
+            client.send(b"GET /stream/ten HTTP/1.0\r\n" + connection + b"\r\n")
+            head = client.read_head()
+            assert head.status == 200
+            assert "transfer-encoding" not in head.headers
+            assert "content-length" not in head.headers
+            assert head.headers["connection"] == "close"
+            assert client.read_exactly(1) == b"\n"
+            server.publish("ten", "hello")
+            assert b'"data":"hello"' in client.read_until(b"}\n")
+            assert server.request("DELETE", "/channels/ten").status == 200
+            assert client.at_end()
+
+
+def test_http_1_0_may_keep_its_connection_where_the_length_is_known(server: Server) -> None:
+    with server.client() as client:
+        for _ in range(3):
+            client.send(b"GET /healthz HTTP/1.0\r\nConnection: keep-alive\r\n\r\n")
+            answer = client.read()
+            assert answer.status == 200
+            assert answer.headers["connection"].lower() == "keep-alive"
+        client.send(b"GET /healthz HTTP/1.0\r\n\r\n")
+        answer = client.read()
+        assert answer.headers["connection"] == "close"
+        assert client.at_end()
+
+
+def test_head_and_body_leave_in_one_write(server: Server) -> None:
+    for request, ends in (
+        (HEALTH, b'{"status":"alive"}\n'),
+        (b"GET /poll/single?timeout=0 HTTP/1.1\r\nHost: h\r\n\r\n", b'"messages":[]}'),
+        (b"GET /stream/single HTTP/1.1\r\nHost: h\r\n\r\n", b"\r\n\r\n1\r\n\n\r\n"),
+        (b"GET /nothing HTTP/1.1\r\nHost: h\r\n\r\n", b"}\n"),
+        (b"nonsense\r\n\r\n", b"}\n"),
+    ):
+        for _ in range(50):
+            with server.client() as client:
+                client.send(request)
+                assert client.sock.recv(65536).endswith(ends), request
+
+
+def test_an_answer_on_a_kept_connection_is_not_delayed(server: Server) -> None:
+    """Nagle's algorithm against delayed acknowledgements would cost 40 ms each."""
+    with server.client() as client:
+        begun = time.monotonic()
+        for _ in range(50):
+            assert client.request("POST", "/publish/nodelay", b"x" * 5000).status == 201
+        assert took(begun) < 1
+
+
+# -- Expect, Upgrade, HEAD, OPTIONS, Allow
+
+
+def test_expect_100_continue_is_honoured(server: Server) -> None:
+    with server.client() as client:
+        for _ in range(2):
+            client.ask("POST", "/publish/expect", headers={"Content-Length": "5", "Expect": "100-continue"})
+            assert client.read_until(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+            client.send(b"hello")
+            assert client.read().status == 201
+        client.send(b"POST /publish/expect HTTP/1.1\r\nHost: h\r\nContent-Length: 2\r\nExpect: 100-continue\r\n\r\nhi")
+        assert client.read_until(b" ") == b"HTTP/1.1 "
+        assert client.read_exactly(3) == b"201"  # the body was there: nothing to ask for
+
+
+def test_a_body_is_not_asked_for_by_who_does_not_want_it(server: Server) -> None:
+    for target in ("/nothing", "/publish/bad!name"):
+        with server.client() as client:
+            client.ask("POST", target, headers={"Content-Length": "5", "Expect": "100-continue"})
+            assert client.read_until(b"\r\n") in (b"HTTP/1.1 404 Not Found\r\n", b"HTTP/1.1 400 Bad Request\r\n")
+
+
+def test_curl_that_offers_http_2_is_answered_in_http_1(server: Server) -> None:
+    run = subprocess.run(
+        ["curl", "-sS", "-m", "10", "--http2", "-w", "%{http_code} %{http_version}", "-o", "-", f"http://{server.url}/healthz"],
+        capture_output=True,
+        check=True,
+    )
+    assert run.stdout == b'{"status":"alive"}\n200 1.1'
+
+
+def test_head_has_the_headers_of_get_and_no_body(server: Server) -> None:
+    server.publish("head", "x")
+    for target in ("/", "/healthz", "/readyz", "/channels/head", "/channels/head/history", "/nothing"):
+        with server.client() as client:
+            got = client.request("GET", target)
+            head = client.request("HEAD", target)
+            assert head.status == got.status
+            for name in ("content-type", "content-length", "cache-control"):
+                assert head.headers.get(name) == got.headers.get(name), target
+            assert client.request("GET", "/healthz").status == 200  # no stray byte in between
+            assert not client.buffer
+
+
+ALLOWED: dict[str, set[str]] = {
+    "/": {"GET", "HEAD", "OPTIONS"},
+    "/test/x": {"GET", "OPTIONS"},
+    "/poll/x": {"GET", "OPTIONS"},
+    "/events/x": {"GET", "OPTIONS"},
+    "/stream/x": {"GET", "OPTIONS"},
+    "/send/x": {"POST", "OPTIONS"},
+    "/publish/x": {"POST", "OPTIONS"},
+    "/publish": {"POST", "OPTIONS"},
+    "/channels/x": {"GET", "HEAD", "DELETE", "OPTIONS"},
+    "/channels/x/history": {"GET", "HEAD", "OPTIONS"},
+    "/healthz": {"GET", "HEAD", "OPTIONS"},
+    "/readyz": {"GET", "HEAD", "OPTIONS"},
+    "/stats": {"GET", "HEAD", "OPTIONS"},
+}
+
+
+def test_the_table_of_methods_below_knows_every_path() -> None:
+    table = {path.replace("/x", "/<>") for path in ALLOWED}
+    for route in ROUTES:
+        plain = "/".join("<>" if part.startswith("<") else part for part in route.path.split("/"))
+        if not plain.startswith(("/users", "/follows")):  # these have tests of their own
+            assert plain in table, f"add {route.path} to ALLOWED"
+
+
+@pytest.mark.parametrize("path", ALLOWED)
+def test_other_methods_are_refused_with_the_exact_allow(server: Server, path: str) -> None:
+    allowed = ALLOWED[path]
+    with server.client() as client:
+        options = client.request("OPTIONS", path)
+        assert options.status == 204
+        assert {name.strip() for name in options.headers["allow"].split(",")} == allowed
+        for method in sorted({"GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "TRACE"} - allowed):
+            answer = client.request(method, path)
+            assert answer.status == 405, method
+            assert {name.strip() for name in answer.headers["allow"].split(",")} == allowed
+            assert method == "HEAD" or answer.json["error"] == "method-not-allowed"
+
+
+def test_an_unknown_path_is_not_found(server: Server) -> None:
+    with server.client() as client:
+        for path in ("/nothing", "/publish/a/b", "/poll", "/poll/", "/events/", "/healthz/", "/HEALTHZ", "/publish%2Fa%2Fb", "/%00", "/.."):
+            answer = client.request("GET", path)
+            assert (answer.status, answer.json["error"]) == (404, "not-found"), path
+            assert answer.headers["content-type"] == "application/json"
+
+
+def test_options_for_the_whole_server_is_answered(server: Server) -> None:
+    answer = server.request("OPTIONS", "*")
+    assert answer.status < 500
+
+
+# -- clients that stop reading, hang up, or half-close
+
+
+def stuck(server: Server, path: str, receive_buffer: int = 4096) -> Client:
+    """A subscriber that reads the head and no more, with a small buffer."""
+    client = Client.__new__(Client)
+    client.sock = socket.socket()
+    client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+    client.sock.settimeout(20)
+    client.sock.connect(("127.0.0.1", server.port))
+    client.buffer = b""
+    client.ask("GET", path)
+    assert client.read_head().status == 200
+    return client
+
+
+def closed(server: Server) -> dict[str, Any]:
+    """Why subscribers were closed."""
+    reasons: dict[str, Any] = server.stats()["closed"]
+    return reasons
+
+
+@pytest.mark.parametrize("path", ["/stream/stuck", "/events/stuck"])
+def test_a_client_that_takes_nothing_for_long_is_closed(start: Start, path: str) -> None:
+    server = start("--send-timeout", "0.5", "--backlog", str(1 << 28))
+    with stuck(server, path), server.client() as publisher:
+        for _ in range(200):  # more than the kernel's buffers take
+            assert publisher.request("POST", "/publish/stuck", b"x" * 65000).status == 201
+        wait_until(lambda: server.clients() == 0, timeout=5)
+        assert closed(server) == {"backlog-time": 1}
+        wait_until(lambda: server.stats()["connections"] == 2)  # the publisher, and the one that asks
+
+
+@pytest.mark.parametrize("path", ["/stream/stuck", "/events/stuck"])
+def test_a_client_whose_backlog_is_full_is_closed(start: Start, path: str) -> None:
+    server = start("--send-timeout", "2", "--backlog", "300000")
+    with stuck(server, path), server.client() as publisher:
+        for _ in range(200):
+            assert publisher.request("POST", "/publish/stuck", b"x" * 65000).status == 201
+        wait_until(lambda: server.clients() == 0, timeout=5)
+        assert closed(server) == {"backlog-bytes": 1}
+        wait_until(lambda: server.stats()["connections"] == 2, timeout=5)
+
+
+def test_a_client_that_reads_slowly_but_steadily_is_not_closed(start: Start) -> None:
+    """The send time-out is for who takes nothing, not for who takes long."""
+    server = start("--send-timeout", "0.5", "--max-body", "16000000", "--backlog", "100000000")
+    size = 15_000_000
+    with stuck(server, "/stream/steady", 200_000) as client:
+        server.publish("steady", b"x" * size)
+        got = 0
+        begun = time.monotonic()
+        while got < size:
+            data = client.sock.recv(200_000)
+            assert data, f"closed after {got} bytes and {took(begun):.1f} s: {closed(server)}"
+            got += len(data)
+            gevent.sleep(0.015)
+        assert took(begun) > 0.6, "too quick to tell"
+
+
+@pytest.mark.parametrize("how", ["close", "reset", "half-close"])
+@pytest.mark.parametrize("path", ["/poll/gone", "/stream/gone", "/events/gone", "/test/gone"])
+def test_a_waiting_client_that_goes_is_noticed_at_once(server: Server, path: str, how: str) -> None:
+    wait_until(lambda: server.stats()["connections"] == 1)
+    before = server.descriptors()
+    counted = closed(server).get("hang-up", 0)
+    clients = [server.client() for _ in range(50)]
+    for client in clients:
+        client.ask("GET", path)
+    wait_until(lambda: server.clients() == 50)
+    begun = time.monotonic()
+    for client in clients:
+        if how == "close":
+            client.close()
+        elif how == "reset":
+            client.reset()
+        else:
+            client.sock.shutdown(socket.SHUT_WR)
+    wait_until(lambda: server.clients() == 0, timeout=3)
+    assert took(begun) < 3
+    wait_until(lambda: server.stats()["connections"] == 1, timeout=3)
+    wait_until(lambda: server.descriptors() <= before, timeout=3)
+    assert closed(server)["hang-up"] == counted + 50
+    for client in clients:
+        client.close()
+
+
+def test_a_client_that_sent_more_and_went_is_noticed_too(server: Server) -> None:
+    client = server.client()
+    client.ask("GET", "/poll/more")
+    wait_until(lambda: server.clients() == 1)
+    client.send(b"x" * 100_000)
+    client.close()
+    wait_until(lambda: server.clients() == 0, timeout=3)
+
+
+def test_half_close_after_a_request_still_gets_the_answer(server: Server) -> None:
+    with server.client() as client:
+        client.send(HEALTH * 3 + b"POST /publish/half HTTP/1.1\r\nHost: h\r\nContent-Length: 2\r\n\r\nhi")
+        client.sock.shutdown(socket.SHUT_WR)
+        assert [client.read().status for _ in range(4)] == [200, 200, 200, 201]
+        assert client.at_end()
+
+
+def test_half_close_in_a_head_closes_silently(server: Server) -> None:
+    with server.client() as client:
+        client.send(b"GET /healthz HTTP/1.1\r\nHost:")
+        client.sock.shutdown(socket.SHUT_WR)
+        assert client.at_end()
+
+
+def test_connections_that_go_in_the_middle_of_anything_leave_nothing(start: Start) -> None:
+    server = start()
+    wait_until(lambda: server.stats()["connections"] == 1)
+    before = server.descriptors()
+    whole = b"POST /publish/mid HTTP/1.1\r\nHost: h\r\nContent-Length: 10\r\n\r\n0123456789GET /events/mid HTTP/1.1\r\nHost: h\r\n\r\n"
+    for length in range(len(whole) + 1):
+        for reset in (False, True):
+            client = server.client()
+            client.send(whole[:length])
+            if reset:
+                client.reset()
+            else:
+                client.close()
+    wait_until(lambda: server.stats()["connections"] == 1)
+    wait_until(lambda: server.descriptors() <= before)
+    assert server.clients() == 0
+    server.assert_healthy()
