@@ -7,7 +7,7 @@ A leaf. Values come from flags (``--max-body 1000``) and, below them, from the e
 import argparse
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,20 +84,21 @@ def parse(arguments: Sequence[str], environ: Mapping[str, str] = os.environ) -> 
         text = f"[{meta['unit']}] {meta['reason']} (default: {field.default if field.default != '' else 'none'})".replace("%", "%%")
         variable = "COMET_" + field.name.upper()
         given = environ.get(variable)
-        if isinstance(field.default, bool):
-            default = field.default if given is None else given
-            parser.add_argument(flag, type=_switch, nargs="?", const=True, default=default, metavar="on|off", help=text)
-            continue
-        # a string default goes through `type` as well, so a bad variable is refused like a bad flag
-        kind = type(field.default)
-        parser.add_argument(
-            flag,
-            type=_checked(kind, meta["least"], meta["most"]),
-            metavar="TEXT" if kind is str else "N",
-            default=field.default if given is None else given,
-            help=text,
-        )
+        kind: Any = type(field.default)
+        convert = _switch if kind is bool else _checked(kind, meta["least"], meta["most"])
+        default = field.default if given is None else _of_variable(parser, f"{variable} ({flag})", given, convert)
+        if kind is bool:
+            parser.add_argument(flag, type=convert, nargs="?", const=True, metavar="on|off", default=default, help=text)
+        else:
+            parser.add_argument(flag, type=convert, metavar="TEXT" if kind is str else "N", default=default, help=text)
     return Settings(**vars(parser.parse_args(arguments)))
+
+
+def _of_variable(parser: argparse.ArgumentParser, name: str, text: str, convert: Callable[[str], Any]) -> Any:
+    try:
+        return convert(text)
+    except (argparse.ArgumentTypeError, ValueError) as error:
+        parser.error(f"{name}: {error}")
 
 
 def _switch(text: str) -> bool:

@@ -25,6 +25,10 @@ from comet.framing import Batch, Framing, portions
 from comet.history import Joined
 from comet.message import Cursor, Gap, Item, Message, Position, Since
 
+FRAMING = 100
+"""Bytes a message is counted in a backlog beside its data: about what its framing adds. What waits is
+shared with the history and other clients, so this is what it will be on the wire, not in memory."""
+
 
 class Wish(NamedTuple):
     """What a client asks for: `channels`, after `since` on each, in a `framing`; `patience` is how many
@@ -38,7 +42,7 @@ class Wish(NamedTuple):
 
 class Home(Protocol):
     """The hub, as far as a subscriber knows it. `backlog` is the bytes of messages that may wait for one
-    client (as `Message.cost` counts; a replay is not counted, since history bounds it)."""
+    client (see `FRAMING`; a replay is not counted, since history bounds it)."""
 
     backlog: int
 
@@ -209,7 +213,7 @@ class Awake:
             self._queue.extend(messages)
             self.offered[channel] = messages[-1].position if messages else position
         held, self._held = self._held or (), None
-        self._bytes -= sum(message.cost for message in held)  # offered again below, and charged then
+        self._bytes -= sum(map(_size, held))  # offered again below, and charged then
         for message in held:
             self._offer(subscriber, message)
         if self._queue:
@@ -239,7 +243,7 @@ class Awake:
             self._notify()
 
     def _fits(self, subscriber: Subscriber, message: Message) -> bool:
-        self._bytes += message.cost
+        self._bytes += _size(message)
         if self._bytes <= subscriber.home.backlog:
             return True
         self._queue.clear()
@@ -268,8 +272,12 @@ class Awake:
             self._event.wait(timeout)
             self._event = None
         items, self._queue = self._queue, []
-        self._bytes = sum(message.cost for message in self._held or ())
+        self._bytes = sum(map(_size, self._held or ()))
         return items if items or self.reason is None else None
+
+
+def _size(message: Message) -> int:
+    return FRAMING + len(message.data)
 
 
 class _Ended:

@@ -198,6 +198,8 @@ class Parking:
                 self._close(subscriber.descriptor, "lost")
                 return
             subscriber.offset = batch.last
+            if framing.heartbeat:
+                self._deadlines[subscriber.descriptor] = self._now + self._heartbeat
             if sent != len(data):
                 self._rouse(subscriber, data[sent:])
             elif framing.one_shot:
@@ -228,6 +230,8 @@ class Parking:
         except OSError:
             self._close(subscriber.descriptor, "lost")
             return
+        if subscriber.framing.heartbeat:
+            self._deadlines[subscriber.descriptor] = self._now + self._heartbeat
         if sent != len(data):
             self._rouse(subscriber, data[sent:])
         elif subscriber.framing.one_shot:
@@ -327,14 +331,13 @@ class Parking:
         self._at = stop if stop < len(owners) else 0
         for descriptor, deadline in enumerate(deadlines[start:stop], start):
             if deadline <= now and owners[descriptor] is not None:
-                self._due(descriptor, now)
+                self._due(descriptor)
 
-    def _due(self, descriptor: int, now: int) -> None:
+    def _due(self, descriptor: int) -> None:
         owner = self._owners[descriptor]
         if isinstance(owner, _Idle):
             self._close(descriptor, "idle")
         elif owner is not None:
-            self._deadlines[descriptor] = now + self._heartbeat
             self._write(owner, owner.framing.wire(owner.encode([]), self._date()))
 
     # -- stopping
@@ -346,12 +349,15 @@ class Parking:
             if owner is IDLE:
                 self._close(descriptor, "shutdown")
 
-    def close(self) -> None:
-        """Stop for good, and close what is left."""
+    def evict(self) -> None:
+        """Close what still sleeps."""
         for descriptor, owner in enumerate(self._owners):
             if owner is not None and (isinstance(owner, _Idle) or owner.host is self):
                 self._close(descriptor, "shutdown")
         self._close_buried()
+
+    def close(self) -> None:
+        """Stop for good; nobody sleeps or is watched any more."""
         for watcher in (self._watcher, self._scanner):
             watcher.stop()
             watcher.close()

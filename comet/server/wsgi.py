@@ -659,8 +659,9 @@ class CometServer(WSGIServer):
         late: int = self.stats.connections
         for handler in list(self.awake):
             _shut(handler)
-        self.parking.close()
+        self.parking.evict()
         self._empty.wait(1.0)
+        self.parking.close()
         return late
 
 
