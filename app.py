@@ -18,6 +18,7 @@ from gevent import get_hub  # noqa: E402
 from gevent.event import Event  # noqa: E402
 
 import handlers  # noqa: E402
+from comet import collector  # noqa: E402
 from comet import settings as knobs  # noqa: E402
 from comet.backplane.memory import Bounds, MemoryBackplane  # noqa: E402
 from comet.hub import Hub  # noqa: E402
@@ -73,6 +74,7 @@ def main(arguments: list[str]) -> int:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         gevent.signal_handler(number, on_signal)
+    collector.set_up(stats)
     server.start()
     expiry = gevent.spawn(_every_second, backplane.expire)
     _greet(settings, listener.getsockname(), capacity)

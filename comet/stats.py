@@ -21,6 +21,10 @@ class Stats:
         """Subscribers by the reason they ended (`comet.errors.CLOSINGS`)."""
         self.refused: Counter[str] = Counter()
         """Refusals by slug (`comet.errors.STATUS`)."""
+        self.gc_longest_seconds = 0.0
+        """The longest that the garbage collector held everything up."""
+        self.gc_full_collections = 0
+        """Collections of the oldest generation."""
         self.errors = 0
         """Exceptions that nobody expected: each has a traceback in the log."""
 

@@ -16,7 +16,7 @@ below its position are dropped as known. A message that skips an offset means th
 missed something: the subscriber holds again and asks its hub for the same kind of answer.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 from gevent.event import Event
@@ -194,14 +194,15 @@ class Awake:
     a heartbeat (a stream) or an empty answer (a poll), None for ever; `offered` is where the queue
     ends, by channel; `reason` is None until it is ended."""
 
-    __slots__ = ("_bytes", "_event", "_held", "_queue", "offered", "patience", "reason")
+    __slots__ = ("_bytes", "_held", "_queue", "offered", "patience", "reason", "waker")
 
     def __init__(self, patience: float | None, offered: dict[str, Position]) -> None:
         self.patience = patience
         self.offered = offered
         self.reason: str | None = None
         self._bytes = 0
-        self._event: Event | None = None
+        self.waker: Callable[[], object] | None = None
+        """Called once, when there is something to take or it has ended."""
         self._queue: list[Item] = []
         self._held: list[Message] | None = None if offered else []
 
@@ -217,7 +218,7 @@ class Awake:
         for message in held:
             self._offer(subscriber, message)
         if self._queue:
-            self._notify()
+            self.notify()
 
     def deliver(self, subscriber: Subscriber, batch: Batch) -> None:
         """Take note of messages; never blocks."""
@@ -240,7 +241,7 @@ class Awake:
         elif message.offset == offset + 1 and self._fits(subscriber, message):
             self.offered[message.channel] = message.position
             self._queue.append(message)
-            self._notify()
+            self.notify()
 
     def _fits(self, subscriber: Subscriber, message: Message) -> bool:
         self._bytes += _size(message)
@@ -254,11 +255,13 @@ class Awake:
         """The greenlet finishes what waits and closes. The first reason stays."""
         if self.reason is None:
             self.reason = reason
-            self._notify()
+            self.notify()
 
-    def _notify(self) -> None:
-        if self._event is not None:
-            self._event.set()
+    def notify(self) -> None:
+        """Wake whoever waits to take."""
+        waker, self.waker = self.waker, None
+        if waker is not None:
+            waker()
 
     @property
     def quiet(self) -> bool:
@@ -268,9 +271,10 @@ class Awake:
     def take(self, timeout: float | None) -> list[Item] | None:
         """All that waits, as soon as something does; [] after `timeout` seconds; None at the end."""
         if not self._queue and self.reason is None and timeout != 0:
-            self._event = Event()
-            self._event.wait(timeout)
-            self._event = None
+            event = Event()
+            self.waker = event.set
+            event.wait(timeout)
+            self.waker = None
         items, self._queue = self._queue, []
         self._bytes = sum(map(_size, self._held or ()))
         return items if items or self.reason is None else None

@@ -28,6 +28,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from gevent import get_hub, monkey
+from greenlet import getcurrent
 
 from comet.kernel.sockets import epoll
 
@@ -128,6 +129,15 @@ class Parking:
     def watch(self, descriptor: int, subscriber: Sleeper) -> None:
         """Tell an awake subscriber when its peer hangs up, until `take`."""
         self._put(descriptor, subscriber, "", NEVER)
+
+    def wait(self, descriptor: int, awake: Any) -> None:
+        """Block the greenlet of a watched subscriber until it has something to take, has ended, or its
+        patience is over: its deadline stands in the table like a sleeper's, and costs no timer."""
+        self._deadlines[descriptor] = self._after(awake.patience)
+        switch, loop = getcurrent().switch, self._loop
+        awake.waker = lambda: loop.run_callback(switch)
+        get_hub().switch()
+        self._deadlines[descriptor] = NEVER
 
     def sleep(self, descriptor: int, network: str, subscriber: Sleeper, patience: float | None) -> None:
         """A subscriber with nothing waiting sleeps here from now on; it owns the descriptor."""
@@ -337,6 +347,9 @@ class Parking:
         owner = self._owners[descriptor]
         if isinstance(owner, _Idle):
             self._close(descriptor, "idle")
+        elif owner is not None and owner.host is not self:
+            self._deadlines[descriptor] = NEVER
+            owner.awake.notify()
         elif owner is not None:
             self._write(owner, owner.framing.wire(owner.encode([]), self._date()))
 

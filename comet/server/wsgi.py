@@ -454,7 +454,8 @@ class Handler(WSGIHandler):
                 if not watched:
                     server.parking.watch(self.descriptor, parked)
                     watched = True
-                items = awake.take(awake.patience)
+                server.parking.wait(self.descriptor, awake)
+                items = awake.take(0)
             if items is None:
                 self.send(parked.framing.end(parked.cursor, server.date(), server.draining))
                 self.close_connection = server.draining
