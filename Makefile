@@ -1,19 +1,23 @@
 # make run    start the server on 127.0.0.1:8000 (flags: make run ARGS="--port 9000")
 # make test   run the tests
 # make lint   ruff and mypy
+# make bench  what a client costs and how fast it is served, beside baselines, in one run of about six minutes
 # Each makes the virtual environment in .venv when it is missing or its requirements changed.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test lint clean
+.PHONY: run test lint bench clean
 
 run: $(VENV)/.run
 	@exec $(BIN)/python app.py $(ARGS)
 
 test: $(VENV)/.run
 	$(BIN)/python -m pytest $(ARGS)
+
+bench: $(VENV)/.run
+	$(BIN)/python -m loadtest.bench $(ARGS)
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
