@@ -14,11 +14,11 @@ from greenlet import getcurrent, greenlet
 MOST_WAITING = 32
 """Greenlets kept for the next work, about 7 KB each."""
 
-Work = Callable[..., None]
+Work = Callable[[Any], None]
 
 
 class Crew:
-    """`run` starts `work` in a greenlet soon; `work` must not raise."""
+    """`run` starts `work(argument)` in a greenlet soon; it must not raise."""
 
     def __init__(self) -> None:
         self._hub = get_hub()
@@ -26,18 +26,18 @@ class Crew:
         self.starting = 0
         """Works that were asked for and have not begun."""
 
-    def run(self, work: Work, *arguments: Any) -> None:
+    def run(self, work: Work, argument: Any = None) -> None:
         """Never blocks."""
         self.starting += 1
         worker = self._waiting.pop() if self._waiting else greenlet(self._live, self._hub)
-        self._hub.loop.run_callback(worker.switch, work, arguments)
+        self._hub.loop.run_callback(worker.switch, work, argument)
 
-    def _live(self, work: Work, arguments: tuple[Any, ...]) -> None:
+    def _live(self, work: Work, argument: Any) -> None:
         while True:
             self.starting -= 1
-            work(*arguments)
-            del work, arguments
+            work(argument)
+            del work, argument
             if len(self._waiting) >= MOST_WAITING:
                 return
             self._waiting.append(getcurrent())
-            work, arguments = self._hub.switch()
+            work, argument = self._hub.switch()

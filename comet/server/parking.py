@@ -25,6 +25,7 @@ import select
 import time
 from array import array
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, Protocol
 
 from gevent import get_hub, monkey
@@ -134,8 +135,7 @@ class Parking:
         """Block the greenlet of a watched subscriber until it has something to take, has ended, or its
         patience is over: its deadline stands in the table like a sleeper's, and costs no timer."""
         self._deadlines[descriptor] = self._after(awake.patience)
-        switch, loop = getcurrent().switch, self._loop
-        awake.waker = lambda: loop.run_callback(switch)
+        awake.waker = partial(self._loop.run_callback, getcurrent().switch)
         get_hub().switch()
         self._deadlines[descriptor] = NEVER
 
