@@ -195,7 +195,7 @@ class Handler(WSGIHandler):
             if not self.close_connection and self.buffer:
                 gevent.sleep(A_TURN)  # who pipelines takes turns with the others
             if self.close_connection:
-                return bool(self.buffer) or not (self._body is None or self._body.finished)
+                return bool(self.buffer) or self._body_is_left
 
     def _detach(self) -> int:
         """Give the descriptor away; the caller passes it to the parking."""
@@ -351,8 +351,13 @@ class Handler(WSGIHandler):
         self._guard(self._run, None)
         self.environ = {}  # the old one holds `park`, which holds this handler: break the cycle
         self._release()
-        if self._body is not None and not self._body.finished:
+        if self._body_is_left:
             self.close_connection = True
+
+    @property
+    def _body_is_left(self) -> bool:
+        """The request has a body of which something is still to come: the connection can't go on."""
+        return not (self._body is None or self._body.finished)
 
     def _run(self, _: None) -> None:
         self.run_application()
@@ -401,7 +406,8 @@ class Handler(WSGIHandler):
             super().process_result()
             return
         self.response_headers = [pair for pair in self.response_headers if pair[0] != b"Content-Length"]
-        if self.request_version == "HTTP/1.0" or self.close_connection:
+        self.provided_content_length = None
+        if self.request_version == "HTTP/1.0" or self.close_connection or self._body_is_left:
             self._attend_plainly()
         else:
             self.parked.framing = self.parked.framing.with_headers(self._more_headers())
@@ -427,7 +433,6 @@ class Handler(WSGIHandler):
         assert parked is not None
         if not parked.one_shot:
             self.result = iter(())  # so that pywsgi frames it as a stream
-            self.provided_content_length = None
             self.write(parked.framing.opening(parked.cursor))
         self._go_on(b"")
 
@@ -456,7 +461,7 @@ class Handler(WSGIHandler):
         while True:
             items = awake.take(0)
             if items == [] and awake.patience != 0:
-                if server.hibernate and awake.quiet:
+                if server.hibernate and awake.quiet and not self.buffer:
                     server.parking.sleep(self._detach(), self.network, parked, awake.patience)
                     return
                 if not watched:
@@ -496,7 +501,7 @@ class Handler(WSGIHandler):
     def finalize_headers(self) -> None:
         super().finalize_headers()
         unframed = self.provided_content_length is None and not self.response_use_chunked and not hasattr(self.result, "__len__")
-        if self.server.draining or (unframed and self.code not in (204, 304)) or not (self._body is None or self._body.finished):
+        if self.server.draining or (unframed and self.code not in (204, 304)) or self._body_is_left:
             self.close_connection = True
         if self.close_connection:
             headers = self.response_headers
