@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from comet.kernel.limits import raise_file_limit
+from loadtest.baseline_nchan import installed, nchan
 from loadtest.generator import MARK, body
 from loadtest.process import Worker, cpu, memory, server, worker
 
@@ -68,12 +69,19 @@ class Service:
 
     def request(self, method: str, path: str, data: bytes | None = None) -> Any:
         """A request on a kept-alive connection; its JSON."""
+        return json.loads(self._exchange(method, path, data).split(b"\n")[0])
+
+    def post(self, path: str, data: bytes) -> None:
+        """A POST whose answer does not matter, but for its status."""
+        self._exchange("POST", path, data)
+
+    def _exchange(self, method: str, path: str, data: bytes | None) -> bytes:
         self._connection.request(method, path, data)
         answer = self._connection.getresponse()
         content = answer.read()
         if answer.status >= 300:
             raise RuntimeError(f"{method} {path}: {answer.status} {content[:300]!r}")
-        return json.loads(content.split(b"\n")[0])
+        return content
 
     def publish(self, channel: str, times: int = 1) -> None:
         """`times` messages together."""
@@ -152,6 +160,32 @@ def stock(clients: int, rounds: int) -> list[Figure]:
         Figure("stock pywsgi + bottle: bytes a client", each, "bytes"),
         Figure("stock pywsgi + bottle: deliveries", statistics.median(speeds), "/s"),
         Figure("stock pywsgi + bottle: opened a second", rate, "/s"),
+    ]
+
+
+def in_c(clients: int, rounds: int) -> list[Figure]:
+    """What nchan (nginx, C) needs for the same, where it is installed."""
+    if not installed():
+        print("  nginx with nchan is not installed: apt-get install nginx-light libnginx-mod-nchan", file=sys.stderr)
+        return []
+    with nchan(19_000) as (pids, port), worker("loadtest.generator", str(port)) as load:
+        service = Service(pids[0], port)
+        before = sum(map(memory, pids))
+        seconds = load.ask(do="open", count=clients, path="/sub/c{i}", first="HTTP/1.1 200")["seconds"]
+        time.sleep(SETTLE)
+        each = (sum(map(memory, pids)) - before) / clients
+        load.ask(do="close")
+        load.ask(do="open", count=clients, path="/sub/all", first="HTTP/1.1 200")
+        speeds = []
+        for _ in range(rounds):
+            load.tell(do="count", total=clients)
+            began = time.monotonic()
+            service.post("/pub/all", body())
+            speeds.append(clients / (load.answer()["at"] - began))
+    return [
+        Figure("nchan: bytes a client", each, "bytes"),
+        Figure("nchan: deliveries", statistics.median(speeds), "/s"),
+        Figure("nchan: opened a second", clients / seconds, "/s"),
     ]
 
 
@@ -296,7 +330,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="bench", description="Measure comet beside its baselines.")
     parser.add_argument("--clients", type=int, default=15000, help="clients of each part (default 15000)")
     parser.add_argument("--rounds", type=int, default=7, help="broadcasts of each kind (default 7)")
-    parser.add_argument("--parts", default="sleeping,deliveries,cycles,direct,collections,off,stock", help="which, comma-separated")
+    parser.add_argument("--parts", default="sleeping,deliveries,cycles,direct,collections,off,stock,nchan", help="which, comma-separated")
     parser.add_argument("--json", type=Path, help="write the figures there as well")
     options = parser.parse_args()
     raise_file_limit()
@@ -309,6 +343,7 @@ def main() -> int:
         "collections": lambda: collections(min(19_000, clients + 4000)),
         "off": lambda: deliveries(clients, rounds, off=True),
         "stock": lambda: stock(clients, rounds),
+        "nchan": lambda: in_c(clients, rounds),
     }
     figures: list[Figure] = []
     for name in options.parts.split(","):

@@ -4,6 +4,7 @@ What must hold is little and hard: the server lives, nothing unexpected is logge
 everything is given back.
 """
 
+import errno
 import random
 import sys
 from pathlib import Path
@@ -94,8 +95,8 @@ def burst(port: int, data: bytes, random: random.Random) -> int:
             sock.shutdown(socket.SHUT_WR)  # a stream ends too: it counts as gone
             while part := sock.recv(65536):
                 got += len(part)
-        except (ConnectionResetError, BrokenPipeError):
-            pass  # it had enough of us, which is its right
+        except OSError as error:  # it had enough of us, which is its right
+            assert error.errno in (errno.ECONNRESET, errno.EPIPE, errno.ENOTCONN), error
     return got
 
 
