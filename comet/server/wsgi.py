@@ -174,9 +174,12 @@ class Handler(WSGIHandler):
         """Answer requests until the connection is to be closed, or sleeps; whether it still has unread bytes."""
         server = self.server
         while True:
-            if not self.fresh and not self.buffer and server.hibernate:
-                server.parking.idle(self._detach(), self.network)
-                return False
+            if not self.fresh and not self.buffer:
+                if server.draining:
+                    return False
+                if server.hibernate:
+                    server.parking.idle(self._detach(), self.network)
+                    return False
             try:
                 head = self._read_head(self.fresh)
             except Refusal as refusal:
