@@ -45,7 +45,7 @@ class Framing:
         return self.heartbeat
 
     def encode(self, items: Sequence[Item], cursor: Cursor) -> Sequence[bytes]:
-        """The bytes of `items`, a piece each; moves `cursor` past them, where the framing has cursors."""
+        """The bytes of `items`, a piece each; moves `cursor` past them."""
         raise NotImplementedError
 
     def headers(self, cursor: Cursor) -> list[tuple[str, str]]:
@@ -136,7 +136,7 @@ def _make_json(message: Message) -> bytes:
 
 
 class Text(Framing):
-    """metabrew's: the body of a message and a newline, a piece a message. It has no cursors and no
+    """metabrew's: the body of a message and a newline, a piece a message. It tells no cursors and no
     gaps, and no heartbeat either: TCP keepalive finds the dead."""
 
     name = "test"
@@ -148,6 +148,8 @@ class Text(Framing):
         return f"comet welcomes you! Your id: {user}\n".encode()
 
     def encode(self, items: Sequence[Item], cursor: Cursor) -> Sequence[bytes]:
+        for item in items:
+            cursor.advance(item)
         return [item.data + b"\n" for item in items if isinstance(item, Message)]
 
 

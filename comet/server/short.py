@@ -13,9 +13,10 @@ from typing import Any
 from comet.errors import Refusal
 from comet.server.http import split_head
 
+MAX_REQUEST = 4096
+"""Bytes of a request that can go the short way."""
 MAX_BLOCKS = 1000
-MAX_BLOCK = 4096
-"""Header blocks remembered, and the bytes of one."""
+"""Header blocks remembered."""
 MAX_WISHES = 2000
 """Whole requests remembered."""
 
@@ -26,8 +27,9 @@ class Shortcut:
     """`wishes` makes a wish of path, query and Last-Event-ID, None where it can't, or raises Refusal; the
     same must always give the same."""
 
-    def __init__(self, wishes: Callable[[str, Mapping[str, str], str | None], Any]) -> None:
+    def __init__(self, wishes: Callable[[str, Mapping[str, str], str | None], Any], limit: int = MAX_REQUEST) -> None:
         self._make = wishes
+        self._limit = min(limit, MAX_REQUEST)
         self._blocks: dict[bytes, str | None] = {}
         self._wishes: dict[bytes, Any] = {}
 
@@ -51,22 +53,21 @@ class Shortcut:
     def parse(self, data: bytes) -> tuple[str, Mapping[str, str], str | None] | None:
         """Path, query and Last-Event-ID of exactly one whole plain GET; None for anything else."""
         line, _, block = data.partition(b"\r\n")
-        if block not in self._blocks and not self._learn(data, block):
+        if len(data) > self._limit or (block not in self._blocks and not self._learn(block)):
             return None
         found = _LINE.fullmatch(line)
         if found is None:
             return None
         query = found[2]
-        pairs = {} if not query else dict(pair.split("=", 1) for pair in query.decode().split("&") if "=" in pair)
+        pairs = {} if not query else dict(pair.partition("=")[::2] for pair in query.decode().split("&") if pair)
         return found[1].decode(), pairs, self._blocks[block]
 
-    def _learn(self, data: bytes, block: bytes) -> bool:
-        """Have the strict parser read a block for the first time; whether it is plain."""
-        if len(block) > MAX_BLOCK or not block.endswith(b"\r\n\r\n"):
-            return False
-        buffer = bytearray(data)
+    def _learn(self, block: bytes) -> bool:
+        """Have the strict parser read a block for the first time, behind a request line of our own: what is
+        remembered must not depend on the line it came with. Whether it is plain."""
+        buffer = bytearray(b"GET / HTTP/1.1\r\n" + block)
         try:
-            head = split_head(buffer, len(data))
+            head = split_head(buffer, self._limit)
         except Refusal:
             return False
         if head is None or buffer or head.method != "GET" or head.length != 0 or head.version != "HTTP/1.1":

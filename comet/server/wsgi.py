@@ -559,7 +559,7 @@ class CometServer(WSGIServer):
         """Connections that have a greenlet."""
         self.idle: set[Handler] = set()
         """Those of them that wait for a request to begin."""
-        self.shortcut = Shortcut(wishes)
+        self.shortcut = Shortcut(wishes, settings.max_header)
         self.subscribe = hub.subscribe
         self._resubscribe = hub.resubscribe
         self._crew = Crew()
