@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
-from comet.framing import Batch
+from comet.framing import Batch, batches
 from comet.message import Message
 
 DIRECT = 16
@@ -92,10 +92,10 @@ class Fanout:
     def deliver(self, members: Members[Any], messages: Sequence[Message]) -> None:
         """Send `messages` of one channel on their way, behind those that are."""
         if members.batch is None and not members.pending and len(members.present) <= DIRECT:
-            batch = Batch(messages)
-            for one in members.present:
-                _deliver(one, batch)
-            _forget(batch)
+            for batch in batches(messages):
+                for one in members.present:
+                    _deliver(one, batch)
+                _forget(batch)
             return
         if members.batch is None and not members.pending:
             self._pending.append(members)
@@ -124,9 +124,10 @@ class Fanout:
         """Serve the next few of a channel; whether it has more to do."""
         batch = members.batch
         if batch is None:
-            batch = members.batch = Batch(members.pending)
-            members.pending = []
-            members.waiting = members.index = 0
+            batch = members.batch = next(batches(members.pending))
+            members.pending = members.pending[len(batch.messages) :]
+            members.waiting = sum(message.cost for message in members.pending)
+            members.index = 0
             members.end = len(members.present)
         start = members.index
         stop = members.index = min(start + STRIDE, members.end)

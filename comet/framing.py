@@ -100,6 +100,20 @@ class Batch:
         return made
 
 
+def batches(messages: Sequence[Message]) -> Iterator[Batch]:
+    """Messages of one channel, in order, in runs that follow each other: a break is where this process
+    missed some, or a log began anew."""
+    start = 0
+    while start < len(messages):
+        first, stop = messages[start], len(messages)
+        if messages[-1].epoch != first.epoch or messages[-1].offset - first.offset != stop - 1 - start:
+            stop = start + 1
+            while stop < len(messages) and messages[stop].position == (first.epoch, first.offset + stop - start):
+                stop += 1
+        yield Batch(messages[start:stop])
+        start = stop
+
+
 def portions(items: Sequence[AnyItem]) -> Iterator[Sequence[AnyItem]]:
     """`items` in runs of at most `PORTION` bytes, but at least one item; an empty run if there are none."""
     start = size = 0

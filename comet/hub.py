@@ -13,7 +13,7 @@ import gevent
 from comet.backplane import Backplane
 from comet.errors import Refusal
 from comet.fanout import Fanout, Members
-from comet.framing import Batch
+from comet.framing import batches
 from comet.history import Joined
 from comet.message import ChannelInfo, Message, Position, Publication, Receipt, Sent, Since
 from comet.stats import Stats
@@ -64,7 +64,7 @@ class Hub:
                 self._expel(channel, subscriber)
                 subscriber.end("deleted")
         self._stats.clients[framing.name] += 1
-        subscriber.join(answers)
+        subscriber.join(dict(zip(channels, answers, strict=True)))
         return subscriber
 
     def resubscribe(self, wish: Wish, bed: Host) -> Subscriber | None:
@@ -124,13 +124,13 @@ class Hub:
     def _catch_up(self, subscriber: Subscriber) -> None:
         if subscriber.ended:
             return
-        answers = []
+        answers: dict[str, Joined] = {}
         try:
             for channel, position in list(subscriber.awake.offered.items()):
                 answer = self._backplane.read(channel, position)
                 if answer is None:  # deleted meanwhile: `dropped` has ended it, or is about to
                     return
-                answers.append(answer)
+                answers[channel] = answer
         except Exception:
             subscriber.end("unreadable")  # it would hold for ever; it resumes by its cursor
             raise
@@ -159,7 +159,8 @@ class Hub:
             self._fanout.deliver(present, messages)
         else:
             self._stats.offered += len(messages)
-            present.deliver(Batch(messages))
+            for batch in batches(messages):
+                present.deliver(batch)
 
     def dropped(self, channel: str, epoch: int) -> None:
         """The channel's log is gone: end its subscribers, who may come back to the next one. One that is

@@ -16,7 +16,7 @@ below its position are dropped as known. A message that skips an offset means th
 missed something: the subscriber holds again and asks its hub for the same kind of answer.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 from gevent.event import Event
@@ -87,16 +87,16 @@ class Subscriber:
         """It is no longer registered there."""
         self._names = [name for name in self.channels if name != channel]
 
-    def join(self, answers: Sequence[Joined]) -> None:
+    def join(self, answers: Mapping[str, Joined]) -> None:
         """Queue the replay, one answer a channel, then what was held meanwhile."""
         awake = self.awake
-        starts = [answer.position for answer in answers]
+        starts = [answer.position for answer in answers.values()]
         if not awake.offered:
             if len(starts) == 1:
                 self.epoch, self.offset = starts[0]
             else:
-                self.places = Cursor(self.channels, starts)
-        awake.join(self, list(awake.offered) or self.channels, answers, starts)
+                self.places = Cursor(list(answers), starts)
+        awake.join(self, answers, starts)
 
     def deliver(self, batch: Batch) -> None:
         """Messages of one of its channels."""
@@ -206,11 +206,11 @@ class Awake:
         self._queue: list[Item] = []
         self._held: list[Message] | None = None if offered else []
 
-    def join(self, subscriber: Subscriber, channels: Sequence[str], answers: Sequence[Joined], starts: Sequence[Position]) -> None:
+    def join(self, subscriber: Subscriber, answers: Mapping[str, Joined], starts: Sequence[Position]) -> None:
         """See `Subscriber.join`."""
-        if any(answer.gap for answer in answers):
+        if any(answer.gap for answer in answers.values()):
             self._queue.append(Gap(starts))
-        for channel, (position, messages, _) in zip(channels, answers, strict=True):
+        for channel, (position, messages, _) in answers.items():
             self._queue.extend(messages)
             self.offered[channel] = messages[-1].position if messages else position
         held, self._held = self._held or (), None

@@ -23,6 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "comet.errors": set(),
     "comet.settings": set(),
     "comet.stats": set(),
+    "comet.collector": {"comet.stats"},
     "comet.kernel": set(),
     "comet.kernel.limits": set(),
     "comet.kernel.sockets": set(),

@@ -86,12 +86,20 @@ def test_a_bad_flag_ends_with_status_2(arguments: list[str], capsys: pytest.Capt
     assert "app.py: error: " in capsys.readouterr().err
 
 
-def test_a_bad_switch_ends_with_status_2_and_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments, environ in ((["--open=maybe"], {}), ([], {"COMET_OPEN": "maybe"})):
-        with pytest.raises(SystemExit) as ended:
-            parse(arguments, environ)
-        assert ended.value.code == 2
-        assert "--open: 'maybe' is not on or off" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("arguments", "environ", "told"),
+    [
+        (["--open=maybe"], {}, "argument --open: 'maybe' is not on or off"),
+        ([], {"COMET_OPEN": "maybe"}, "COMET_OPEN (--open): 'maybe' is not on or off"),
+    ],
+)
+def test_a_bad_switch_ends_with_status_2_and_names_its_flag_or_variable(
+    arguments: list[str], environ: dict[str, str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse(arguments, environ)
+    assert ended.value.code == 2
+    assert told in capsys.readouterr().err
 
 
 def helped(environ: dict[str, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> str:

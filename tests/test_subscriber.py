@@ -1,15 +1,15 @@
 """One client, awake: joining, holding, skipping, its backlog, and the greenlet that takes; and asleep: who hosts it."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import gevent
 import pytest
 
 from comet.framing import LINES, POLL, PORTION, TEXT, Batch, Framing, ServerSentEvents
 from comet.history import History, Joined
-from comet.message import MESSAGE_COST, Gap, Item, Message, Position
-from comet.subscriber import Awake, Subscriber
+from comet.message import Gap, Item, Message, Position
+from comet.subscriber import FRAMING, Awake, Subscriber
 from tests.harness import TIMEOUT, wait_until
 
 EPOCH = 5
@@ -24,13 +24,16 @@ class Client:
         self.closes: list[tuple[Subscriber, str]] = []
         self.backlog = backlog
         self.subscriber = Subscriber(channels or ("a",), framing, self, Awake(patience, {}))
-        self.join = self.subscriber.join
 
     def leave(self, subscriber: Subscriber, reason: str) -> None:
         self.closes.append((subscriber, reason))
 
     def resync(self, subscriber: Subscriber) -> None:
         self.resyncs.append(subscriber)
+
+    def join(self, answers: Sequence[Joined]) -> None:
+        """What the hub does with a backplane's answers, one a channel."""
+        self.subscriber.join(dict(zip(self.subscriber.awake.offered or self.subscriber.channels, answers, strict=True)))
 
     def offer(self, *messages: Message) -> None:
         """What the hub delivers."""
@@ -170,7 +173,7 @@ def test_gaps_on_several_channels_are_told_as_one() -> None:
 
 
 def test_a_client_that_takes_nothing_is_closed_when_its_backlog_is_full() -> None:
-    client, messages = Client(backlog=3 * (MESSAGE_COST + 3)).join_now(), log(5)
+    client, messages = Client(backlog=3 * (FRAMING + 1)).join_now(), log(5)
     for message in messages[:3]:
         client.offer(message)
     assert client.reason is None
@@ -182,7 +185,7 @@ def test_a_client_that_takes_nothing_is_closed_when_its_backlog_is_full() -> Non
 
 
 def test_a_client_that_takes_has_its_backlog_back() -> None:
-    client, messages = Client(backlog=3 * (MESSAGE_COST + 3)).join_now(), log(9)
+    client, messages = Client(backlog=3 * (FRAMING + 1)).join_now(), log(9)
     for start in (0, 3, 6):
         for message in messages[start : start + 3]:
             client.offer(message)
@@ -191,14 +194,14 @@ def test_a_client_that_takes_has_its_backlog_back() -> None:
 
 
 def test_a_replay_is_not_charged_to_the_backlog() -> None:
-    client, messages = Client(backlog=MESSAGE_COST + 3), log(9)
+    client, messages = Client(backlog=FRAMING + 1), log(9)
     client.join([Joined(NOW, messages[:8], False)])
     client.offer(messages[8])
     assert client.taken() == list("123456789")
 
 
 def test_what_is_held_is_bounded_too() -> None:
-    client, messages = Client(backlog=3 * (MESSAGE_COST + 3)), log(4)
+    client, messages = Client(backlog=3 * (FRAMING + 1)), log(4)
     for message in messages:
         client.offer(message)
     assert client.reason == "backlog-bytes"
@@ -208,7 +211,7 @@ def test_what_is_held_is_bounded_too() -> None:
 
 
 def test_what_was_held_is_charged_once() -> None:
-    client, messages = Client(backlog=3 * (MESSAGE_COST + 3)), log(3)
+    client, messages = Client(backlog=3 * (FRAMING + 1)), log(3)
     for message in messages:
         client.offer(message)
     client.join_now()
@@ -217,7 +220,7 @@ def test_what_was_held_is_charged_once() -> None:
 
 
 def test_what_is_held_stays_charged_while_the_client_takes() -> None:
-    client, messages = Client(backlog=3 * (MESSAGE_COST + 3)).join_now(), log(9)
+    client, messages = Client(backlog=3 * (FRAMING + 1)).join_now(), log(9)
     client.offer(messages[0])
     for message in messages[4:7]:  # 4 was lost: these are held
         client.offer(message)
