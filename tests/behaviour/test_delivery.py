@@ -42,6 +42,22 @@ def _close_connections(start: Start) -> Iterator[None]:
         OPEN.pop().close()
 
 
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
+    """As `start`, but the same flags are the same server: a test uses channels of its own."""
+    servers: dict[tuple[str, ...], Server] = {}
+
+    def begin(*flags: str) -> Server:
+        if flags not in servers:
+            servers[flags] = Server(tmp_path_factory.mktemp("shared") / "server.log", *flags)
+        return servers[flags]
+
+    yield begin
+    for server in servers.values():
+        server.assert_healthy()
+        assert server.stop() == 0, server.log.read_text()
+
+
 def connection(server: Server) -> Client:
     """A new connection, closed at the test's end if not before."""
     client = server.client()
@@ -379,19 +395,20 @@ def assert_gap_once(server: Server, kind: str, channel: str, cursor: str) -> Non
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_eviction_by_count_is_told_once_and_all_that_is_kept_follows(start: Start, kind: str) -> None:
-    server = start("--history-size", "5")
+def test_eviction_by_count_is_told_once_and_all_that_is_kept_follows(shared: Start, kind: str) -> None:
+    server = shared("--history-size", "5")
+    a = f"count-{kind}"
     publisher = Publisher(server)
-    first, *_ = publisher.publish(*(("a", str(number)) for number in range(4)))
+    first, *_ = publisher.publish(*((a, str(number)) for number in range(4)))
     epoch, _ = parse(first)
-    publisher.publish(*(("a", str(number)) for number in range(4, 8)))
+    publisher.publish(*((a, str(number)) for number in range(4, 8)))
     # offsets 4 to 8 are kept: a reader that stands at 3 misses nothing, one at 2 does
-    whole = resumed(server, kind, ["a"], f"{epoch}-3")
-    while not whole.at({"a": 8}):
+    whole = resumed(server, kind, [a], f"{epoch}-3")
+    while not whole.at({a: 8}):
         whole.take()
     whole.disconnect()
-    assert (whole.gaps, [offset for _, offset, _ in whole.got["a"]]) == (0, [4, 5, 6, 7, 8])
-    assert_gap_once(server, kind, "a", f"{epoch}-2")
+    assert (whole.gaps, [offset for _, offset, _ in whole.got[a]]) == (0, [4, 5, 6, 7, 8])
+    assert_gap_once(server, kind, a, f"{epoch}-2")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -409,24 +426,25 @@ def test_eviction_by_bytes_is_told_once_and_all_that_is_kept_follows(start: Star
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_server_that_keeps_nothing_is_still_true(start: Start, kind: str) -> None:
-    server = start("--history-size", "0")
-    with readers(Reader(server, kind, ["a"])) as (reader,):
+def test_a_server_that_keeps_nothing_is_still_true(shared: Start, kind: str) -> None:
+    server = shared("--history-size", "0")
+    a = f"nothing-{kind}"
+    with readers(Reader(server, kind, [a])) as (reader,):
         if kind == "poll":
             cursor = reader.cursor
-            name = server.publish("a", "lost")
+            name = server.publish(a, "lost")
             reader.take()
-            assert (reader.gaps, reader.got["a"], reader.cursor) == (1, [], name)
+            assert (reader.gaps, reader.got[a], reader.cursor) == (1, [], name)
             assert cursor != name
             waiting = gevent.spawn(reader.take)
-            wait_until(lambda: server.request("GET", "/channels/a").json["subscribers"] == 1)
-            server.publish("a", "live")
+            wait_until(lambda: server.request("GET", f"/channels/{a}").json["subscribers"] == 1)
+            server.publish(a, "live")
             finish([waiting], kind)
-            assert (reader.gaps, [data for _, _, data in reader.got["a"]]) == (1, ["live"])
+            assert (reader.gaps, [data for _, _, data in reader.got[a]]) == (1, ["live"])
         else:
             for number in range(10):
-                server.publish("a", str(number))
-            while len(reader.got["a"]) < 10:
+                server.publish(a, str(number))
+            while len(reader.got[a]) < 10:
                 reader.take()
             assert reader.gaps == 0
 
@@ -445,29 +463,31 @@ def test_a_deleted_log_is_told_once(server: Server, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_aged_messages_are_a_gap_for_who_missed_them_and_none_for_who_did_not(start: Start, kind: str) -> None:
-    server = start("--history-age", "0.3")
-    first = server.publish("a", "one")
-    last = server.publish("a", "two")
-    wait_until(lambda: server.request("GET", "/channels/a").json["messages"] == 0)
-    assert_gap_once(server, kind, "a", first)
-    there = resumed(server, kind, ["a"], server.request("GET", "/channels/a").json["position"])
-    settle(server, there, "a", "three")
+def test_aged_messages_are_a_gap_for_who_missed_them_and_none_for_who_did_not(shared: Start, kind: str) -> None:
+    server = shared("--history-age", "1")
+    a = f"aged-{kind}"
+    first = server.publish(a, "one")
+    last = server.publish(a, "two")
+    wait_until(lambda: server.request("GET", f"/channels/{a}").json["messages"] == 0)
+    assert_gap_once(server, kind, a, first)
+    there = resumed(server, kind, [a], server.request("GET", f"/channels/{a}").json["position"])
+    settle(server, there, a, "three")
     there.disconnect()
     assert there.gaps == 0, f"{there}: it had {last} and everything after"
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_channel_freed_after_lingering_is_a_gap(start: Start, kind: str) -> None:
-    server = start("--linger", "0.3")
-    reader = Reader(server, kind, ["a"])
+def test_a_channel_freed_after_lingering_is_a_gap(shared: Start, kind: str) -> None:
+    server = shared("--linger", "1")
+    a = f"lingers-{kind}"
+    reader = Reader(server, kind, [a])
     reader.connect()
     cursor = reader.cursor
-    server.publish("a", "seen")
+    server.publish(a, "seen")
     reader.disconnect()
-    wait_until(lambda: server.request("GET", "/channels/a").status == 404)
+    wait_until(lambda: server.request("GET", f"/channels/{a}").status == 404)
     assert cursor is not None
-    assert_gap_once(server, kind, "a", cursor)
+    assert_gap_once(server, kind, a, cursor)
 
 
 def test_a_connected_client_keeps_its_channel_beyond_linger_and_age(start: Start) -> None:
@@ -486,28 +506,29 @@ def test_a_connected_client_keeps_its_channel_beyond_linger_and_age(start: Start
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_gap_on_one_of_several_channels_neither_doubles_nor_loses_on_the_others(start: Start, kind: str) -> None:
-    server = start("--history-size", "5")
+def test_a_gap_on_one_of_several_channels_neither_doubles_nor_loses_on_the_others(shared: Start, kind: str) -> None:
+    server = shared("--history-size", "5")
+    a, b, c = names = [f"several-{kind}-{letter}" for letter in "abc"]
     publisher = Publisher(server)
-    away = Reader(server, "poll", ["a", "b", "c"])
+    away = Reader(server, "poll", names)
     away.connect()
-    publisher.publish(("a", "a1"), ("b", "b1"), ("c", "c1"))
-    while not away.at({"a": 1, "b": 1, "c": 1}):
+    publisher.publish((a, "a1"), (b, "b1"), (c, "c1"))
+    while not away.at(dict.fromkeys(names, 1)):
         away.take()
     away.disconnect()
     assert away.cursor is not None
-    publisher.publish(*(("b", f"b{number}") for number in range(2, 12)), ("a", "a2"), ("c", "c2"))
-    reader = resumed(server, kind, ["a", "b", "c"], away.cursor)
-    heads = {channel: publisher.head(channel) for channel in "abc"}
+    publisher.publish(*((b, f"b{number}") for number in range(2, 12)), (a, "a2"), (c, "c2"))
+    reader = resumed(server, kind, names, away.cursor)
+    heads = {channel: publisher.head(channel) for channel in names}
     while not reader.at(heads):
         reader.take()
     reader.disconnect()
     assert reader.gaps == 1
     got = {channel: [data for _, _, data in messages] for channel, messages in reader.got.items()}
-    assert got == {"a": ["a2"], "b": ["b7", "b8", "b9", "b10", "b11"], "c": ["c2"]}
+    assert got == {a: ["a2"], b: ["b7", "b8", "b9", "b10", "b11"], c: ["c2"]}
     assert reader.cursor is not None
-    again = resumed(server, kind, ["a", "b", "c"], reader.cursor)
-    settle(server, again, "b", "b12")
+    again = resumed(server, kind, names, reader.cursor)
+    settle(server, again, b, "b12")
     again.disconnect()
     assert again.gaps == 0
 
@@ -572,22 +593,23 @@ def test_with_a_tiny_history_every_hole_is_told(start: Start, seed: int) -> None
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("since", ["oldest", "cursor", "now"])
-def test_joining_while_a_publisher_runs_leaves_no_seam(start: Start, kind: str, since: str) -> None:
+def test_joining_while_a_publisher_runs_leaves_no_seam(shared: Start, kind: str, since: str) -> None:
     size = 400 if since == "oldest" else 100_000  # the oldest are taken away while it starts from there
-    server = start("--history-size", str(size), "--backlog", str(100 << 20))
+    server = shared("--history-size", str(size), "--backlog", str(100 << 20))
+    seam = f"seam-{since}-{kind}"
     publisher = Publisher(server)
     goal: dict[str, int] = {}
-    first_id, *_ = publisher.publish(*(("seam", str(number)) for number in range(100)))
+    first_id, *_ = publisher.publish(*((seam, str(number)) for number in range(100)))
     epoch, _ = parse(first_id)
     pipeline = 40
     stopped = False
 
     def publish() -> None:
         while not stopped:
-            publisher.publish(*(("seam", str(number)) for number in range(pipeline)))
+            publisher.publish(*((seam, str(number)) for number in range(pipeline)))
 
     def join(reader: Reader) -> None:
-        before = publisher.head("seam")
+        before = publisher.head(seam)
         if since == "oldest":
             reader.cursor = "oldest"
         elif since == "cursor":
@@ -595,10 +617,10 @@ def test_joining_while_a_publisher_runs_leaves_no_seam(start: Start, kind: str, 
         reader.connect()
         if since == "oldest" and kind == "poll":
             reader.take()
-            reader.starts["seam"] = (epoch, reader.got["seam"][0][1] - 1)
-        first = reader.starts["seam"][1] + 1
+            reader.starts[seam] = (epoch, reader.got[seam][0][1] - 1)
+        first = reader.starts[seam][1] + 1
         # at most one batch more is ordered and not acknowledged to the publisher yet
-        after = publisher.head("seam") + pipeline
+        after = publisher.head(seam) + pipeline
         if since == "oldest":
             assert max(1, before - size + 1) <= first <= max(1, after - size + 1), (before, first, after)
         elif since == "now":
@@ -608,7 +630,7 @@ def test_joining_while_a_publisher_runs_leaves_no_seam(start: Start, kind: str, 
         reader.disconnect()
 
     running = gevent.spawn(publish)
-    crowd = [Reader(server, kind, ["seam"]) for _ in range(40)]
+    crowd = [Reader(server, kind, [seam]) for _ in range(40)]
     joining = []
     for number, reader in enumerate(crowd):
         joining.append(gevent.spawn(join, reader))
@@ -616,14 +638,14 @@ def test_joining_while_a_publisher_runs_leaves_no_seam(start: Start, kind: str, 
     stopped = True
     finish([running], since)
     # polls must not be left behind by more than is kept: they have caught up before the last message
-    heads = {"seam": publisher.head("seam")}
+    heads = {seam: publisher.head(seam)}
     wait_until(lambda: all(reader.at(heads) for reader in crowd) or any(one.ready() for one in joining))
-    publisher.finish(["seam"], goal)
+    publisher.finish([seam], goal)
     finish(joining, since)
     if kind == "poll" and since == "oldest":  # one that was slower than the publisher may have lost some, and is then told
         for reader in crowd:
-            offsets = [offset for _, offset, _ in reader.got["seam"]]
-            holes = sum(second != first + 1 for first, second in zip([reader.starts["seam"][1], *offsets], offsets, strict=False))
+            offsets = [offset for _, offset, _ in reader.got[seam]]
+            holes = sum(second != first + 1 for first, second in zip([reader.starts[seam][1], *offsets], offsets, strict=False))
             assert holes <= reader.gaps, f"{reader}: {holes} holes, {reader.gaps} gaps"
             assert offsets == sorted(set(offsets)), f"{reader}: doubled or out of order"
     else:
