@@ -85,7 +85,7 @@ def main(arguments: list[str]) -> int:
     server.drain()
     hub.drain()
     late = server.join(settings.grace)
-    log.info("stopped; %d connections were cut off after %g s", late, settings.grace) if late else log.info("stopped")
+    log.info("stopped; cut off after %g s: %d", settings.grace, late) if late else log.info("stopped")
     return 0
 
 

@@ -5,6 +5,7 @@ at ten thousand short-lived greenlets a second that is a good part of the time. 
 finished its work waits for the next; while it works it is one client's alone.
 """
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,8 @@ from greenlet import getcurrent, greenlet
 
 MOST_WAITING = 32
 """Greenlets kept for the next work, about 7 KB each."""
+
+log = logging.getLogger("comet.server")
 
 Work = Callable[[Any], None]
 
@@ -35,7 +38,10 @@ class Crew:
     def _live(self, work: Work, argument: Any) -> None:
         while True:
             self.starting -= 1
-            work(argument)
+            try:
+                work(argument)
+            except Exception:
+                log.exception("a greenlet's work failed")
             del work, argument
             if len(self._waiting) >= MOST_WAITING:
                 return

@@ -61,6 +61,7 @@ class Sleeper(Protocol):
     places: Any
     framing: Any
     host: Any
+    home: Any
 
     @property
     def one_shot(self) -> bool: ...
@@ -86,7 +87,7 @@ class Floor(Protocol):
     def again(self, descriptor: int, data: bytes) -> bool:
         """An idle connection sent this: answer it without a greenlet, or say False."""
 
-    def resume(self, descriptor: int, network: str, subscriber: Sleeper | None, data: bytes) -> None:
+    def resume(self, descriptor: int, network: str, subscriber: Sleeper | None, data: bytes | memoryview) -> None:
         """Wake a connection in a greenlet: `data` is what it sent (idle), or what it still has to be sent
         (`subscriber`)."""
 
@@ -115,7 +116,7 @@ class Parking:
         self._buried: list[int] = []
         self._at = 0
         self._now = int(time.monotonic() * 1000)
-        """As of the last walk: deadlines are coarse, and asking the time for each would cost more than them."""
+        """As of the last walk or events: deadlines are coarse, and asking the time for each would cost more."""
         self._early: set[int] = set()
         self._draining = False
         self._epoll = epoll()
@@ -191,7 +192,10 @@ class Parking:
     def _close_buried(self) -> None:
         buried, self._buried = self._buried, []
         for descriptor in buried:
-            os_close(descriptor)
+            try:
+                os_close(descriptor)
+            except OSError:  # the kernel has let go of it all the same (close(2)); what matters is the rest
+                log.exception("a close failed")
 
     # -- a sleeper's host
 
@@ -211,7 +215,7 @@ class Parking:
             if framing.heartbeat:
                 self._deadlines[subscriber.descriptor] = self._now + self._heartbeat
             if sent != len(data):
-                self._rouse(subscriber, data[sent:])
+                self._rouse(subscriber, memoryview(data)[sent:])
             elif framing.one_shot:
                 self._answered(subscriber)
         else:
@@ -243,7 +247,7 @@ class Parking:
         if subscriber.framing.heartbeat:
             self._deadlines[subscriber.descriptor] = self._now + self._heartbeat
         if sent != len(data):
-            self._rouse(subscriber, data[sent:])
+            self._rouse(subscriber, memoryview(data)[sent:])
         elif subscriber.framing.one_shot:
             self._answered(subscriber)
 
@@ -267,11 +271,17 @@ class Parking:
         if self._owners[descriptor] is IDLE:
             self._request(descriptor, 0)
 
-    def _rouse(self, subscriber: Sleeper, rest: bytes) -> None:
+    def _rouse(self, subscriber: Sleeper, rest: bytes | memoryview) -> None:
         """Wake a sleeper in a greenlet, to be sent `rest` first."""
         descriptor = subscriber.descriptor
-        deadline = self._deadlines[descriptor]
-        patience = None if deadline == NEVER else max(0.0, deadline / 1000 - time.monotonic())
+        if len(rest) > subscriber.home.backlog:
+            self._close(descriptor, "backlog-bytes")
+            return
+        patience: float | None = None
+        if subscriber.one_shot:
+            patience = max(0.0, (self._deadlines[descriptor] - self._now) / 1000)
+        elif subscriber.framing.heartbeat:
+            patience = self._heartbeat / 1000
         network = self.take(descriptor)
         subscriber.wake(patience)
         self._floor.resume(descriptor, network, subscriber, rest)
@@ -283,7 +293,9 @@ class Parking:
         try:
             complete = os_write(descriptor, data) == len(data)
         except BlockingIOError:
-            complete = False
+            self._rouse(subscriber, b"")  # it still has to be sent what the socket holds: then it is told
+            subscriber.end(reason)
+            return
         except OSError:
             self._close(descriptor, reason)
             return
@@ -297,6 +309,7 @@ class Parking:
 
     def _notice(self) -> None:
         owners = self._owners
+        self._now = int(time.monotonic() * 1000)
         for descriptor, event in self._epoll.poll(0, _BATCH):
             owner = owners[descriptor]
             if owner is None:
@@ -310,8 +323,15 @@ class Parking:
                     self._early.add(descriptor)
             except Exception:  # an edge is told once: one failure must not lose the others of the batch
                 log.exception("an event of a sleeping connection failed")
-                if owners[descriptor] is owner:
-                    self._close(descriptor, "lost")
+                self._give_up(descriptor, owner)
+
+    def _give_up(self, descriptor: int, owner: Sleeper | _Idle) -> None:
+        """After a failure of ours: close what sleeps here, and end who is awake."""
+        if self._owners[descriptor] is owner:
+            if isinstance(owner, _Idle) or owner.host is self:
+                self._close(descriptor, "lost")
+            else:
+                owner.end("lost")
 
     def _hang_up(self, descriptor: int, subscriber: Sleeper) -> None:
         if subscriber.host is self:
@@ -340,17 +360,21 @@ class Parking:
         stop = start + len(owners) // SCANS + 1
         self._at = stop if stop < len(owners) else 0
         for descriptor, deadline in enumerate(deadlines[start:stop], start):
-            if deadline <= now and owners[descriptor] is not None:
-                self._due(descriptor)
+            owner = owners[descriptor]
+            if deadline <= now and owner is not None:
+                try:
+                    self._due(descriptor, owner)
+                except Exception:  # the others are due as well
+                    log.exception("a deadline of a sleeping connection failed")
+                    self._give_up(descriptor, owner)
 
-    def _due(self, descriptor: int) -> None:
-        owner = self._owners[descriptor]
+    def _due(self, descriptor: int, owner: Sleeper | _Idle) -> None:
         if isinstance(owner, _Idle):
             self._close(descriptor, "idle")
-        elif owner is not None and owner.host is not self:
+        elif owner.host is not self:
             self._deadlines[descriptor] = NEVER
             owner.awake.notify()
-        elif owner is not None:
+        else:
             self._write(owner, owner.framing.wire(owner.encode([]), self._date()))
 
     # -- stopping

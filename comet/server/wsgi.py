@@ -148,7 +148,7 @@ class Handler(WSGIHandler):
 
     # -- the connection
 
-    def handle(self, rest: bytes) -> None:
+    def handle(self, rest: bytes | memoryview) -> None:
         """Serve this connection until it ends or sleeps; where a subscriber slept, send `rest` and go on from
         there. Lets no exception out."""
         self.server.awake.add(self)
@@ -280,7 +280,7 @@ class Handler(WSGIHandler):
         data: bytes = self.socket.recv(READ_SIZE)
         return data
 
-    def send(self, data: bytes) -> None:
+    def send(self, data: bytes | memoryview) -> None:
         """Raises TimeoutError when the client has taken nothing for the send time-out."""
         try:
             try:
@@ -451,7 +451,7 @@ class Handler(WSGIHandler):
         self.headers_sent = True
         self._go_on(b"" if parked.one_shot else parked.framing.start(parked.cursor, self.server.date()))
 
-    def _go_on(self, rest: bytes) -> None:
+    def _go_on(self, rest: bytes | memoryview) -> None:
         """Send `rest`, then what waits; then sleep, or with ``--hibernate off`` wait here, until it ends."""
         parked, server = self.parked, self.server
         assert parked is not None
@@ -463,8 +463,9 @@ class Handler(WSGIHandler):
         watched = False
         while True:
             items = awake.take(0)
-            if items == [] and awake.patience != 0:
+            if items == [] and (awake.patience != 0 or not parked.one_shot):
                 if server.hibernate and awake.quiet and not self.buffer:
+                    server.parking.take(self.descriptor)  # where it was watched
                     server.parking.sleep(self._detach(), self.network, parked, awake.patience)
                     return
                 if not watched:
@@ -642,7 +643,7 @@ class CometServer(WSGIServer):
         self.parking.again(descriptor, subscriber, wish.patience)
         return True
 
-    def resume(self, descriptor: int, network: str, subscriber: Sleeper | None, data: bytes) -> None:
+    def resume(self, descriptor: int, network: str, subscriber: Sleeper | None, data: bytes | memoryview) -> None:
         """See `Floor`."""
         handler = Handler(descriptor, self, network)
         if subscriber is None:

@@ -43,13 +43,13 @@ def _close_connections(start: Start) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
+def shared(tmp_path_factory: pytest.TempPathFactory, hibernate: str) -> Iterator[Start]:
     """As `start`, but the same flags are the same server: a test uses channels of its own."""
     servers: dict[tuple[str, ...], Server] = {}
 
     def begin(*flags: str) -> Server:
         if flags not in servers:
-            servers[flags] = Server(tmp_path_factory.mktemp("shared") / "server.log", *flags)
+            servers[flags] = Server(tmp_path_factory.mktemp("shared") / "server.log", *flags, COMET_HIBERNATE=hibernate)
         return servers[flags]
 
     yield begin
