@@ -107,6 +107,13 @@ class Fanout:
             del members.pending[:-1]
             members.waiting = members.pending[0].cost
 
+    def finish(self, members: Members[Any]) -> None:
+        """Deliver now all that is pending on a channel, whose subscribers are about to be ended."""
+        if members in self._pending:
+            self._pending.remove(members)
+            while self._stride(members):
+                pass
+
     def _slice(self) -> None:
         """About `SLICE` seconds of sweeping, a stride of each channel in turn."""
         pending = self._pending

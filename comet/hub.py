@@ -165,6 +165,9 @@ class Hub:
     def dropped(self, channel: str, epoch: int) -> None:
         """The channel's log is gone: end its subscribers, who may come back to the next one. One that is
         still joining may be of the next already: the epoch of its answer will tell."""
+        present = self._channels.get(channel)
+        if isinstance(present, Members):
+            self._fanout.finish(present)
         for subscriber in self._members(self._channels.pop(channel, None)):
             if subscriber in self._joining:
                 self._joining[subscriber].add((channel, epoch))
@@ -218,5 +221,7 @@ class Hub:
         streams finish."""
         self.draining = True
         for present in list(self._channels.values()):
+            if isinstance(present, Members):
+                self._fanout.finish(present)
             for subscriber in self._members(present):
                 subscriber.end("shutdown")
