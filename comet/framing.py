@@ -39,6 +39,7 @@ class Framing:
     heartbeat = b""
     names_cursor = True
     """The answer's headers say where it starts."""
+    _head: bytes | None = None
 
     def opening(self, cursor: Cursor) -> bytes:
         """What a stream says at once, so that the client has an answer before the first message."""
@@ -48,18 +49,22 @@ class Framing:
         """The bytes of `items`, a piece each; moves `cursor` past them."""
         raise NotImplementedError
 
-    def headers(self, cursor: Cursor) -> list[tuple[str, str]]:
-        """The headers of an answer that starts at `cursor`, but for those that frame its body."""
+    def headers(self, cursor: Cursor | None) -> list[tuple[str, str]]:
+        """The headers of an answer that starts at `cursor`, but for those that frame its body; None leaves
+        out the one that names the cursor."""
         headers = [("Content-Type", self.content_type), ("Cache-Control", "no-store"), ("X-Accel-Buffering", "no")]
-        return [*headers, ("Comet-Cursor", str(cursor))] if self.names_cursor else headers
+        return [*headers, ("Comet-Cursor", str(cursor))] if self.names_cursor and cursor is not None else headers
 
     # -- the same on the wire, for HTTP/1.1: what a sleeping client is sent
 
     def start(self, cursor: Cursor, date: bytes) -> bytes:
         """A stream's status, headers and opening. `date` is the Date header's line."""
-        head = "".join(f"{name}: {value}\r\n" for name, value in self.headers(cursor))
-        opening = chunk(self.opening(cursor))
-        return b"HTTP/1.1 200 OK\r\n%bTransfer-Encoding: chunked\r\n%b\r\n%b" % (head.encode(), date, opening)
+        head = self._head
+        if head is None:
+            lines = "".join(f"{name}: {value}\r\n" for name, value in self.headers(None))
+            head = self._head = b"HTTP/1.1 200 OK\r\n%bTransfer-Encoding: chunked\r\n" % lines.encode()
+        named = b"Comet-Cursor: %b\r\n" % str(cursor).encode() if self.names_cursor else b""
+        return b"%b%b%b\r\n%b" % (head, named, date, chunk(self.opening(cursor)))
 
     def wire(self, pieces: Sequence[bytes], date: bytes) -> bytes:
         """`pieces`: a chunk each."""
@@ -234,8 +239,8 @@ class Poll(Framing):
     names_cursor = False
 
     def __init__(self, more: Sequence[tuple[str, str]] = ()) -> None:
-        head = "".join(f"{name}: {value}\r\n" for name, value in [*self.headers(Cursor((), ())), *more])
-        self._head = b"HTTP/1.1 200 OK\r\n" + head.encode()
+        head = "".join(f"{name}: {value}\r\n" for name, value in [*self.headers(None), *more])
+        self._answer = b"HTTP/1.1 200 OK\r\n" + head.encode()
 
     def opening(self, cursor: Cursor) -> bytes:
         return b""
@@ -254,7 +259,7 @@ class Poll(Framing):
     def wire(self, pieces: Sequence[bytes], date: bytes) -> bytes:
         """The whole response."""
         (body,) = pieces
-        return b"%b%bContent-Length: %d\r\n\r\n%b" % (self._head, date, len(body), body)
+        return b"%b%bContent-Length: %d\r\n\r\n%b" % (self._answer, date, len(body), body)
 
     def end(self, cursor: Cursor, date: bytes, closing: bool) -> bytes:
         """An answer without messages."""

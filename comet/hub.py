@@ -15,7 +15,7 @@ from comet.errors import Refusal
 from comet.fanout import Fanout, Members
 from comet.framing import batches
 from comet.history import Joined
-from comet.message import ChannelInfo, Message, Position, Publication, Receipt, Sent, Since
+from comet.message import ChannelInfo, Message, Publication, Receipt, Sent, Since
 from comet.stats import Stats
 from comet.subscriber import Awake, Host, Subscriber, Wish
 
@@ -67,18 +67,18 @@ class Hub:
         subscriber.join(dict(zip(channels, answers, strict=True)))
         return subscriber
 
-    def resubscribe(self, wish: Wish, bed: Host) -> Subscriber | None:
-        """As `subscribe`, for a client who has missed nothing, asleep in `bed` from the start: what a poller
-        does nearly always. None where it takes a look, and then nothing was done."""
-        channels, since, framing, _ = wish
-        start = since[0]
-        if len(channels) != 1 or not isinstance(start, Position) or self.draining:
+    def subscribe_asleep(self, wish: Wish, bed: Host) -> Subscriber | None:
+        """As `subscribe`, for a client who has missed nothing, asleep in `bed` from the start: who starts now,
+        or a poller who has it all. None where there is something to read, and then nothing was done."""
+        channels, since, framing, patience = wish
+        if len(channels) != 1 or self.draining or patience == 0:
             return None
         channel = channels[0]
-        if not self._backplane.rejoin(channel, start):
+        head = self._backplane.rejoin(channel, since[0])
+        if head is None:
             return None
         subscriber = Subscriber(channels, framing, self, bed)
-        subscriber.epoch, subscriber.offset = start
+        subscriber.epoch, subscriber.offset = head
         self._stats.clients[framing.name] += 1
         self._register(channel, subscriber)
         return subscriber

@@ -79,14 +79,30 @@ def reader(application: Bottle, context: Context) -> Callable[[str, Mapping[str,
     """The short way to the handlers that wait, past bottle's request: path, query and Last-Event-ID to
     what the client wishes; None where bottle has to answer. Raises Refusal, changes nothing."""
     match = application.router.match
+    waiters: dict[str, tuple[Handler, str] | None] = {}
 
-    def read(path: str, query: Mapping[str, str], last_event_id: str | None) -> Wish | None:
+    def look_up(path: str) -> tuple[Handler, str] | None:
+        """The handler that waits, and the name of its one argument, the path's last part."""
         try:
             route, arguments = match({"PATH_INFO": path, "REQUEST_METHOD": "GET"})
         except HTTPError:
             return None
         waiter = route.config.get("waiter")
-        return None if waiter is None else waiter(context, Asked(query, last_event_id), **arguments)
+        return None if waiter is None else (waiter, *arguments)
+
+    def read(path: str, query: Mapping[str, str], last_event_id: str | None) -> Wish | None:
+        folder, _, name = path.rpartition("/")
+        if not name:
+            return None
+        found = waiters.get(folder)
+        if found is None:
+            found = look_up(path)
+            if found is None:
+                return None
+            waiters[folder] = found  # as many as there are routes that wait
+        waiter, argument = found
+        wish: Wish = waiter(context, Asked(query, last_event_id), **{argument: name})
+        return wish
 
     return read
 

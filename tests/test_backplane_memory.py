@@ -180,7 +180,7 @@ class Run:
         since = Position(epoch ^ (self.rng.random() < 0.2), max(0, len(log) - (self.rng.random() < 0.2)))
         known = channel in self.model.logs
         joined = self.backplane.rejoin(channel, since)
-        assert joined == (known and since == logs(self.backplane)[channel].position)
+        assert bool(joined) == (known and since == logs(self.backplane)[channel].position)
         assert not joined or since.offset == len(log)
         if joined:
             self.model.subscribers[channel] += 1

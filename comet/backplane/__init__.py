@@ -67,9 +67,9 @@ class Backplane(Protocol):
     def subscribe(self, channels: Sequence[str], since: Sequence[Since]) -> Sequence[Joined]:
         """Join each channel, after its `since`; one answer a channel, in order."""
 
-    def rejoin(self, channel: str, position: Position) -> bool:
-        """`subscribe` at once, if that needs no look: whoever stands at `position` has missed nothing on
-        this channel. False: nothing was done. Never blocks."""
+    def rejoin(self, channel: str, since: Since) -> Position | None:
+        """`subscribe` at once, where nothing has to be read: whoever starts now, or stands at the newest
+        position, has missed nothing. That position, or None: then nothing was done. Never blocks."""
 
     def unsubscribe(self, channels: Sequence[str]) -> None:
         """Undo one `subscribe` of these channels."""

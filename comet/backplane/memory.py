@@ -201,22 +201,21 @@ class MemoryBackplane:
             answers.append(self._since(channel, log, start, None, now))
         return answers
 
-    def rejoin(self, channel: str, position: Position) -> bool:
+    def rejoin(self, channel: str, since: Since) -> Position | None:
         log = self._channels.get(channel)
         if log is None:
-            return False
-        if isinstance(log, int):
-            if position != (log, 0):
-                return False
-            if self._idle.pop(channel, None) is None:
-                self._open(channel).subscribers += 1
-            return True
-        if log.head != position.offset or log.epoch != position.epoch:
-            return False
-        if not log.subscribers:
-            del self._idle[channel]
-        log.subscribers += 1
-        return True
+            if since is not None:
+                return None
+            epoch = self._channels[channel] = self._randbits(EPOCH_BITS)
+            return Position(epoch, 0)
+        head = Position(log, 0) if isinstance(log, int) else log.position
+        if since is not None and since != head:
+            return None
+        opened = self._open(channel) if isinstance(log, int) and channel not in self._idle else log
+        if not isinstance(opened, int):
+            opened.subscribers += 1
+        self._idle.pop(channel, None)
+        return head
 
     def unsubscribe(self, channels: Sequence[str]) -> None:
         for channel in channels:

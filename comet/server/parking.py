@@ -145,6 +145,11 @@ class Parking:
         subscriber.sleep(self, descriptor)
         self._put(descriptor, subscriber, network, self._after(patience))
 
+    def put(self, descriptor: int, subscriber: Sleeper, network: str, patience: float | None) -> None:
+        """As `sleep`, for a subscriber whose host this has been from its start."""
+        subscriber.descriptor = descriptor
+        self._put(descriptor, subscriber, network, self._after(patience))
+
     def idle(self, descriptor: int, network: str) -> None:
         """A kept-alive connection waits here for its next request."""
         self._put(descriptor, IDLE, network, self._now + self._idle_timeout)
@@ -230,12 +235,12 @@ class Parking:
         if epoch == batch.epoch and batch.before <= offset:
             items = batch.messages[offset - batch.before :]
             if items:
-                self._write(subscriber, subscriber.framing.wire(subscriber.encode(items), self._date()))
+                self.write(subscriber, subscriber.framing.wire(subscriber.encode(items), self._date()))
             return
         self._rouse(subscriber, b"")  # a skip: it has to read history, which takes a greenlet
         subscriber.deliver(batch)
 
-    def _write(self, subscriber: Sleeper, data: bytes) -> None:
+    def write(self, subscriber: Sleeper, data: bytes) -> None:
         """Send what completes the answer of a poll or goes on in a stream."""
         try:
             sent = os_write(subscriber.descriptor, data)
@@ -375,7 +380,7 @@ class Parking:
             self._deadlines[descriptor] = NEVER
             owner.awake.notify()
         else:
-            self._write(owner, owner.framing.wire(owner.encode([]), self._date()))
+            self.write(owner, owner.framing.wire(owner.encode([]), self._date()))
 
     # -- stopping
 

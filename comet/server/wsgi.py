@@ -116,7 +116,7 @@ class Subscribers(Protocol):
     """The hub, as far as the server knows it: what an application wishes becomes a subscriber."""
 
     def subscribe(self, wish: Any) -> Any: ...
-    def resubscribe(self, wish: Any, bed: Any) -> Any: ...
+    def subscribe_asleep(self, wish: Any, bed: Any) -> Any: ...
 
 
 class Handler(WSGIHandler):
@@ -441,9 +441,18 @@ class Handler(WSGIHandler):
 
     def _attend_shortly(self, wish: Any) -> None:
         """Answer a request that came the short way."""
-        self.server.stats.requests += 1
+        server = self.server
+        server.stats.requests += 1
+        if server.hibernate and not self.buffer:
+            sleeper = server.subscribe_asleep(wish, server.parking)
+            if sleeper is not None:
+                descriptor = self._detach()
+                server.parking.put(descriptor, sleeper, self.network, wish.patience)
+                if not sleeper.framing.one_shot:
+                    server.parking.write(sleeper, sleeper.framing.start(sleeper.cursor, server.date()))
+                return
         try:
-            parked = self.parked = self.server.subscribe(wish)
+            parked = self.parked = server.subscribe(wish)
         except Refusal as refusal:
             self.close_connection = True
             self.answer_refusal(refusal)
@@ -562,7 +571,7 @@ class CometServer(WSGIServer):
         """Those of them that wait for a request to begin."""
         self.shortcut = Shortcut(wishes, settings.max_header)
         self.subscribe = hub.subscribe
-        self._resubscribe = hub.resubscribe
+        self.subscribe_asleep = hub.subscribe_asleep
         self._crew = Crew()
         self._networks: Counter[str] = Counter()
         self.refusing = 0
@@ -634,9 +643,9 @@ class CometServer(WSGIServer):
     def again(self, descriptor: int, data: bytes) -> bool:
         """See `Floor`."""
         wish = self.shortcut.read(data)
-        if wish is None or not wish.framing.one_shot or wish.patience == 0:
+        if wish is None or not wish.framing.one_shot:
             return False
-        subscriber = self._resubscribe(wish, self.parking)
+        subscriber = self.subscribe_asleep(wish, self.parking)
         if subscriber is None:
             return False
         self.stats.requests += 1
