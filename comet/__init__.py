@@ -2,18 +2,20 @@
 
 How a message gets from a publisher to a client:
 
-    handlers.publish        reads and checks the request
-    hub.publish             passes it on
-    backplane.publish       orders it: the next offset of the channel's log (history)
-    hub.deliver             offers the ordered message to the channel's subscribers here
-    subscriber.offer        queues it for one client, without blocking
-    subscriber.__iter__     in the client's greenlet: takes what waits, framing makes bytes of it
-    server.wsgi             writes them
+    handlers.publish            reads and checks the request
+    hub.publish                 passes it on
+    backplane.publish           orders it: the next offset of the channel's log (history)
+    hub.deliver                 finds the channel's subscribers here
+    fanout                      hands them the batch: few at once, many in slices
+    subscriber.deliver          asleep: server.parking writes it to the socket
+                                awake: a queue, which the client's greenlet takes from and writes
+    framing                     makes the bytes, once for all who get the same
 
 and how a client gets there:
 
-    server.wsgi             accepts, reads the head (server.http), calls bottle
-    handlers.poll, stream   the channels and the cursor
-    hub.subscribe           registers, then joins: the backplane answers with what was missed
-    server.wsgi.park        watches for a hang-up (server.parking) and iterates
+    server.wsgi                 accepts, and reads the head: the short way (server.short) or server.http
+    handlers.poll, stream       the channels and the cursor: a wish
+    hub.subscribe               registers, then joins: the backplane answers with what was missed
+    server.wsgi                 writes that, and when nothing waits any more:
+    server.parking              sleeps, until a message, a request, a hang-up or a deadline
 """

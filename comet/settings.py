@@ -29,7 +29,7 @@ class Settings:
     )
     grace: float = _knob(10.0, "seconds", "From SIGTERM to the exit at the latest: time for answers under way.")
 
-    hibernate: bool = _knob(True, "switch", "Clients sleep without a greenlet; off keeps one for each, at about 7 KB.")
+    hibernate: bool = _knob(True, "switch", "Clients sleep without a greenlet; off keeps one for each, at about 8 KB.")
     send_buffer: int = _knob(
         16384, "bytes", "Kernel buffer a connection for what a client has not read (0: the kernel's own sizing).", most=1 << 26
     )
