@@ -14,7 +14,7 @@ run: $(VENV)/.run
 	@exec $(BIN)/python app.py $(ARGS)
 
 test: $(VENV)/.run
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 4 --dist worksteal $(ARGS)
 
 bench: $(VENV)/.run
 	$(BIN)/python -m loadtest.bench $(ARGS)

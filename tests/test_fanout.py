@@ -159,7 +159,7 @@ def test_a_slice_is_bounded_in_time_and_everything_else_has_a_turn_between_two(w
 
 
 def test_a_slice_is_not_wasted_on_a_small_sweep(world: World) -> None:
-    members, _ = world.members(STRIDE + 1)
+    members, _ = world.members(DIRECT + 1)
     world.fanout.deliver(members, Channel().next())
     assert world.run() == 1
 
