@@ -149,6 +149,10 @@ class Subscriber:
             if self.one_shot:
                 return
 
+    def takes_as_it_is(self, batch: Batch) -> bool:
+        """It gets the very bytes that others of this channel alone get, in a stream."""
+        return self.places is None and self.offset == batch.before and self.epoch == batch.epoch and not self.one_shot
+
     def wake(self, patience: float | None) -> None:
         """From now on a greenlet takes."""
         cursor = self.cursor
@@ -194,13 +198,16 @@ class Awake:
     a heartbeat (a stream) or an empty answer (a poll), None for ever; `offered` is where the queue
     ends, by channel; `reason` is None until it is ended."""
 
-    __slots__ = ("_bytes", "_held", "_queue", "offered", "patience", "reason", "waker")
+    __slots__ = ("_bytes", "_held", "_queue", "offered", "patience", "ready", "reason", "waker")
 
     def __init__(self, patience: float | None, offered: dict[str, Position]) -> None:
         self.patience = patience
         self.offered = offered
         self.reason: str | None = None
         self._bytes = 0
+        self.ready: bytes | None = None
+        """Bytes to be sent before all that can be taken, as a batch has made them for others like this one:
+        b"" while a greenlet waits that would send them."""
         self.waker: Callable[[], object] | None = None
         """Called once, when there is something to take or it has ended."""
         self._queue: list[Item] = []
@@ -222,6 +229,13 @@ class Awake:
 
     def deliver(self, subscriber: Subscriber, batch: Batch) -> None:
         """Take note of messages; never blocks."""
+        if self.ready == b"" and self.quiet and subscriber.takes_as_it_is(batch):
+            framing = subscriber.framing
+            self.ready = batch.wires.get(framing) or batch.wire(framing, b"")
+            subscriber.offset = batch.last
+            self.offered[batch.messages[-1].channel] = batch.messages[-1].position
+            self.notify()
+            return
         for message in batch.messages:
             self._offer(subscriber, message)
 

@@ -120,7 +120,8 @@ class Parking:
         self._early: set[int] = set()
         self._draining = False
         self._epoll = epoll()
-        self._loop = get_hub().loop
+        self._hub = get_hub()
+        self._loop = self._hub.loop
         self._watcher = self._loop.io(self._epoll.fileno(), _READ, priority=self._loop.MAXPRI)
         self._watcher.start(self._notice)
         self._scanner = self._loop.timer(SCAN_SECONDS, SCAN_SECONDS)
@@ -132,13 +133,18 @@ class Parking:
         """Tell an awake subscriber when its peer hangs up, until `take`."""
         self._put(descriptor, subscriber, "", NEVER)
 
-    def wait(self, descriptor: int, awake: Any) -> None:
+    def wait(self, descriptor: int, awake: Any) -> bytes:
         """Block the greenlet of a watched subscriber until it has something to take, has ended, or its
-        patience is over: its deadline stands in the table like a sleeper's, and costs no timer."""
+        patience is over: its deadline stands in the table like a sleeper's, and costs no timer. Answers
+        what is to be sent first."""
         self._deadlines[descriptor] = self._after(awake.patience)
         awake.waker = partial(self._loop.run_callback, getcurrent().switch)
-        get_hub().switch()
+        awake.ready = b""
+        self._hub.switch()
+        ready: bytes = awake.ready
+        awake.ready = None
         self._deadlines[descriptor] = NEVER
+        return ready
 
     def sleep(self, descriptor: int, network: str, subscriber: Sleeper, patience: float | None) -> None:
         """A subscriber with nothing waiting sleeps here from now on; it owns the descriptor."""

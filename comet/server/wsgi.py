@@ -480,7 +480,10 @@ class Handler(WSGIHandler):
                 if not watched:
                     server.parking.watch(self.descriptor, parked)
                     watched = True
-                server.parking.wait(self.descriptor, awake)
+                ready = server.parking.wait(self.descriptor, awake)
+                if ready:
+                    self.send(ready)
+                    continue
                 items = awake.take(0)
             if items is None:
                 self.send(parked.framing.end(parked.cursor, server.date(), server.draining))
