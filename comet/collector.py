@@ -12,7 +12,7 @@ import time
 from comet.stats import Stats
 
 THRESHOLDS = (10_000, 20, 50)
-"""Young objects before the youngest generation is walked (about 0.5 ms for 10,000); such walks before the
+"""Young objects before the youngest generation is walked; such walks before the
 middle one is; and those before all is. The last also waits, in CPython, until a quarter of all that
 survived so far is new, which keeps full walks rare when there are many clients."""
 

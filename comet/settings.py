@@ -29,7 +29,7 @@ class Settings:
     )
     grace: float = _knob(10.0, "seconds", "From SIGTERM to the exit at the latest: time for answers under way.")
 
-    hibernate: bool = _knob(True, "switch", "Clients sleep without a greenlet; off keeps one for each, at about 8 KB.")
+    hibernate: bool = _knob(True, "switch", "Clients sleep without a greenlet; off keeps one for each (make bench measures both).")
     send_buffer: int = _knob(
         16384, "bytes", "Kernel buffer a connection for what a client has not read (0: the kernel's own sizing).", most=1 << 26
     )
@@ -59,9 +59,11 @@ class Settings:
     linger: float = _knob(
         60.0, "seconds", "A channel without subscribers keeps its place and history so long: a poller is away between polls."
     )
-    max_idle: int = _knob(1_000_000, "channels", "Channels without subscribers that linger at most, about 300 bytes each.", least=1)
+    max_idle: int = _knob(
+        1_000_000, "channels", "Channels without subscribers that linger at most; beyond it the longest idle are forgotten early.", least=1
+    )
     key_age: float = _knob(300.0, "seconds", "A repeated Idempotency-Key is recognized so long.")
-    max_keys: int = _knob(100_000, "keys", "Idempotency keys remembered at most, about 550 bytes each; the oldest go first.")
+    max_keys: int = _knob(100_000, "keys", "Idempotency keys remembered at most; the oldest go first.")
 
     poll_timeout: float = _knob(30.0, "seconds", "A poll without ?timeout= waits so long; proxies often cut at 60.", most=300)
     heartbeat: float = _knob(

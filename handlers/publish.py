@@ -11,7 +11,7 @@ from comet.message import DEFAULT_TYPE, Publication, Receipt, check_channel, che
 from handlers.params import Context, answer, answer_bytes, body, check_key, idempotency_key, text_body
 
 SLICE = 200
-"""Lines of a batch that are published before other greenlets have a turn: about 2 ms."""
+"""Lines of a batch that are published before other greenlets have a turn."""
 
 MAX_LINES = 50_000
 """Lines of a batch: a bad one of a byte is answered with a hundred."""

@@ -13,7 +13,7 @@ from gevent import get_hub
 from greenlet import getcurrent, greenlet
 
 MOST_WAITING = 32
-"""Greenlets kept for the next work, about 7 KB each."""
+"""Greenlets kept for the next work."""
 
 log = logging.getLogger("comet.server")
 

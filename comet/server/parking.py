@@ -215,6 +215,7 @@ class Parking:
         if subscriber.places is None and subscriber.offset == batch.before and subscriber.epoch == batch.epoch:
             framing = subscriber.framing
             data = batch.wires.get(framing) or batch.wire(framing, self._date())
+            # what follows is `write`, in place: it runs once a delivery
             try:
                 sent = os_write(subscriber.descriptor, data)
             except BlockingIOError:
