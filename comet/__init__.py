@@ -13,9 +13,9 @@ How a message gets from a publisher to a client:
 
 and how a client gets there:
 
-    server.wsgi                 accepts, and reads the head: the short way (server.short) or server.http
+    server.wsgi, connection     accepts, and reads the head: the short way (server.short) or server.http
     handlers.poll, stream       the channels and the cursor: a wish
     hub.subscribe               registers, then joins: the backplane answers with what was missed
-    server.wsgi                 writes that, and when nothing waits any more:
+    server.connection           writes that, and when nothing waits any more:
     server.parking              sleeps, until a message, a request, a hang-up or a deadline
 """

@@ -1,7 +1,7 @@
 """Refusals: every reason comet has to turn a request down, in one table.
 
 A leaf: the request parser, the handlers and the backplanes all raise `Refusal`; `handlers.params`
-and `comet.server.wsgi` turn it into the JSON answer ``{"error": slug, "detail": sentence}`` and
+and `comet.server.connection` turn it into the JSON answer ``{"error": slug, "detail": sentence}`` and
 count it under its slug. README lists the same table; tests/test_errors.py holds the two together.
 """
 

@@ -7,15 +7,15 @@ million, and new requests are read between slices. What is published while a swe
 for the next sweep, in one batch: one write a client however many messages it holds, which is what
 makes falling behind self-limiting.
 
-Pure but for the `schedule` it is given (the loop's) and the subscribers' `deliver`, which does not
+Pure but for the `schedule` it is given (the loop's) and the subscribers' hosts, whose `deliver` does not
 block. Joins append to a channel; leaves leave holes, which go when no sweep is under way.
 """
 
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from typing import Any, Generic, Protocol, TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Generic, Protocol, TypeVar, cast
 
 from comet.framing import Batch, batches
 from comet.message import Message
@@ -30,21 +30,38 @@ MAX_PENDING = 16 << 20
 """Bytes (as `Message.cost` counts) that wait for a channel's next sweep. Beyond it all but the newest
 are let go: subscribers notice the skip and read them from history, or are told a gap."""
 
-STRIDE = 8
+STRIDE = 16
 """Subscribers between two looks at the clock."""
 
 log = logging.getLogger("comet")
 
 
 class Receiver(Protocol):
-    """A subscriber, as far as a sweep knows one."""
+    """A subscriber, as far as a sweep knows one; `host.deliver(subscriber, batch)` takes what is for it."""
+
+    host: Any
 
     @property
     def ended(self) -> bool: ...
-    def deliver(self, batch: Batch) -> None: ...
 
 
 Anyone = TypeVar("Anyone", bound=Receiver)
+
+
+class _Hole:
+    """Where somebody was."""
+
+    ended = True
+
+    @property
+    def host(self) -> "_Hole":
+        return self
+
+    def deliver(self, subscriber: object, batch: Batch) -> None:
+        """Nobody is there."""
+
+
+HOLE = _Hole()
 
 
 class Members(Generic[Anyone]):
@@ -75,6 +92,11 @@ class Members(Generic[Anyone]):
         if self.batch is None:
             self.compact()
 
+    def expel(self, subscriber: Anyone) -> None:
+        """One that has not ended is taken off: a hole stays, since a sweep may be under way."""
+        self.present[self.present.index(subscriber)] = cast(Anyone, HOLE)
+        self.leave()
+
     def compact(self) -> None:
         """Let go of the ended, when they are many enough to pay for the walk."""
         if len(self.present) > 2 * self.alive + 16:
@@ -93,8 +115,7 @@ class Fanout:
         """Send `messages` of one channel on their way, behind those that are."""
         if members.batch is None and not members.pending and len(members.present) <= DIRECT:
             for batch in batches(messages):
-                for one in members.present:
-                    _deliver(one, batch)
+                _serve(members.present, batch)
                 _forget(batch)
             return
         if members.batch is None and not members.pending:
@@ -138,8 +159,7 @@ class Fanout:
             members.end = len(members.present)
         start = members.index
         stop = members.index = min(start + STRIDE, members.end)
-        for one in members.present[start:stop]:
-            _deliver(one, batch)
+        _serve(members.present[start:stop], batch)
         if stop < members.end:
             return True
         _forget(batch)
@@ -148,11 +168,12 @@ class Fanout:
         return bool(members.pending)
 
 
-def _deliver(one: Receiver, batch: Batch) -> None:
-    try:
-        one.deliver(batch)
-    except Exception:  # a failure at one client must not keep the message from the others
-        log.exception("a message could not be delivered to %r", one)
+def _serve(those: Iterable[Receiver], batch: Batch) -> None:
+    for one in those:
+        try:
+            one.host.deliver(one, batch)  # `one.deliver` would be the same, by one call more
+        except Exception:  # a failure at one client must not keep the message from the others
+            log.exception("a message could not be delivered to %r", one)
 
 
 def _forget(batch: Batch) -> None:

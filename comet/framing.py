@@ -86,21 +86,23 @@ def chunk(piece: bytes) -> bytes:
 
 class Batch:
     """Messages of one channel that follow each other, on their way to its subscribers: from the offset
-    `before` to `last` of `epoch`. Their bytes are made once a framing, whoever asks first."""
+    `before` to `last` of `epoch`, where they end at `position`. Their bytes are made once a framing,
+    whoever asks first."""
 
-    __slots__ = ("before", "epoch", "last", "messages", "wires")
+    __slots__ = ("before", "channel", "epoch", "last", "messages", "position", "wires")
 
     def __init__(self, messages: Sequence[Message]) -> None:
         self.messages = messages
-        self.epoch = messages[0].epoch
+        self.channel = messages[0].channel
+        self.position = messages[-1].position
+        self.epoch, self.last = self.position
         self.before = messages[0].offset - 1
-        self.last = messages[-1].offset
         self.wires: dict[Framing, bytes] = {}
 
     def wire(self, framing: Framing, date: bytes) -> bytes:
         """Make the bytes for a subscriber of this channel alone that stands at `before`, and leave them in
         `wires` for the others."""
-        cursor = Cursor([self.messages[0].channel], [Position(self.epoch, self.before)])
+        cursor = Cursor([self.channel], [Position(self.epoch, self.before)])
         made = self.wires[framing] = framing.wire(framing.encode(self.messages, cursor), date)
         return made
 

@@ -96,17 +96,18 @@ class Hub:
         """Take one off a channel that it will not unsubscribe from."""
         subscriber.drop(channel)
         present = self._channels[channel]
-        if isinstance(present, Members):
-            present.present.remove(subscriber)
-        self._unregister(channel)
+        if isinstance(present, Members) and present.alive > 1:
+            present.expel(subscriber)
+        else:
+            del self._channels[channel]
 
     def _unregister(self, channel: str) -> None:
         """One that is registered there has ended."""
         present = self._channels[channel]
-        if not isinstance(present, Members) or present.alive == 1:
-            del self._channels[channel]
-        else:
+        if isinstance(present, Members) and present.alive > 1:
             present.leave()
+        else:
+            del self._channels[channel]
 
     def leave(self, subscriber: Subscriber, reason: str) -> None:
         """Called once by each subscriber, when it has ended."""

@@ -229,12 +229,14 @@ class Awake:
 
     def deliver(self, subscriber: Subscriber, batch: Batch) -> None:
         """Take note of messages; never blocks."""
-        if self.ready == b"" and self.quiet and subscriber.takes_as_it_is(batch):
+        waker = self.waker
+        if waker is not None and self.ready == b"" and self.quiet and subscriber.takes_as_it_is(batch):
             framing = subscriber.framing
             self.ready = batch.wires.get(framing) or batch.wire(framing, b"")
             subscriber.offset = batch.last
-            self.offered[batch.messages[-1].channel] = batch.messages[-1].position
-            self.notify()
+            self.offered[batch.channel] = batch.position
+            self.waker = None
+            waker()
             return
         for message in batch.messages:
             self._offer(subscriber, message)

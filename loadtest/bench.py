@@ -1,6 +1,6 @@
 """make bench: what a client costs and how fast it is served, beside two baselines, in one run.
 
-    python -m loadtest.bench [--clients 15000] [--rounds 7] [--json FILE]
+    python -m loadtest.bench [--clients 15000] [--rounds 25] [--json FILE]
 
 The baselines run on the same machine in the same minutes: stock gevent.pywsgi with bottle
 (`loadtest.baseline_pywsgi`), and the plain loop, Python's `socket.send` over as many sockets with no
@@ -329,7 +329,7 @@ def main() -> int:
     """Run all parts and print; the exit status is 1 when a bound was missed."""
     parser = argparse.ArgumentParser(prog="bench", description="Measure comet beside its baselines.")
     parser.add_argument("--clients", type=int, default=15000, help="clients of each part (default 15000)")
-    parser.add_argument("--rounds", type=int, default=7, help="broadcasts of each kind (default 7)")
+    parser.add_argument("--rounds", type=int, default=25, help="broadcasts of each kind (default 25)")
     parser.add_argument("--parts", default="sleeping,deliveries,cycles,direct,collections,off,stock,nchan", help="which, comma-separated")
     parser.add_argument("--json", type=Path, help="write the figures there as well")
     options = parser.parse_args()

@@ -48,6 +48,16 @@ class World:
         return Members(*receivers), receivers
 
 
+class Host:
+    """Where all receivers live."""
+
+    def deliver(self, receiver: "Receiver", batch: Batch) -> None:
+        receiver.deliver(batch)
+
+
+HOST = Host()
+
+
 class Receiver:
     """A subscriber that notes its batches."""
 
@@ -55,6 +65,7 @@ class Receiver:
         self.world = world
         self.name = name
         self.ended = False
+        self.host = HOST
         self.batches: list[Batch] = []
         self.on_delivery: Callable[[], None] | None = None
 
@@ -354,6 +365,18 @@ def test_without_a_sweep_holes_go_when_they_are_many(world: World) -> None:
         assert [left for left in members.present if not left.ended] == receivers[index:]
         assert len(members.present) <= 2 * members.alive + 16
     assert longest > 50, "each leave would walk the whole channel"
+
+
+def test_who_is_expelled_in_a_sweep_makes_nobody_be_passed_over(world: World) -> None:
+    members, receivers = world.members(200)
+    world.fanout.deliver(members, Channel().next())
+    world.turn()
+    for one in (receivers[3], receivers[150]):  # one that was served, one that was not
+        members.expel(one)
+    world.run()
+    assert all(one.offsets == [1] for one in receivers if one is not receivers[150])
+    assert not receivers[150].batches
+    assert members.alive == 198
 
 
 @pytest.mark.parametrize("count", [5, 200])

@@ -38,6 +38,7 @@ ALLOWED: dict[str, set[str]] = {
     "comet.backplane.memory": {*SPOKEN, "comet.history", "comet.backplane"},
     # the server, which knows a subscriber only by its small interface
     "comet.server": set(),
+    "comet.server.connection": SERVER,
     "comet.server.crew": SERVER,
     "comet.server.http": SERVER,
     "comet.server.parking": SERVER,

@@ -143,7 +143,6 @@ class Parking:
         self._hub.switch()
         ready: bytes = awake.ready
         awake.ready = None
-        self._deadlines[descriptor] = NEVER
         return ready
 
     def sleep(self, descriptor: int, network: str, subscriber: Sleeper, patience: float | None) -> None:

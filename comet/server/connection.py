@@ -1,0 +1,532 @@
+"""One connection while it is awake, in its greenlet: reads requests, runs the application, writes answers.
+
+A pywsgi handler of which `start_response` and little more is left. Replaced:
+
+- reading: `comet.server.http` reads strictly from a buffer of our own, under absolute deadlines;
+- writing: head and body leave in one send, and no send waits longer than the send time-out;
+- the end: refusals are answered so that the client can read them.
+
+An application may wait for long. It hands its subscriber to ``environ["comet.park"]``, as it would a
+file to ``wsgi.file_wrapper``, and returns what it gets back; on another server it returns the
+subscriber itself, which is an iterable with a `close`. Here the answer's headers and what waits are
+sent, and when there is nothing more to do the connection goes to sleep (`comet.server.parking`) and
+its greenlet ends. What wakes it calls `CometServer.resume` (`comet.server.wsgi`): a greenlet again.
+"""
+
+import io
+import json
+import logging
+import socket
+import time
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import gevent
+from gevent.pywsgi import WSGIHandler
+from gevent.socket import socket as GeventSocket
+
+from comet.errors import Refusal
+from comet.server.http import ChunkedBody, Head, split_head
+from comet.server.parking import Sleeper, os_close, os_read, os_write
+
+if TYPE_CHECKING:
+    from comet.server.wsgi import CometServer
+
+READ_SIZE = 16384
+LINGER_BYTES = 65536
+LINGER_SECONDS = 1.0
+A_TURN = 1e-9
+"""Seconds to sleep for everything else to have its turn. Not 0: gevent runs up to fifty greenlets that
+do so before it looks at sockets again."""
+
+_CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+_NO_BODY = io.BytesIO()
+
+log = logging.getLogger("comet.server")
+
+
+class RequestBody(io.RawIOBase):
+    """`wsgi.input`: exactly one request's body, read from its connection as it is asked for.
+
+    Raises Refusal: ``body-timeout``, ``bad-encoding``, ``bad-body`` when the client stops short. The
+    deadline is absolute, from the end of the head.
+    """
+
+    def __init__(self, connection: "Connection", head: Head, timeout: float, overhead: int) -> None:
+        self._connection = connection
+        self._left = head.length
+        self._chunks = ChunkedBody(overhead) if head.length is None else None
+        self._pending = b""
+        self._deadline = time.monotonic() + timeout
+        self._expected = head.expects_continue
+
+    @property
+    def finished(self) -> bool:
+        """Nothing of it is left on the connection."""
+        return self._chunks.done if self._chunks else self._left == 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, target: Any) -> int:
+        while not self._pending and not self.finished:
+            self._receive()
+        part = self._pending[: len(target)]
+        self._pending = self._pending[len(part) :]
+        target[: len(part)] = part
+        return len(part)
+
+    def _receive(self) -> None:
+        connection, buffer = self._connection, self._connection.buffer
+        if not buffer:
+            if self._expected:
+                self._expected = False
+                connection.send(_CONTINUE)
+            try:
+                data = connection.receive(self._deadline - time.monotonic())
+            except TimeoutError:
+                raise Refusal("body-timeout", "The body did not arrive in time; send it faster, or in parts.") from None
+            except OSError:  # reset, or cut off by us: nobody is left to read the answer
+                data = b""
+            if not data:
+                raise Refusal("bad-body", "The connection ended in the middle of the body.")
+            buffer += data
+        if self._chunks:
+            self._pending = self._chunks.feed(buffer)
+        else:
+            assert self._left is not None
+            self._pending = bytes(buffer[: self._left])
+            del buffer[: self._left]
+            self._left -= len(self._pending)
+
+
+class Connection(WSGIHandler):
+    """Requests are read and answered one after the other, until it is closed or goes to sleep."""
+
+    server: "CometServer"
+    descriptor: int
+    """The connection, -1 once it is given away or closed. A gevent socket is made for it only when
+    something has to wait: most requests are read and answered without."""
+    status: bytes | None
+    result: Any
+    response_headers: list[tuple[bytes, bytes]]
+    buffer: bytearray
+    """Read from the socket and not used yet: the front of the next request."""
+
+    def __init__(self, descriptor: int, server: "CometServer", network: str) -> None:
+        self.descriptor = descriptor
+        self._waiting_socket: Any = None
+        self.server = server
+        self.network = network
+        self.buffer = bytearray()
+        self._has_read = False
+        self._body: RequestBody | None = None
+        self.fresh = False
+        """Nothing was read from it yet."""
+        self.parked: Sleeper | None = None
+        """Whose answer is under way, when it is a subscriber's."""
+
+    # -- the connection
+
+    def handle(self, rest: bytes | memoryview) -> None:
+        """Serve this connection until it ends or sleeps; where a subscriber slept, send `rest` and go on from
+        there. Lets no exception out."""
+        self.server.awake.add(self)
+        try:
+            if self.parked is not None:
+                self.headers_sent = True
+                self._guard(self._go_on, rest)
+                self._release()
+            if self.descriptor >= 0 and not self.close_connection and self._serve():
+                self._linger()
+        except OSError:
+            pass  # the peer is gone, and with it whoever could be told; what was open is counted where it ends
+        except Exception:
+            self.server.stats.errors += 1
+            log.exception("a connection failed")
+        finally:
+            self.server.awake.discard(self)
+            if self.descriptor >= 0:
+                self.close()
+                self.server.gone(self.network)
+
+    def _serve(self) -> bool:
+        """Answer requests until the connection is to be closed, or sleeps; whether it still has unread bytes."""
+        server = self.server
+        while True:
+            if not self.fresh and not self.buffer:
+                if server.draining:
+                    return False
+                if server.hibernate:
+                    server.parking.idle(self._detach(), self.network)
+                    return False
+            try:
+                head = self._read_head(self.fresh)
+            except Refusal as refusal:
+                self.answer_refusal(refusal)
+                return True
+            self.fresh = False
+            if head is None:
+                return False
+            if isinstance(head, Head):
+                self._respond(head)
+            else:
+                self._guard(self._attend_shortly, head)
+                self._release()
+            if self.descriptor < 0:
+                return False
+            if not self.close_connection and self.buffer:
+                gevent.sleep(A_TURN)  # who pipelines takes turns with the others
+            if self.close_connection:
+                return bool(self.buffer) or self._body_is_left
+
+    def _detach(self) -> int:
+        """Give the descriptor away; the caller passes it to the parking."""
+        descriptor, self.descriptor = self.descriptor, -1
+        if self._waiting_socket is not None:
+            self._waiting_socket.detach()  # never dropped: that would close the number under its next owner
+            self._waiting_socket = None
+        return descriptor
+
+    def close(self) -> None:
+        """Close the connection, unlinked from the parking before."""
+        self.server.parking.take(self.descriptor)
+        if self._waiting_socket is not None:
+            self._waiting_socket.close()
+            self._waiting_socket = None
+        else:
+            os_close(self.descriptor)
+        self.descriptor = -1
+
+    @property
+    def socket(self) -> Any:
+        """A gevent socket of the descriptor, for what may have to wait."""
+        if self._waiting_socket is None:
+            self._waiting_socket = GeventSocket(self.server.family, socket.SOCK_STREAM, 0, fileno=self.descriptor)
+        return self._waiting_socket
+
+    def _read_head(self, fresh: bool) -> Any:
+        """The next request's `Head`, or its wish where the short way led there; None when the client has
+        none. Raises Refusal."""
+        settings, buffer = self.server.settings, self.buffer
+        deadline = time.monotonic() + (settings.header_timeout if fresh or buffer else settings.idle_timeout)
+        look = bool(buffer)
+        idle = not fresh and not buffer
+        if look and not fresh:
+            wish = self.server.shortcut.read(bytes(buffer))
+            if wish is not None:
+                buffer.clear()
+                return wish
+        while True:
+            if look or len(buffer) > settings.max_header:
+                head = split_head(buffer, settings.max_header)
+                if head is not None:
+                    return head
+            began = bool(buffer)
+            try:
+                if not began:
+                    self.server.idle.add(self)
+                data = self.receive(deadline - time.monotonic())
+            except TimeoutError:
+                if not buffer:
+                    return None
+                raise Refusal("header-timeout", "The request's headers did not arrive in time; send them faster.") from None
+            finally:
+                self.server.idle.discard(self)
+            if not data or (not began and self.server.draining):
+                return None
+            if not began:
+                wish = self.server.shortcut.read(data)
+                if wish is not None:
+                    return wish
+            if idle:  # once: empty lines must not begin it again
+                idle = False
+                deadline = time.monotonic() + settings.header_timeout
+            buffer += data
+            look = b"\n" in data
+
+    def receive(self, timeout: float) -> bytes:
+        """What the client sends next, b"" at its end. Raises TimeoutError after `timeout` seconds."""
+        if timeout <= 0:
+            raise TimeoutError
+        if self._has_read:
+            gevent.sleep(A_TURN)  # reading does not yield while there is data: a flood would stop everyone else
+        self._has_read = True
+        try:
+            return os_read(self.descriptor, READ_SIZE)
+        except BlockingIOError:
+            pass
+        self.socket.settimeout(timeout)
+        data: bytes = self.socket.recv(READ_SIZE)
+        return data
+
+    def send(self, data: bytes | memoryview) -> None:
+        """Raises TimeoutError when the client has taken nothing for the send time-out."""
+        try:
+            try:
+                sent = os_write(self.descriptor, data)
+            except BlockingIOError:
+                sent = 0
+            if sent < len(data):
+                self.socket.settimeout(self.server.settings.send_timeout)
+                view = memoryview(data)[sent:]
+                while view:
+                    view = view[self.socket.send(view) :]
+        except TimeoutError:
+            self._abandon("backlog-time")  # before the subscriber is closed, which counts the reason
+            raise
+        except OSError:
+            self._abandon("lost")
+            raise
+
+    def _linger(self) -> None:
+        """Let the client read the answer although it still sends: closing with unread bytes would reset
+        the connection, and the reset would overtake the answer."""
+        self.socket.shutdown(socket.SHUT_WR)
+        deadline = time.monotonic() + LINGER_SECONDS
+        left = LINGER_BYTES
+        try:
+            while left > 0 and (data := self.receive(deadline - time.monotonic())):
+                left -= len(data)
+        except TimeoutError:
+            pass  # it had its second
+
+    def turn_away(self, refusal: Refusal) -> None:
+        """Answer a connection that is not let in, and close it."""
+        try:
+            self.answer_refusal(refusal)
+            self._linger()
+        except OSError:
+            pass  # it has gone by itself
+        finally:
+            self.close()
+            self.server.refusing -= 1
+
+    def answer_refusal(self, refusal: Refusal) -> None:
+        """Answer, outside of any application, why this connection is closed."""
+        self.server.stats.refused[refusal.slug] += 1
+        body = json.dumps(refusal.document()).encode() + b"\n"
+        lines = [
+            f"HTTP/1.1 {refusal.status} {refusal.slug}",
+            "Content-Type: application/json",
+            f"Content-Length: {len(body)}",
+            "Cache-Control: no-store",
+            "Connection: close",
+            *(f"{name}: {value}" for name, value in refusal.headers.items()),
+        ]
+        self.send("\r\n".join(lines).encode() + b"\r\n\r\n" + body)
+
+    # -- one request
+
+    def _respond(self, head: Head) -> None:
+        """Run the application for one request and write what it answers."""
+        self.server.stats.requests += 1
+        self.command, self.path, self.request_version = head.method, head.target, head.version
+        self.close_connection = not head.keep_alive
+        self.status = None
+        self.result = None
+        self.headers_sent = self.response_use_chunked = False
+        self.response_length = 0
+        settings = self.server.settings
+        self._body = None if head.length == 0 else RequestBody(self, head, settings.body_timeout, settings.max_header)
+        self.environ = self._environ(head)
+        self.application = self.server.application
+        self._guard(self._run, None)
+        self.environ = {}  # the old one holds `park`, which holds this handler: break the cycle
+        self._release()
+        if self._body_is_left:
+            self.close_connection = True
+
+    @property
+    def _body_is_left(self) -> bool:
+        """The request has a body of which something is still to come: the connection can't go on."""
+        return not (self._body is None or self._body.finished)
+
+    def _run(self, _: None) -> None:
+        self.run_application()
+
+    def _guard(self, work: Callable[[Any], None], argument: Any) -> None:
+        """Do what may fail while an answer is under way: it ends the answer and the connection. (No star:
+        CPython would run `work` deeper in the C stack, which greenlets save, half a kilobyte a client.)"""
+        try:
+            work(argument)
+        except TimeoutError:
+            self._abandon("backlog-time")
+        except OSError:
+            self._abandon("lost")
+        except Exception:
+            self.server.stats.errors += 1
+            log.exception("a request failed")
+            self._abandon("lost")
+            if not self.headers_sent:
+                self.answer_refusal(Refusal("internal", "The server failed at this request; its log says how."))
+
+    def _abandon(self, reason: str) -> None:
+        """The answer can't be finished: end whoever waited behind it, and the connection."""
+        self.close_connection = True
+        if self.parked is not None:
+            self.parked.end(reason)
+
+    # -- a subscriber's answer
+
+    def park(self, subscriber: Sleeper) -> Iterable[bytes]:
+        """``environ["comet.park"]``: answer with what `subscriber` gets, in place of what is returned here."""
+        self.parked = subscriber
+        return []
+
+    def _release(self) -> None:
+        """The answer is over, or goes on without this greenlet: then the socket is gone."""
+        if self.parked is not None and self.descriptor >= 0:
+            self.server.parking.take(self.descriptor)
+            if not self.parked.one_shot:
+                self.close_connection = True  # a stream's connection ends with it: its client may not be reading
+            self.parked.close()
+        self.parked = None
+
+    def process_result(self) -> None:
+        """Called by pywsgi with the application's answer."""
+        if self.parked is None:
+            super().process_result()
+            return
+        self.response_headers = [pair for pair in self.response_headers if pair[0] != b"Content-Length"]
+        self.provided_content_length = None
+        if self.request_version == "HTTP/1.0" or self.close_connection or self._body_is_left:
+            self._attend_plainly()
+        else:
+            self.parked.framing = self.parked.framing.with_headers(self._more_headers())
+            self._attend()
+
+    def _more_headers(self) -> list[tuple[str, str]]:
+        """What the application's answer has beyond the framing's own headers, such as a web origin's."""
+        usual = {name for name, _ in self.parked.framing.headers(self.parked.cursor)} if self.parked else set()
+        pairs = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in self.response_headers]
+        return [pair for pair in pairs if pair[0] not in usual]
+
+    def _attend_plainly(self) -> None:
+        """For a connection that ends with this answer: it never sleeps, and framing is pywsgi's."""
+        parked = self.parked
+        assert parked is not None
+        self.server.parking.watch(self.descriptor, parked)
+        self.result = list(parked) if parked.one_shot else parked
+        super().process_result()
+
+    def _attend(self) -> None:
+        """Answer with the headers that the application gave, and what its subscriber gets."""
+        parked = self.parked
+        assert parked is not None
+        if not parked.one_shot:
+            self.result = iter(())  # so that pywsgi frames it as a stream
+            self.write(parked.framing.opening(parked.cursor))
+        self._go_on(b"")
+
+    def _attend_shortly(self, wish: Any) -> None:
+        """Answer a request that came the short way."""
+        server = self.server
+        server.stats.requests += 1
+        if server.hibernate and not self.buffer:
+            sleeper = server.subscribe_asleep(wish, server.parking)
+            if sleeper is not None:
+                descriptor = self._detach()
+                server.parking.put(descriptor, sleeper, self.network, wish.patience)
+                if not sleeper.framing.one_shot:
+                    server.parking.write(sleeper, sleeper.framing.start(sleeper.cursor, server.date()))
+                return
+        try:
+            parked = self.parked = server.subscribe(wish)
+        except Refusal as refusal:
+            self.close_connection = True
+            self.answer_refusal(refusal)
+            return
+        self.headers_sent = True
+        self._go_on(b"" if parked.one_shot else parked.framing.start(parked.cursor, self.server.date()))
+
+    def _go_on(self, rest: bytes | memoryview) -> None:
+        """Send `rest`, then what waits; then sleep, or with ``--hibernate off`` wait here, until it ends."""
+        parked, server = self.parked, self.server
+        assert parked is not None
+        if rest:
+            self.send(rest)
+            if parked.one_shot:
+                return
+        awake = parked.awake
+        watched = False
+        while True:
+            items = awake.take(0)
+            if items == [] and (awake.patience != 0 or not parked.one_shot):
+                if server.hibernate and awake.quiet and not self.buffer:
+                    server.parking.take(self.descriptor)  # where it was watched
+                    server.parking.sleep(self._detach(), self.network, parked, awake.patience)
+                    return
+                if not watched:
+                    server.parking.watch(self.descriptor, parked)
+                    watched = True
+                while ready := server.parking.wait(self.descriptor, awake):
+                    self.send(ready)
+                    if not awake.quiet:
+                        break
+                if ready:
+                    continue
+                items = awake.take(0)
+            if items is None:
+                self.send(parked.framing.end(parked.cursor, server.date(), server.draining))
+                self.close_connection = server.draining
+                return
+            for data in parked.wires(items, server.date()):
+                self.send(data)
+            if parked.one_shot:
+                return
+
+    def _environ(self, head: Head) -> dict[str, Any]:
+        environ: dict[str, Any] = self.server.get_environ()
+        environ["REQUEST_METHOD"] = head.method
+        environ["PATH_INFO"] = head.path.encode().decode("latin-1")
+        environ["QUERY_STRING"] = head.query
+        environ["SERVER_PROTOCOL"] = head.version
+        environ["REMOTE_ADDR"], environ["REMOTE_PORT"] = self.socket.getpeername()[:2]
+        for name, value in head.headers.items():
+            environ["HTTP_" + name.upper().replace("-", "_")] = value
+        if (kind := environ.pop("HTTP_CONTENT_TYPE", None)) is not None:
+            environ["CONTENT_TYPE"] = kind
+        if (length := environ.pop("HTTP_CONTENT_LENGTH", None)) is not None:
+            environ["CONTENT_LENGTH"] = length
+        environ["wsgi.input"] = io.BufferedReader(self._body) if self._body is not None else _NO_BODY
+        environ["wsgi.input_terminated"] = True
+        environ["comet.park"] = self.park
+        return environ
+
+    # -- writing, called by pywsgi
+
+    def finalize_headers(self) -> None:
+        super().finalize_headers()
+        unframed = self.provided_content_length is None and not self.response_use_chunked and not hasattr(self.result, "__len__")
+        if self.server.draining or (unframed and self.code not in (204, 304)) or self._body_is_left:
+            self.close_connection = True
+        if self.close_connection:
+            headers = self.response_headers
+            headers[:] = [pair for pair in headers if pair[0].lower() != b"connection"]
+            headers.append((b"Connection", b"close"))
+
+    def _write_with_headers(self, data: bytes) -> None:
+        self.headers_sent = True
+        self.finalize_headers()
+        assert self.status is not None, "the application did not call start_response"
+        head = b"".join(b"%b: %b\r\n" % pair for pair in self.response_headers)
+        self._sendall(b"HTTP/1.1 %b\r\n%b\r\n%b" % (self.status, head, self._framed(data)))
+
+    def _write(self, data: bytes) -> None:
+        if data:
+            self._sendall(self._framed(data))
+
+    def _framed(self, data: bytes) -> bytes:
+        return b"%x\r\n%b\r\n" % (len(data), data) if data and self.response_use_chunked else data
+
+    def _sendall(self, data: bytes) -> None:
+        self.send(data)
+        self.response_length += len(data)
+
+    def cut(self) -> None:
+        """End it from outside: whatever it waits for fails or finds the end."""
+        try:
+            self.socket.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass  # it is closed or reset already, which is what was wanted
