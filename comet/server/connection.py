@@ -19,7 +19,7 @@ import logging
 import socket
 import time
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import gevent
 from gevent.pywsgi import WSGIHandler
@@ -27,14 +27,15 @@ from gevent.socket import socket as GeventSocket
 
 from comet.errors import Refusal
 from comet.server.http import ChunkedBody, Head, split_head
-from comet.server.parking import Sleeper, os_close, os_read, os_write
-
-if TYPE_CHECKING:
-    from comet.server.wsgi import CometServer
+from comet.server.parking import Parking, Sleeper, os_close, os_read, os_write
+from comet.server.short import Shortcut
+from comet.settings import Settings
+from comet.stats import Stats
 
 READ_SIZE = 16384
 LINGER_BYTES = 65536
 LINGER_SECONDS = 1.0
+
 A_TURN = 1e-9
 """Seconds to sleep for everything else to have its turn. Not 0: gevent runs up to fifty greenlets that
 do so before it looks at sockets again."""
@@ -43,6 +44,28 @@ _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 _NO_BODY = io.BytesIO()
 
 log = logging.getLogger("comet.server")
+
+
+class Owner(Protocol):
+    """The server (`comet.server.wsgi`), as far as a connection knows it."""
+
+    settings: Settings
+    stats: Stats
+    parking: Parking
+    shortcut: Shortcut
+    hibernate: bool
+    draining: bool
+    awake: set["Connection"]
+    idle: set["Connection"]
+    refusing: int
+    family: int
+    application: Any
+    subscribe: Callable[[Any], Any]
+    subscribe_asleep: Callable[[Any, Any], Any]
+
+    def date(self) -> bytes: ...
+    def gone(self, network: str) -> None: ...
+    def get_environ(self) -> dict[str, Any]: ...
 
 
 class RequestBody(io.RawIOBase):
@@ -103,7 +126,7 @@ class RequestBody(io.RawIOBase):
 class Connection(WSGIHandler):
     """Requests are read and answered one after the other, until it is closed or goes to sleep."""
 
-    server: "CometServer"
+    server: Owner
     descriptor: int
     """The connection, -1 once it is given away or closed. A gevent socket is made for it only when
     something has to wait: most requests are read and answered without."""
@@ -113,7 +136,7 @@ class Connection(WSGIHandler):
     buffer: bytearray
     """Read from the socket and not used yet: the front of the next request."""
 
-    def __init__(self, descriptor: int, server: "CometServer", network: str) -> None:
+    def __init__(self, descriptor: int, server: Owner, network: str) -> None:
         self.descriptor = descriptor
         self._waiting_socket: Any = None
         self.server = server
