@@ -35,6 +35,7 @@ ALLOWED: dict[str, set[str]] = {
     "comet.fanout": {"comet.message", "comet.framing"},
     "comet.hub": HUB,
     "comet.backplane": {*SPOKEN, "comet.history"},
+    "comet.backplane.frames": {*SPOKEN},
     "comet.backplane.memory": {*SPOKEN, "comet.history", "comet.backplane"},
     # the server, which knows a subscriber only by its small interface
     "comet.server": set(),

@@ -1,0 +1,212 @@
+"""What router and workers say to each other over their Unix socket: length-prefixed msgpack frames.
+
+Neighbours: `comet.router` and `comet.backplane.router`. Both trust each other (one user, one machine,
+one version of the code), so a frame that can't be read is a bug: it raises, and the link is made anew.
+
+A worker calls and is answered (`Answer` carries the number of the call); all else is told one way.
+Everything on a link stays in order, which is what joining rests on: see `comet.backplane`.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Final
+
+import msgspec
+from msgspec import Raw, Struct
+
+from comet.message import Message, Position, Publication, Since
+
+MAX_FRAME: Final = 1 << 30
+"""Bytes. A frame is as large as what a worker may publish or read at once; more is a broken link."""
+
+_LENGTH: Final = 4
+
+encode = msgspec.msgpack.Encoder().encode
+
+
+# -- worker to router
+
+
+class Publish(Struct, tag=1, array_like=True, gc=False):
+    """Answered with a list of `Receipt`, or ``{slug: detail}`` where one was refused."""
+
+    call: int
+    publications: Sequence[Publication]
+
+
+class Send(Struct, tag=2, array_like=True, gc=False):
+    """Answered with a `Sent`, or ``{slug: detail}``."""
+
+    call: int
+    channels: Sequence[str]
+    kind: str
+    data: bytes
+    key: str | None
+
+
+class Subscribe(Struct, tag=3, array_like=True, gc=False):
+    """Log in to each channel, and count one subscriber more. Answered with a `Replay` a channel."""
+
+    call: int
+    channels: Sequence[str]
+    since: Sequence[Since]
+
+
+class Resume(Struct, tag=4, array_like=True, gc=False):
+    """Log in (again) to channels that this worker has so many subscribers of and stands at a position of:
+    a new router knows of none, and one that dropped deliveries has to make them good. Answered as
+    `Subscribe`."""
+
+    call: int
+    places: Sequence[tuple[str, int, Position]]
+
+
+class Interest(Struct, tag=5, array_like=True, gc=False):
+    """So many subscribers more or fewer, by channel and the epoch that they joined."""
+
+    changes: Sequence[tuple[str, int, int]]
+
+
+class Logout(Struct, tag=6, array_like=True, gc=False):
+    """No messages of these any more."""
+
+    channels: Sequence[str]
+
+
+class Read(Struct, tag=7, array_like=True, gc=False):
+    """Answered with a `Replay` or None."""
+
+    call: int
+    channel: str
+    since: Since
+    limit: int | None
+
+
+class Info(Struct, tag=8, array_like=True, gc=False):
+    """Answered with a `ChannelInfo` or None."""
+
+    call: int
+    channel: str
+
+
+class Delete(Struct, tag=9, array_like=True, gc=False):
+    """Answered as `Info`."""
+
+    call: int
+    channel: str
+
+
+class Totals(Struct, tag=10, array_like=True, gc=False):
+    """Answered with counters by name."""
+
+    call: int
+
+
+Asked = Publish | Send | Subscribe | Resume | Interest | Logout | Read | Info | Delete | Totals
+
+# -- router to worker
+
+
+class Item(Struct, array_like=True, gc=False):
+    """A message."""
+
+    channel: str
+    epoch: int
+    offset: int
+    kind: str
+    data: bytes
+
+
+class Deliver(Struct, tag=1, array_like=True, gc=False):
+    """Messages of channels that the worker is logged in to."""
+
+    items: Sequence[Item]
+
+
+class Feeds(Struct, tag=2, array_like=True, gc=False):
+    """One message to many feeds: `places` are channel, epoch and offset."""
+
+    kind: str
+    data: bytes
+    places: Sequence[tuple[str, int, int]]
+
+
+class Answer(Struct, tag=3, array_like=True, gc=False):
+    """What a call asked for; see there."""
+
+    call: int
+    value: Raw
+
+
+class Dropped(Struct, tag=4, array_like=True, gc=False):
+    """The channel's log was deleted, and the worker is logged out of it."""
+
+    channel: str
+    epoch: int
+
+
+class Missed(Struct, tag=5, array_like=True, gc=False):
+    """Messages of these channels were not sent, because too much waited for the worker, or their logs were
+    forgotten: resume, or log out."""
+
+    channels: Sequence[str]
+
+
+Told = Deliver | Feeds | Answer | Dropped | Missed
+
+
+class Replay(Struct, array_like=True, gc=False):
+    """A `Joined`: the messages, as type and data, follow `position` without a hole."""
+
+    position: Position
+    messages: Sequence[tuple[str, bytes]]
+    gap: bool
+
+
+def frame(body: Asked | Told) -> bytes:
+    """On the wire."""
+    data = encode(body)
+    return len(data).to_bytes(_LENGTH, "little") + data
+
+
+def item(message: Message) -> bytes:
+    """A message, encoded once for all links: see `deliver`."""
+    return encode((message.channel, message.epoch, message.offset, message.type, message.data))
+
+
+def deliver(items: Sequence[bytes]) -> bytes:
+    """A `Deliver` frame of encoded items: a msgpack array of the tag and an array32 of them."""
+    data = b"\x92\x01\xdd%b%b" % (len(items).to_bytes(4, "big"), b"".join(items))
+    return len(data).to_bytes(_LENGTH, "little") + data
+
+
+class Cutter:
+    """Cuts what is received into frames' bodies."""
+
+    def __init__(self) -> None:
+        self._pieces: list[bytes] = []
+        self._have = 0
+        self._need = _LENGTH
+        """Bytes with which there may be a frame: a long one is put together once, not with every piece."""
+
+    def feed(self, data: bytes) -> Iterator[memoryview]:
+        """The frames that are whole now; all must be taken. Raises ValueError when the other side does not
+        speak this."""
+        self._pieces.append(data)
+        self._have += len(data)
+        if self._have < self._need:
+            return
+        view = memoryview(b"".join(self._pieces) if len(self._pieces) > 1 else data)
+        at, end = 0, len(view)
+        self._need = _LENGTH
+        while at + _LENGTH <= end:
+            size = int.from_bytes(view[at : at + _LENGTH], "little")
+            if size > MAX_FRAME:
+                raise ValueError(f"a frame of {size} bytes")
+            stop = at + _LENGTH + size
+            if stop > end:
+                self._need = stop - at
+                break
+            yield view[at + _LENGTH : stop]
+            at = stop
+        self._pieces = [bytes(view[at:])]
+        self._have = end - at
