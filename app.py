@@ -21,7 +21,6 @@ import handlers  # noqa: E402
 from comet import collector  # noqa: E402
 from comet import settings as knobs  # noqa: E402
 from comet.backplane.memory import Bounds, MemoryBackplane  # noqa: E402
-from comet.fanout import Fanout  # noqa: E402
 from comet.hub import Hub  # noqa: E402
 from comet.kernel import limits, sockets  # noqa: E402
 from comet.server.wsgi import CometServer  # noqa: E402
@@ -59,10 +58,8 @@ def main(arguments: list[str]) -> int:
         )
     )  # fmt: skip
     stats = Stats()
-    loop = get_hub().loop
-    # with --hibernate off each delivery switches to a greenlet: something always waits
-    busy = sockets.readable(loop.fileno()) if settings.hibernate else lambda: True
-    hub = Hub(backplane, stats, settings.backlog, Fanout(loop.timer(0).start, busy))
+    soon = get_hub().loop.timer(0)
+    hub = Hub(backplane, stats, settings.backlog, soon.start)
     application = Bottle()
     context = Context(hub, settings, stats)
     handlers.mount(application, context)

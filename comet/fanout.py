@@ -24,10 +24,7 @@ DIRECT = 16
 """Subscribers of a channel that are served inside the publish: a system call each."""
 
 SLICE = 0.0005
-"""Seconds that sweeps hold the loop before they look whether anything else waits for its turn."""
-
-LONGEST = 0.0025
-"""Seconds before everything else has its turn in any case: a turn of the loop costs as much as two writes."""
+"""Seconds that sweeps hold the loop before everything else has its turn."""
 
 MAX_PENDING = 16 << 20
 """Bytes (as `Message.cost` counts) that wait for a channel's next sweep. Beyond it all but the newest
@@ -107,17 +104,10 @@ class Members(Generic[Anyone]):
 
 
 class Fanout:
-    """`schedule` runs a function soon, behind whatever else is ready to run; `busy` says whether anything
-    is (True where it can't tell); `clock` is in seconds."""
+    """`schedule` runs a function soon, behind whatever else is ready to run; `clock` is in seconds."""
 
-    def __init__(
-        self,
-        schedule: Callable[[Callable[[], None]], None],
-        busy: Callable[[], bool] = lambda: True,
-        clock: Callable[[], float] = time.perf_counter,
-    ) -> None:
+    def __init__(self, schedule: Callable[[Callable[[], None]], None], clock: Callable[[], float] = time.perf_counter) -> None:
         self._schedule = schedule
-        self._busy = busy
         self._clock = clock
         self._pending: deque[Members[Any]] = deque()
 
@@ -146,19 +136,15 @@ class Fanout:
                 pass
 
     def _slice(self) -> None:
-        """About `SLICE` seconds of sweeping, a stride of each channel in turn; more when nobody waits."""
+        """About `SLICE` seconds of sweeping, a stride of each channel in turn."""
         pending = self._pending
         until = self._clock() + SLICE
-        end = until - SLICE + LONGEST
         while pending:
             members = pending.popleft()
             if self._stride(members):
                 pending.append(members)
-            now = self._clock()
-            if now >= until:
-                if now >= end or self._busy():
-                    break
-                until = now + SLICE
+            if self._clock() >= until:
+                break
         if pending:
             self._schedule(self._slice)
 

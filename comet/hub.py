@@ -6,7 +6,7 @@ there are many. Registry and backplane are kept in step in `subscribe`, `leave` 
 nowhere else.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import gevent
 
@@ -21,15 +21,16 @@ from comet.subscriber import Awake, Host, Subscriber, Wish
 
 
 class Hub:
-    """`backlog` is the bytes of messages that may wait for one client; `fanout` is this process's own."""
+    """`backlog` is the bytes of messages that may wait for one client; `schedule` runs a function soon
+    (see `Fanout`)."""
 
-    def __init__(self, backplane: Backplane, stats: Stats, backlog: int, fanout: Fanout) -> None:
+    def __init__(self, backplane: Backplane, stats: Stats, backlog: int, schedule: Callable[[Callable[[], None]], None]) -> None:
         self.backlog = backlog
         self.draining = False
         """Set by `drain`: new subscribers are refused."""
         self._backplane = backplane
         self._stats = stats
-        self._fanout = fanout
+        self._fanout = Fanout(schedule)
         # a channel's only subscriber stands there itself: most channels are one user's feed
         self._channels: dict[str, Subscriber | Members[Subscriber]] = {}
         # those whose backplane has not answered yet, and what was dropped meanwhile: (channel, epoch)

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 
 from comet import fanout
-from comet.fanout import DIRECT, LONGEST, SLICE, STRIDE, Fanout, Members
+from comet.fanout import DIRECT, SLICE, STRIDE, Fanout, Members
 from comet.framing import Batch
 from comet.message import MESSAGE_COST, Message, Position
 
@@ -23,8 +23,7 @@ class World:
     def __init__(self) -> None:
         self.now = 0.0
         self.scheduled: deque[Callable[[], None]] = deque()
-        self.busy = True
-        self.fanout = Fanout(self.scheduled.append, lambda: self.busy, lambda: self.now)
+        self.fanout = Fanout(self.scheduled.append, lambda: self.now)
         self.trace: list[str] = []
         """Names of receivers, as they are served."""
 
@@ -168,27 +167,6 @@ def test_a_slice_is_bounded_in_time_and_everything_else_has_a_turn_between_two(w
     assert sum(served) == 1000
     assert len(served) >= 1000 * COST / (SLICE + STRIDE * COST)
     assert all(one.offsets == [1] for one in receivers)
-
-
-def test_where_nothing_else_waits_a_sweep_goes_on_up_to_a_bound(world: World) -> None:
-    members, receivers = world.members(1000)
-    world.busy = False
-    world.fanout.deliver(members, Channel().next())
-    before = world.now
-    world.turn()
-    assert LONGEST <= world.now - before <= LONGEST + STRIDE * COST
-    world.run()
-    assert all(one.offsets == [1] for one in receivers)
-
-
-def test_who_begins_to_wait_in_a_sweep_has_a_turn_a_slice_later(world: World) -> None:
-    members, receivers = world.members(1000)
-    world.busy = False
-    receivers[30].on_delivery = lambda: setattr(world, "busy", True)
-    world.fanout.deliver(members, Channel().next())
-    before = world.now
-    world.turn()
-    assert world.now - before <= 30 * COST + SLICE + 2 * STRIDE * COST
 
 
 def test_a_slice_is_not_wasted_on_a_small_sweep(world: World) -> None:

@@ -10,7 +10,6 @@ import pytest
 from comet.backplane import Deliver, Dropped
 from comet.backplane.memory import MemoryBackplane
 from comet.errors import Refusal
-from comet.fanout import Fanout
 from comet.framing import LINES, POLL, TEXT, Framing
 from comet.history import Joined
 from comet.hub import Hub
@@ -62,7 +61,7 @@ class World:
         self.stats = Stats()
         self.swept: list[Callable[[], None]] = []
         """Sweeps that are to go on; a loop would run them."""
-        self.hub = Hub(self.backplane, self.stats, backlog, Fanout(self.swept.append))
+        self.hub = Hub(self.backplane, self.stats, backlog, self.swept.append)
 
     def join(self, *channels: str, since: Since = None, framing: Framing = LINES) -> Subscriber:
         return self.hub.subscribe(Wish(channels, [since] * len(channels), framing, None))

@@ -5,23 +5,11 @@ A leaf, Linux only. `comet.server` builds on it.
 
 import select
 import socket
-from collections.abc import Callable
 
 from gevent import monkey
 
 epoll = monkey.get_original("select", "epoll") if monkey.is_module_patched("select") else select.epoll
 """The real `select.epoll`; gevent's patch removes it, and our own sleeps in nobody's loop."""
-
-_poll = monkey.get_original("select", "poll") if monkey.is_module_patched("select") else select.poll
-
-
-def readable(descriptor: int) -> Callable[[], bool]:
-    """A function that says at once whether `descriptor` has something to read. An event loop's own has, when
-    anything it watches is ready."""
-    poll = _poll()
-    poll.register(descriptor, select.POLLIN)
-    return lambda: bool(poll.poll(0))
-
 
 BACKLOG = 4096
 """Connections that wait for an accept. The kernel cuts it to net.core.somaxconn, 4096 by default."""

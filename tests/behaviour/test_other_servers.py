@@ -40,7 +40,6 @@ def serve(name: str) -> None:
 
     import handlers
     from comet.backplane.memory import MemoryBackplane
-    from comet.fanout import Fanout
     from comet.hub import Hub
     from comet.settings import Settings
     from comet.stats import Stats
@@ -48,7 +47,7 @@ def serve(name: str) -> None:
 
     settings, stats, backplane = Settings(heartbeat=HEARTBEAT, backlog=100_000_000), Stats(), MemoryBackplane()
     application = Bottle()
-    hub = Hub(backplane, stats, settings.backlog, Fanout(lambda work: work()))  # few clients: there is nothing to put off
+    hub = Hub(backplane, stats, settings.backlog, lambda work: work())  # few clients: there is nothing to put off
     handlers.mount(application, Context(hub, settings, stats))
 
     if name == "pywsgi":
