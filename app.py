@@ -51,12 +51,7 @@ def main(arguments: list[str]) -> int:
         log.error("can't listen on %s port %d: %s. Choose another with --host and --port.", settings.host, settings.port, error)
         return 1
 
-    backplane = MemoryBackplane(
-        Bounds(
-            settings.history_size, settings.history_age, settings.history_bytes,
-            settings.linger, settings.max_idle, settings.key_age, settings.max_keys,
-        )
-    )  # fmt: skip
+    backplane = MemoryBackplane(Bounds.of(settings))
     stats = Stats()
     soon = get_hub().loop.timer(0)
     hub = Hub(backplane, stats, settings.backlog, soon.start)

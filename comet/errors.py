@@ -38,6 +38,9 @@ STATUS: dict[str, int] = {
     "address-full": 429,
     "worker-full": 503,
     "draining": 503,
+    "backplane-away": 503,
+    "backplane-busy": 503,
+    "unconfirmed": 503,
     # ours
     "internal": 500,
 }
@@ -49,6 +52,9 @@ HEADERS: dict[str, dict[str, str]] = {
     "address-full": {"Retry-After": "5"},
     "worker-full": {"Retry-After": "5"},
     "draining": {"Retry-After": "1"},
+    "backplane-away": {"Retry-After": "1"},
+    "backplane-busy": {"Retry-After": "1"},
+    "unconfirmed": {"Retry-After": "1"},
 }
 """Slug -> headers that go with the answer. Retry-After is in seconds."""
 

@@ -6,7 +6,7 @@ there are many. Registry and backplane are kept in step in `subscribe`, `leave` 
 nowhere else.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import gevent
 
@@ -35,7 +35,7 @@ class Hub:
         self._channels: dict[str, Subscriber | Members[Subscriber]] = {}
         # those whose backplane has not answered yet, and what was dropped meanwhile: (channel, epoch)
         self._joining: dict[Subscriber, set[tuple[str, int]]] = {}
-        backplane.attach(self.deliver, self.dropped)
+        backplane.attach(self.deliver, self.dropped, self.lost)
 
     # -- subscribing
 
@@ -177,6 +177,18 @@ class Hub:
                 subscriber.drop(channel)
                 subscriber.end("deleted")
 
+    def lost(self, answers: Mapping[str, Joined]) -> None:
+        """Tell the subscribers of these channels one gap each, and go on with what is kept."""
+        theirs: dict[Subscriber, dict[str, Joined]] = {}
+        for channel, answer in answers.items():
+            present = self._channels.get(channel)
+            if isinstance(present, Members):
+                self._fanout.finish(present)
+            for subscriber in self._members(present):
+                theirs.setdefault(subscriber, {})[channel] = answer
+        for subscriber, those in theirs.items():
+            subscriber.skip(those)
+
     @staticmethod
     def _members(present: Subscriber | Members[Subscriber] | None) -> list[Subscriber]:
         if present is None:
@@ -198,6 +210,10 @@ class Hub:
         sent = self._backplane.send(channels, type, data, key)
         self._stats.published += 1
         return sent
+
+    def ready(self) -> bool:
+        """See `Backplane.ready`."""
+        return self._backplane.ready()
 
     def read(self, channel: str, since: Since, limit: int) -> Joined | None:
         """See `Backplane.read`."""

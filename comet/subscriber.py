@@ -54,6 +54,7 @@ class Host(Protocol):
     """Who acts for a subscriber now."""
 
     def deliver(self, subscriber: "Subscriber", batch: Batch) -> None: ...
+    def skip(self, subscriber: "Subscriber", answers: Mapping[str, Joined]) -> None: ...
     def end(self, subscriber: "Subscriber", reason: str) -> None: ...
 
 
@@ -102,6 +103,10 @@ class Subscriber:
         """Messages of one of its channels."""
         self.host.deliver(self, batch)
 
+    def skip(self, answers: Mapping[str, Joined]) -> None:
+        """Messages of these channels are lost to it: it is told a gap, and goes on with the answers."""
+        self.host.skip(self, answers)
+
     def end(self, reason: str) -> None:
         """Nothing more is delivered; what waits is still written, and the answer finished."""
         self.host.end(self, reason)
@@ -140,6 +145,11 @@ class Subscriber:
             for position in cursor.positions.values():
                 self.epoch, self.offset = position
         return pieces
+
+    def gap(self, answers: Mapping[str, Joined]) -> Sequence[bytes] | None:
+        """The bytes that tell a gap after which nothing is kept; None where something is."""
+        items = lost(self.cursor.positions, answers)
+        return self.encode(items) if len(items) == 1 else None
 
     def wires(self, items: Sequence[Item], date: bytes) -> Iterator[bytes]:
         """The bytes of `items` on the wire, a portion at a time; of a poll the first portion: what does not
@@ -198,7 +208,7 @@ class Awake:
     a heartbeat (a stream) or an empty answer (a poll), None for ever; `offered` is where the queue
     ends, by channel; `reason` is None until it is ended."""
 
-    __slots__ = ("_bytes", "_held", "_queue", "offered", "patience", "ready", "reason", "waker")
+    __slots__ = ("_bytes", "_held", "_queue", "_skipped", "offered", "patience", "ready", "reason", "waker")
 
     def __init__(self, patience: float | None, offered: dict[str, Position]) -> None:
         self.patience = patience
@@ -212,6 +222,7 @@ class Awake:
         """Called once, when there is something to take or it has ended."""
         self._queue: list[Item] = []
         self._held: list[Message] | None = None if offered else []
+        self._skipped: dict[str, Joined] = {}
 
     def join(self, subscriber: Subscriber, answers: Mapping[str, Joined], starts: Sequence[Position]) -> None:
         """See `Subscriber.join`."""
@@ -222,10 +233,26 @@ class Awake:
             self.offered[channel] = messages[-1].position if messages else position
         held, self._held = self._held or (), None
         self._bytes -= sum(map(_size, held))  # offered again below, and charged then
+        skipped, self._skipped = self._skipped, {}
+        for channel, answer in skipped.items():
+            epoch, offset = self.offered[channel]
+            if epoch != answer.position.epoch or offset < answer.position.offset:  # it was joined before the loss
+                self.skip(subscriber, skipped)
+                break
         for message in held:
             self._offer(subscriber, message)
         if self._queue:
             self.notify()
+
+    def skip(self, subscriber: Subscriber, answers: Mapping[str, Joined]) -> None:
+        """See `Subscriber.skip`. An answer that is still to come may tell the gap by itself."""
+        if self._held is not None:
+            self._skipped = dict(answers)
+            return
+        self._queue += lost(self.offered, answers)
+        for channel, (position, messages, _) in answers.items():
+            self.offered[channel] = messages[-1].position if messages else position
+        self.notify()
 
     def deliver(self, subscriber: Subscriber, batch: Batch) -> None:
         """Take note of messages; never blocks."""
@@ -296,6 +323,12 @@ class Awake:
         return items if items or self.reason is None else None
 
 
+def lost(stand: Mapping[str, Position], answers: Mapping[str, Joined]) -> list[Item]:
+    """What follows for somebody who stands there and has lost messages of some channels."""
+    gap = Gap([answers[channel].position if channel in answers else position for channel, position in stand.items()])
+    return [gap, *(message for answer in answers.values() for message in answer.messages)]
+
+
 def _size(message: Message) -> int:
     return FRAMING + len(message.data)
 
@@ -304,6 +337,9 @@ class _Ended:
     """The host of a subscriber that has left."""
 
     def deliver(self, subscriber: Subscriber, batch: Batch) -> None:
+        """Nobody is there."""
+
+    def skip(self, subscriber: Subscriber, answers: Mapping[str, Joined]) -> None:
         """Nobody is there."""
 
     def end(self, subscriber: Subscriber, reason: str) -> None:

@@ -15,9 +15,12 @@ def alive(context: Context) -> HTTPResponse:
 
 
 def ready(context: Context) -> HTTPResponse:
-    """GET /readyz: it takes subscribers; Refusal ``draining`` once it is stopping."""
+    """GET /readyz: it takes subscribers; Refusal ``draining`` once it is stopping, ``backplane-away`` while it
+    can't order messages."""
     if context.hub.draining:
         raise Refusal("draining", "This server is stopping; use another one.")
+    if not context.hub.ready():
+        raise Refusal("backplane-away", "What orders the messages of this service is out of reach; use another server, or wait.")
     return answer({"status": "ready"})
 
 

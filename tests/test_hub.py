@@ -7,7 +7,7 @@ from typing import Any
 import gevent
 import pytest
 
-from comet.backplane import Deliver, Dropped
+from comet.backplane import Deliver, Dropped, Lost
 from comet.backplane.memory import MemoryBackplane
 from comet.errors import Refusal
 from comet.framing import LINES, POLL, TEXT, Framing
@@ -30,7 +30,7 @@ class Backplane(MemoryBackplane):
         self.losing = False
         self.reads = 0
 
-    def attach(self, deliver: Deliver, dropped: Dropped) -> None:
+    def attach(self, deliver: Deliver, dropped: Dropped, lost: Lost = lambda answers: None) -> None:
         super().attach(lambda messages: None if self.losing else deliver(messages), dropped)
 
     def _run(self, name: str) -> None:

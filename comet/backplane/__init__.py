@@ -1,8 +1,12 @@
 """The contract between processes: what orders, keeps and hands out messages.
 
 A backplane joins the processes of a service; a hub (`comet.hub`) lives in one of them and knows its
-clients. The backplane never imports the hub: it is given two functions, `deliver` and `dropped`.
-`memory.py` is the backplane of one process; every backplane passes tests/contracts.
+clients. The backplane never imports the hub: it is given three functions, `deliver`, `dropped`, `lost`.
+`memory.py` is the backplane of one process, `router.py` that of several on one machine; every backplane
+passes tests/contracts.
+
+Whatever may have to wait for another process raises Refusal ``backplane-away`` when it does not answer
+in time, and ``unconfirmed`` where it may have been published all the same.
 
 What every backplane promises
 
@@ -24,12 +28,14 @@ What every backplane promises
 6. *Lingering.* A channel without subscribers keeps its epoch, offset and history for the linger time
    after its last use (a subscriber leaving, a `publish`), so that a poller between two polls
    loses nothing. Then it is forgotten, and costs nothing.
-7. *Bounds.* History is bounded a channel (count and age) and in all (bytes; the channel that was
+7. *Nothing is lost in silence.* When the way between processes breaks, what was missed is delivered
+   from history; where that can't be vouched for, `lost` says so, once for each break.
+8. *Bounds.* History is bounded a channel (count and age) and in all (bytes; the channel that was
    least recently published to or read pays first). Channels that linger are bounded in number, and
    idempotency keys in age and number.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from comet.errors import Refusal
@@ -42,12 +48,19 @@ Deliver = Callable[[Sequence[Message]], None]
 Dropped = Callable[[str, int], None]
 """Tells this process that a channel's log, of this epoch, was deleted: its subscribers are ended. As `Deliver`."""
 
+Lost = Callable[[Mapping[str, Joined]], None]
+"""Tells this process that messages of these channels can't be had any more, or that their logs began
+anew: its subscribers are told a gap, and go on with the `Joined`. As `Deliver`."""
+
 
 class Backplane(Protocol):
     """See the module: this is the whole boundary."""
 
-    def attach(self, deliver: Deliver, dropped: Dropped) -> None:
+    def attach(self, deliver: Deliver, dropped: Dropped, lost: Lost) -> None:
         """Where deliveries go. Called once, before anything else."""
+
+    def ready(self) -> bool:
+        """What orders the messages is in reach."""
 
     def publish(self, publications: Sequence[Publication]) -> Sequence[Receipt | Refusal]:
         """Order these, one after the other; an answer each, in the same order.

@@ -27,14 +27,14 @@ encode = msgspec.msgpack.Encoder().encode
 
 
 class Publish(Struct, tag=1, array_like=True, gc=False):
-    """Answered with a list of `Receipt`, or ``{slug: detail}`` where one was refused."""
+    """Answered with a list of `Receipt`, or the sentence of a Refusal ``key-conflict``, the only one there is."""
 
     call: int
     publications: Sequence[Publication]
 
 
 class Send(Struct, tag=2, array_like=True, gc=False):
-    """Answered with a `Sent`, or ``{slug: detail}``."""
+    """Answered with a `Sent`, or as `Publish`."""
 
     call: int
     channels: Sequence[str]
@@ -52,9 +52,9 @@ class Subscribe(Struct, tag=3, array_like=True, gc=False):
 
 
 class Resume(Struct, tag=4, array_like=True, gc=False):
-    """Log in (again) to channels that this worker has so many subscribers of and stands at a position of:
-    a new router knows of none, and one that dropped deliveries has to make them good. Answered as
-    `Subscribe`."""
+    """Log in (again) to channels on which this worker stands at a position, and has so many subscribers
+    more than the router knows of: a new router knows of none, and one that dropped deliveries has to
+    make them good. Answered as `Subscribe`."""
 
     call: int
     places: Sequence[tuple[str, int, Position]]
@@ -67,7 +67,7 @@ class Interest(Struct, tag=5, array_like=True, gc=False):
 
 
 class Logout(Struct, tag=6, array_like=True, gc=False):
-    """No messages of these any more."""
+    """No messages of these any more; where the worker has subscribed again meanwhile, it does not count."""
 
     channels: Sequence[str]
 
@@ -145,13 +145,19 @@ class Dropped(Struct, tag=4, array_like=True, gc=False):
 
 
 class Missed(Struct, tag=5, array_like=True, gc=False):
-    """Messages of these channels were not sent, because too much waited for the worker, or their logs were
-    forgotten: resume, or log out."""
+    """Messages of these channels were not sent, because too much waited for the worker: resume, or log out."""
 
     channels: Sequence[str]
 
 
-Told = Deliver | Feeds | Answer | Dropped | Missed
+class Lapsed(Struct, tag=6, array_like=True, gc=False):
+    """The logs of these channels were forgotten, since nobody had subscribed for the linger time. The worker
+    is logged out of them, and counts nobody there."""
+
+    channels: Sequence[str]
+
+
+Told = Deliver | Feeds | Answer | Dropped | Missed | Lapsed
 
 
 class Replay(Struct, array_like=True, gc=False):

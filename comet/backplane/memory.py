@@ -25,7 +25,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from comet.backplane import Deliver, Dropped
+from comet.backplane import Deliver, Dropped, Lost
 from comet.errors import Refusal
 from comet.history import History, Joined
 from comet.message import ChannelInfo, Message, Position, Publication, Receipt, Sent, Since
@@ -46,6 +46,11 @@ class Bounds(NamedTuple):
     max_idle: int = 1_000_000
     key_age: float = 300.0
     max_keys: int = 100_000
+
+    @classmethod
+    def of(cls, settings: Any) -> "Bounds":
+        """Those that `comet.settings` has under the same names."""
+        return cls(*(getattr(settings, name) for name in cls._fields))
 
 
 class _Channel(History):
@@ -74,19 +79,25 @@ class MemoryBackplane:
         bounds: Bounds | None = None,
         clock: Callable[[], float] = time.monotonic,
         randbits: Callable[[int], int] = random.Random().getrandbits,  # noqa: B008 - seeded by the kernel, once
+        lapsed: Callable[[str], None] = lambda channel: None,
     ) -> None:
+        """`lapsed` is told of each channel that is forgotten because nobody has held it for the linger time."""
         self._bounds = bounds or Bounds()
         self._clock = clock
         self._randbits = randbits
+        self._lapsed = lapsed
         self._channels: dict[str, _Channel | int] = {}
         self._warm: OrderedDict[str, _Channel] = OrderedDict()
         self._idle: OrderedDict[str, float] = OrderedDict()
         self._keys: OrderedDict[tuple[str, str], _Remembered] = OrderedDict()
         self._bytes = 0
 
-    def attach(self, deliver: Deliver, dropped: Dropped) -> None:
+    def attach(self, deliver: Deliver, dropped: Dropped, lost: Lost = lambda answers: None) -> None:
         self._deliver = deliver
         self._dropped = dropped
+
+    def ready(self) -> bool:
+        return True
 
     # -- publishing
 
@@ -226,6 +237,29 @@ class MemoryBackplane:
                     continue
             self._rest(channel, self._clock())
 
+    def count(self, channel: str, epoch: int, change: int) -> bool:
+        """So many subscribers more or fewer, of those who joined this `epoch` of a channel; whether there is
+        such a log."""
+        if self.epoch(channel) != epoch:
+            return False
+        log = self._channels[channel]
+        if isinstance(log, int):
+            total = int(channel not in self._idle) + change
+            if total > 1:
+                self._open(channel).subscribers = total
+        else:
+            total = log.subscribers = log.subscribers + change
+        if total:
+            self._idle.pop(channel, None)
+        else:
+            self._rest(channel, self._clock())
+        return True
+
+    def epoch(self, channel: str) -> int | None:
+        """Of the channel's log, None when there is no such channel."""
+        log = self._channels.get(channel)
+        return log.epoch if isinstance(log, _Channel) else log
+
     # -- reading
 
     def read(self, channel: str, since: Since, limit: int | None = None) -> Joined | None:
@@ -267,7 +301,7 @@ class MemoryBackplane:
         now = self._clock()
         idle, warm, keys = self._idle, self._warm, self._keys
         while idle and next(iter(idle.values())) <= now:
-            self._forget(next(iter(idle)))
+            self._lapse(next(iter(idle)))
         aged = now - self._bounds.history_age
         while warm:
             channel, log = next(iter(warm.items()))
@@ -296,7 +330,7 @@ class MemoryBackplane:
         self._idle[channel] = now + self._bounds.linger
         self._idle.move_to_end(channel)
         if len(self._idle) > self._bounds.max_idle:
-            self._forget(next(iter(self._idle)))
+            self._lapse(next(iter(self._idle)))
 
     def _forget(self, channel: str) -> None:
         log = self._channels.pop(channel)
@@ -304,6 +338,10 @@ class MemoryBackplane:
             self._bytes -= log.drop(len(log.entries or ()))
         self._warm.pop(channel, None)
         self._idle.pop(channel, None)
+
+    def _lapse(self, channel: str) -> None:
+        self._forget(channel)
+        self._lapsed(channel)
 
 
 def _digest(call: str, type: str, data: bytes) -> bytes:

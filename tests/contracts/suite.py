@@ -5,13 +5,20 @@ that caused them, so tests wait with `Harness.until` for what must come, and cal
 before they say that something did not come.
 """
 
+import socket
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from tempfile import TemporaryDirectory
+
+import gevent
 
 from comet.backplane import Backplane
 from comet.backplane.memory import Bounds, MemoryBackplane
+from comet.backplane.router import INTEREST, RouterBackplane
 from comet.message import Message, Position, Publication, Receipt
-from tests.harness import wait_until
+from comet.router import Router
+from tests.harness import TIMEOUT, wait_until
 
 FENCE = "contract:fence"
 
@@ -27,7 +34,7 @@ class Clock:
 
 
 class Harness:
-    """One process of a service: its backplane, and what was delivered and dropped there.
+    """One process of a service: its backplane, and what was delivered, dropped and lost there.
 
     `advance` lets seconds pass and has the backplane forget what is past its time. A factory whose
     clock is real may divide every time of its `Bounds`, and what `advance` is given, by one number.
@@ -38,7 +45,8 @@ class Harness:
         self.advance = advance
         self.delivered: list[Message] = []
         self.dropped: list[str] = []
-        backplane.attach(self.delivered.extend, lambda channel, _: self.dropped.append(channel))
+        self.lost: list[str] = []
+        backplane.attach(self.delivered.extend, lambda channel, _: self.dropped.append(channel), self.lost.extend)
 
     def publish(self, channel: str, *bodies: str) -> list[Position]:
         """Publish each body in one call; their positions."""
@@ -92,4 +100,48 @@ def _memory(bounds: Bounds) -> Iterator[Harness]:
     yield Harness(backplane, advance)
 
 
-FACTORIES: Mapping[str, Factory] = {"memory": _memory}
+@contextmanager
+def _router(bounds: Bounds) -> Iterator[Harness]:
+    """A worker's link to a router, whose loop turns here, over a real socket."""
+    clock = Clock()
+    with routing(bounds, clock) as (path, router):
+        backplane = RouterBackplane(path, timeout=TIMEOUT, clock=clock)
+
+        def advance(seconds: float) -> None:
+            gevent.sleep(2 * INTEREST)  # what the worker has to say by itself is said
+            clock.now += seconds
+            router.backplane.expire()
+            gevent.sleep(2 * INTEREST)
+
+        harness = Harness(backplane, advance)
+        backplane.start()
+        assert backplane.wait(TIMEOUT)
+        yield harness
+        assert not harness.lost
+        backplane.close()
+
+
+@contextmanager
+def routing(bounds: Bounds, clock: Callable[[], float] = time.monotonic) -> Iterator[tuple[str, Router]]:
+    """A router on a socket, turned by a greenlet: its path, and itself."""
+    with TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as listener:
+        path = f"{folder}/router"
+        listener.bind(path)
+        listener.listen()
+        router = Router(listener, bounds, clock)
+        greenlet = gevent.spawn(turn, router)
+        try:
+            yield path, router
+        finally:
+            greenlet.kill()
+            router.close()
+
+
+def turn(router: Router) -> None:
+    """The router's loop, which leaves time for others."""
+    while True:
+        router.turn(0)
+        gevent.sleep(0.0005)
+
+
+FACTORIES: Mapping[str, Factory] = {"memory": _memory, "router": _router}
