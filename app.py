@@ -22,7 +22,7 @@ from comet import collector  # noqa: E402
 from comet import settings as knobs  # noqa: E402
 from comet.backplane.memory import Bounds, MemoryBackplane  # noqa: E402
 from comet.hub import Hub  # noqa: E402
-from comet.kernel import limits, sockets  # noqa: E402
+from comet.kernel import check, limits, sockets  # noqa: E402
 from comet.server.wsgi import CometServer  # noqa: E402
 from comet.settings import Settings  # noqa: E402
 from comet.stats import Stats  # noqa: E402
@@ -40,11 +40,11 @@ def main(arguments: list[str]) -> int:
     if not settings.publish_key and not settings.open and not _is_loopback(settings.host):
         log.error("%s is not loopback: anybody there could publish. Set COMET_PUBLISH_KEY, or say --open.", settings.host)
         return 2
-    file_limit = limits.raise_file_limit()
+    limits.raise_file_limit()
     capacity = min(limits.capacity(), settings.max_connections or sys.maxsize)
-    if settings.max_connections > capacity:
-        log.warning("%d connections were asked for; the limit of %d open files allows %d: raise it (ulimit -n, LimitNOFILE).",
-                    settings.max_connections, file_limit, capacity)  # fmt: skip
+    planned = settings.max_connections or min(capacity, check.UNPLANNED)
+    for sentence in check.warnings(check.Plan(planned, settings.port, hibernate=settings.hibernate)):
+        log.warning("%s", sentence)
     try:
         listener = sockets.listen(settings.host, settings.port, settings.send_buffer, settings.send_timeout)
     except OSError as error:

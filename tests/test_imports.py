@@ -20,13 +20,16 @@ HANDLER = {
 ALLOWED: dict[str, set[str]] = {
     # the leaves
     "comet": set(),
+    "comet.__main__": {"comet.kernel"},
     "comet.errors": set(),
     "comet.settings": set(),
     "comet.stats": set(),
     "comet.collector": {"comet.stats"},
     "comet.kernel": set(),
+    "comet.kernel.check": {"comet.kernel"},
     "comet.kernel.limits": set(),
-    "comet.kernel.sockets": set(),
+    "comet.kernel.machine": set(),
+    "comet.kernel.sockets": {"comet.kernel"},
     "comet.message": {"comet.errors"},
     # the way of a message
     "comet.framing": {"comet.message"},

@@ -6,6 +6,12 @@ RESERVE = 256
 """File descriptors kept back from clients: listener, epolls, database, logs, and connections that
 are being refused."""
 
+FILL = 85
+"""Per cent of its connections that a worker among several is planned for: the kernel spreads them by hash."""
+
+BACKLOG = 4096
+"""Connections that wait for an accept. The kernel cuts it to net.core.somaxconn, 4096 by default."""
+
 
 def raise_file_limit() -> int:
     """Lift the soft limit on open files to the hard one and answer it."""

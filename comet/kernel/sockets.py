@@ -8,11 +8,10 @@ import socket
 
 from gevent import monkey
 
+from comet.kernel.limits import BACKLOG
+
 epoll = monkey.get_original("select", "epoll") if monkey.is_module_patched("select") else select.epoll
 """The real `select.epoll`; gevent's patch removes it, and our own sleeps in nobody's loop."""
-
-BACKLOG = 4096
-"""Connections that wait for an accept. The kernel cuts it to net.core.somaxconn, 4096 by default."""
 
 
 def listen(host: str, port: int, send_buffer: int = 0, unacknowledged: float = 0.0) -> socket.socket:

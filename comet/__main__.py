@@ -1,0 +1,84 @@
+"""python -m comet: what is done beside a service, each a subcommand.
+
+A subcommand is a function in `COMMANDS` that adds its parser, with `run` set to what does it and answers the exit status.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from comet.kernel import check
+
+Run = Callable[[argparse.Namespace], int]
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Do what they say; the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m comet", description="What is done beside a service.", allow_abbrev=False)
+    commands = parser.add_subparsers(required=True, metavar="command")
+    for add in COMMANDS:
+        add(commands)
+    parsed = parser.parse_args(arguments)
+    run: Run = parsed.run
+    return run(parsed)
+
+
+def _add_check(commands: Any) -> None:
+    parser = commands.add_parser(
+        "check",
+        help="what the machine must allow for so many clients, and what it allows",
+        description="What the machine must allow for so many clients, beside what it allows. Changes nothing and needs no root.",
+        epilog="Exit status: 0 when all is well, 1 when something wanted is not met. What can't be read is unknown, and no failure.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--clients", type=_number(), metavar="N", help="connections in all (default: what the limit on open files allows)")
+    parser.add_argument("--port", type=_number(65535), metavar="N", default=8000, help="the service's (default: 8000)")
+    parser.add_argument("--workers", type=_number(), metavar="N", default=1, help="processes that share the clients (default: 1)")
+    parser.add_argument("--hibernate", choices=("on", "off"), default="on", help="as the service is run (default: on)")
+    parser.add_argument("--loopback", action="store_true", help="the clients run on this machine too (a load test)")
+    parser.set_defaults(run=_check)
+
+
+def _check(parsed: argparse.Namespace) -> int:
+    clients: int | None = parsed.clients or check.capacity(parsed.workers)
+    if clients is None:
+        print("python -m comet check: the limit on open files can't be read here: say --clients", file=sys.stderr)
+        return 2
+    plan = check.Plan(clients, parsed.port, parsed.workers, parsed.hibernate == "on", parsed.loopback)
+    rows = check.rows(plan)
+    print(f"{plan.clients:,} clients on port {plan.port}, {plan.workers} worker{'s' if plan.workers > 1 else ''}\n")
+    print(table(rows))
+    unmet = sum(row.unmet for row in rows)
+    print(f"\n{unmet} of {len(rows)} not met" if unmet else "\nall met, as far as can be known")
+    return 1 if unmet else 0
+
+
+def table(rows: Sequence[check.Row]) -> str:
+    """Rows in aligned columns, each with its reason below it, and with what sets it where it is unmet."""
+    cells = [("", "limit", "found", "wanted"), *((row.verdict, row.name, row.found, row.wanted) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
+    indent = " " * (widths[0] + 2)
+    text = lines[:1]
+    for line, row in zip(lines[1:], rows, strict=True):
+        text += [line, f"{indent}  {row.why}", *(f"{indent}  > {one}" for one in row.set)]
+    return "\n".join(text)
+
+
+def _number(most: int = 1 << 30) -> Callable[[str], int]:
+    def convert(text: str) -> int:
+        number = int(text)
+        if not 1 <= number <= most:
+            raise argparse.ArgumentTypeError(f"{text} is not within 1 to {most}")
+        return number
+
+    convert.__name__ = "number"
+    return convert
+
+
+COMMANDS = (_add_check,)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
