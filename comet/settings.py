@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-
 AUTO = -1
 """`Settings.workers` for a number that fits."""
 
@@ -44,7 +43,7 @@ class Settings:
     hang_limit: float = _knob(
         30.0,
         "seconds",
-        "A worker or router that shows no sign of life for so long is killed and replaced; a new generation has twice that to get ready.",
+        "A process that shows no sign of life for so long is killed and replaced; a new generation has twice that to get ready.",
         least=0.5,
     )
     grace: float = _knob(10.0, "seconds", "From SIGTERM to the exit at the latest: time for answers under way.")

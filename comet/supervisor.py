@@ -66,6 +66,9 @@ reported a death that was ordered is killed too."""
 LOOK = 1.0
 """Seconds between two looks at the board."""
 
+Greet = Callable[[Settings, Any, int], None]
+"""Says once that the service is ready: its settings, its address, how many clients it is planned for."""
+
 log = logging.getLogger("comet.supervisor")
 
 
@@ -184,7 +187,7 @@ class _Generation:
 
 class Supervisor:
     """`program` is how this very program was started: the generations are started the same way.
-    `arguments` are its own, for the router. `greet` says that the service is ready."""
+    `arguments` are its own, for the router."""
 
     def __init__(
         self, settings: Settings, program: Sequence[str], arguments: Sequence[str], greet: Callable[[Settings, Any, int], None]
@@ -718,6 +721,6 @@ class Supervisor:
                     pass  # who has died is not ours any more, and who is ready is killed too
 
 
-def run(settings: Settings, program: Sequence[str], arguments: Sequence[str], greet: Callable[[Settings, Any, int], None]) -> int:
+def run(settings: Settings, program: Sequence[str], arguments: Sequence[str], greet: Greet) -> int:
     """See `Supervisor`."""
     return Supervisor(settings, program, arguments, greet).run()
