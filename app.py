@@ -181,5 +181,6 @@ if __name__ == "__main__":
     if orders is None:
         sys.exit(main(sys.argv[1:]))
     asked = prepare(sys.argv[1:])
+    _ = gevent.config.loop, gevent.config.resolver, gevent.config.threadpool  # these import what each worker would import for itself
     assert get_hub_if_exists() is None, "processes can't share an event loop"
     sys.exit(generation.run(orders, lambda place: serve(asked, place.listener, place)))
