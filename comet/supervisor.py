@@ -121,11 +121,12 @@ def plan(workers: int, clients: int, max_connections: int, file_limit: int, syst
         workers = max(cores, needed)
     fits = int(workers * each * FILL)
     if fits < clients:
-        files = math.ceil(clients / (FILL * workers)) + limits.RESERVE
-        what = "--max-connections" if 0 < max_connections < allowed else "the limit on open files (ulimit -Hn, LimitNOFILE)"
+        more = math.ceil(clients / (FILL * workers))
+        capped = 0 < max_connections < allowed
+        what = f"--max-connections to {more}" if capped else f"the limit on open files (ulimit -Hn, LimitNOFILE) to {more + limits.RESERVE}"
         warnings.append(
             f"{clients} clients were asked for; {workers} workers of {each} connections are good for {fits}: "
-            f"set --workers {needed} (or auto), or raise {what} to {files}."
+            f"set --workers {needed} (or auto), or raise {what}."
         )
     if min(fits, clients or fits) > system_files:
         warnings.append(
