@@ -15,6 +15,9 @@ from comet import generation
 from comet import settings as knobs
 from comet.settings import Settings
 
+SPREAD = 0.8
+"""Of the grace time over which a drain ends the streams; the rest is for what is still to be written to them."""
+
 log = logging.getLogger("comet")
 
 
@@ -146,7 +149,7 @@ def serve(settings: Settings, listener: socket.socket, place: Place | None) -> i
 
     log.info("stopping: %d connections", stats.connections)
     server.drain()
-    hub.drain()
+    hub.drain(SPREAD * grace)
     late = server.join(grace)
     log.info("stopped; cut off after %g s: %d", grace, late) if late else log.info("stopped")
     return 0

@@ -499,6 +499,32 @@ def test_a_signal_drains_and_leaves_nothing(begin: Begin, number: int) -> None:
         service.client()
 
 
+def test_many_streams_are_closed_spread_over_the_grace_time_and_get_what_is_published(begin: Begin) -> None:
+    service = begin("--workers", "1", "--grace", "3")
+    events = [service.holds(service.events("a")) for _ in range(300)]
+    with service.client() as publisher:
+        service.request("GET", "/healthz")
+        publisher.send(b"POST /publish/a HTTP/1.1\r\nHost: test\r\nContent-Length: 4\r\n\r\nbo")
+        wait_until(lambda: service.by_role("worker")[0]["connections"] == 301)
+        began = time.monotonic()
+        service.process.send_signal(signal.SIGTERM)
+        wait_until(lambda: "stopping: 301" in service.log.read_text())
+        publisher.send(b"dy")
+        assert publisher.read().status == 201
+    got = 0
+    ended = []
+    for one in events:
+        try:
+            while True:
+                got += one.next().data == "body"
+        except EOFError:
+            ended.append(time.monotonic() - began)
+    assert got >= 250, "those that were still there"
+    assert 0.5 < max(ended) < 3
+    assert ended[100] < max(ended) - 0.2
+    assert service.ended() == 0
+
+
 def test_a_signal_to_the_whole_group_of_processes_is_as_good(begin: Begin) -> None:
     """As service managers send it."""
     service = begin("--workers", "2")
