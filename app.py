@@ -138,6 +138,7 @@ def serve(settings: Settings, listener: socket.socket, place: Place | None) -> i
             nonlocal grace
             alone.stop()
             log.warning("the supervisor is gone: stopping")
+            generation.clean_up(place.router)
             grace = min(grace, ORPHANED_GRACE)
             stopping.set()
 

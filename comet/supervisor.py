@@ -229,6 +229,7 @@ class Supervisor:
         for warning in self._plan.warnings:
             log.warning("%s", warning)
         adopt_orphans()
+        self._open()  # signals are kept from here on: one that comes early must not leave the folder behind
         try:
             self._listeners = sockets.listen_together(
                 settings.host, settings.port, self._plan.workers, settings.send_buffer, settings.send_timeout
@@ -245,7 +246,6 @@ class Supervisor:
                 log.error("can't make the router's socket %s: %s. Set TMPDIR to a folder with a shorter name.", path, error)
                 return 1
             self._router_path = str(path)
-            self._open()
             log.info(
                 "%d workers of up to %d connections each (a limit of %d open files): plan for %d clients",
                 self._plan.workers, self._plan.each, file_limit, self._plan.clients,
@@ -509,7 +509,9 @@ class Supervisor:
             os.kill(worker.pid, number)  # ours, and not reaped
 
     def _worker_died(self, one: _Generation, number: int, status: int) -> None:
-        worker = one.workers.pop(number)
+        worker = one.workers.pop(number, None)
+        if worker is None:
+            return  # its end was seen before it was told
         self._board.clear(self._slot(one, number))
         if one.leaving:
             if not one.workers:
