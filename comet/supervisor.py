@@ -259,7 +259,7 @@ class Supervisor:
             finally:
                 self._kill_everything()
         finally:
-            shutil.rmtree(folder)
+            shutil.rmtree(folder, ignore_errors=True)  # who noticed the end first may have removed it
         return self._status
 
     def _open(self) -> None:

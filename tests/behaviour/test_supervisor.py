@@ -20,7 +20,7 @@ from gevent import subprocess as green
 
 from comet.board import Board, Slot
 from comet.supervisor import MOST_DEATHS
-from tests.harness import ROOT, TIMEOUT, Client, Server, wait_until
+from tests.harness import ROOT, TIMEOUT, Client, Events, Server, wait_until
 
 AnyClient = TypeVar("AnyClient", bound=Client)
 
@@ -160,6 +160,15 @@ def answers(service: Service) -> None:
     assert service.request("GET", "/healthz").json == {"status": "alive"}
 
 
+def ends(events: Events) -> None:
+    """It was told when to come back, and closed."""
+    said = events.next()
+    assert (said.data, 2000 <= int(said.retry or 0) <= 4000) == (None, True)
+    with pytest.raises(EOFError):
+        events.next()
+    assert events.at_end()
+
+
 class Callers:
     """Greenlets that connect and ask all the time, until `stop`: each must be answered."""
 
@@ -278,8 +287,7 @@ def test_when_the_process_of_a_generation_is_killed_its_workers_serve_on_until_t
         os.kill(forker, signal.SIGKILL)
         service.counted("generation", 2)
         service.gone(forker, *before.values())
-        with pytest.raises(EOFError):
-            events.next()
+        ends(events)
     gevent.sleep(0.1)
     callers.stop()
     assert len(service.workers(2)) == 2
@@ -362,9 +370,7 @@ def test_a_reload_loads_new_code_and_refuses_nobody(begin: Begin, code: Path) ->
         if round == 2:
             assert client.read().json["messages"] == []
             assert client.at_end()
-            with pytest.raises(EOFError):
-                events.next()
-            assert events.at_end()
+            ends(events)
     callers.stop()
     assert (service.counts()["reloads"], service.counts()["failed_reloads"]) == (2, 0)
     assert service.router() == router
@@ -491,9 +497,7 @@ def test_a_signal_drains_and_leaves_nothing(begin: Begin, number: int) -> None:
         assert poll.read().json["messages"] == []
         assert poll.at_end()
     for one in events:
-        with pytest.raises(EOFError):
-            one.next()
-        assert one.at_end()
+        ends(one)
     assert service.ended() == 0
     with pytest.raises(ConnectionRefusedError):
         service.client()
