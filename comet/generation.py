@@ -41,7 +41,7 @@ from pathlib import Path
 from typing import NamedTuple, Self
 
 from comet.board import Board
-from comet.kernel.processes import fork, waitpid
+from comet.kernel.processes import close, fork, waitpid
 from comet.kernel.sockets import epoll
 from comet.kernel.stock import stock
 
@@ -197,15 +197,15 @@ class _Generation:
         signal.set_wakeup_fd(-1)
         stock(signal, "signal")(signal.SIGCHLD, signal.SIG_DFL)
         self._epoll.close()
-        os.close(self._wakeup)
-        os.close(self._wake)
+        close(self._wakeup)
+        close(self._wake)
         nothing = os.open(os.devnull, os.O_RDONLY)
         os.dup2(nothing, 0)
-        os.close(nothing)
+        close(nothing)
         listener = socket.socket(fileno=orders.listeners[worker])
         for number, descriptor in enumerate(orders.listeners):
             if number != worker:
-                os.close(descriptor)
+                close(descriptor)
         board = Board.open(orders.board)
         return Place(orders.number, worker, listener, board, orders.first_slot + worker, orders.lifeline, orders.router, orders.events)
 

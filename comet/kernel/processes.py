@@ -10,6 +10,9 @@ from comet.kernel.stock import stock
 fork: Callable[[], int] = stock(os, "fork")
 """gevent's would make an event loop in the parent, and two processes must not share one."""
 
+close: Callable[[int], None] = stock(os, "close")
+"""gevent's leaves the closing to its event loop, later."""
+
 waitpid: Callable[[int, int], tuple[int, int]] = stock(os, "waitpid")
 
 _PR_SET_CHILD_SUBREAPER = 36
