@@ -1,48 +1,88 @@
-"""The composition root: patch, read settings, build, serve, stop. Nothing imports it.
+"""The composition root: read settings; then supervise, or patch, build, serve, stop. Nothing imports it.
 
 python app.py --help
+
+It runs as three things: as one process alone (`main`); with --workers as their supervisor, which has no
+greenlets, so that is decided before the patch; and as a generation (`comet.generation`), which loads all
+this once and forks the workers. A worker does what one process alone does: `serve`.
 """
 
-from gevent import monkey
+import logging
+import os
+import sys
+
+from comet import generation
+from comet import settings as knobs
+from comet.settings import Settings
+
+SPREAD = 0.8
+"""Of the grace time over which a drain ends the streams; the rest is for what is still to be written to them."""
+
+log = logging.getLogger("comet")
+
+
+def prepare(arguments: list[str]) -> Settings:
+    """Settings that may be served with, and a log. Exits with status 2 and a sentence otherwise."""
+    settings = knobs.parse(arguments)
+    who = " [%(process)d]" if settings.workers else ""
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format=f"%(asctime)s{who} %(levelname)s %(name)s: %(message)s")
+    objection = knobs.objection(settings)
+    if objection is not None:
+        log.error("%s", objection)
+        sys.exit(2)
+    return settings
+
+
+def greet(settings: Settings, address: tuple[str, int], clients: int) -> None:
+    """Say where to connect, on standard output: whoever started this may wait for the line."""
+    host = f"[{address[0]}]" if ":" in address[0] else address[0]
+    local = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(host, host)  # noqa: S104 - who listens everywhere is also here
+    url = f"http://{local}:{address[1]}"
+    key = ' -H "Authorization: Bearer $COMET_PUBLISH_KEY"' if settings.publish_key else ""
+    print(
+        f"comet listens on {url} for up to {clients} connections. Try it, in two terminals:\n"
+        f"  curl -N {url}/events/news\n"
+        f"  curl{key} -d 'hello, world' {url}/publish/news",
+        flush=True,
+    )
+
+
+orders = generation.Orders.take(os.environ) if __name__ == "__main__" else None
+if __name__ == "__main__" and orders is None and knobs.parse(sys.argv[1:]).workers:
+    from comet import supervisor
+
+    sys.exit(supervisor.run(prepare(sys.argv[1:]), [sys.executable, *sys.orig_argv[1:]], sys.argv[1:], greet))
+
+from gevent import monkey  # noqa: E402
 
 monkey.patch_all()
 
-import logging  # noqa: E402 - after the patch, like everything that may make a lock or a socket
-import signal  # noqa: E402
-import sys  # noqa: E402
+import signal  # noqa: E402 - after the patch, like everything else that may make a lock or a socket
+import socket  # noqa: E402
 from collections.abc import Callable  # noqa: E402
 
 import gevent  # noqa: E402
 from bottle import Bottle  # noqa: E402
 from gevent import get_hub  # noqa: E402
+from gevent._hub_local import get_hub_if_exists  # noqa: E402 - there is no public way to ask
 from gevent.event import Event  # noqa: E402
 
 import handlers  # noqa: E402
 from comet import collector  # noqa: E402
-from comet import settings as knobs  # noqa: E402
 from comet.backplane.memory import Bounds, MemoryBackplane  # noqa: E402
+from comet.generation import ORPHANED_GRACE, Place  # noqa: E402
 from comet.hub import Hub  # noqa: E402
-from comet.kernel import check, limits, sockets  # noqa: E402
+from comet.kernel import check, limits, memory, processes, sockets  # noqa: E402
 from comet.server.wsgi import CometServer  # noqa: E402
-from comet.settings import Settings  # noqa: E402
 from comet.stats import Stats  # noqa: E402
 from handlers.params import Context  # noqa: E402
 
-log = logging.getLogger("comet")
-
-_ANY = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}  # noqa: S104 - where a local client finds a server that listens everywhere
-
 
 def main(arguments: list[str]) -> int:
-    """Run the service until SIGTERM or SIGINT; the exit status."""
-    settings = knobs.parse(arguments)
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    if not settings.publish_key and not settings.open and not _is_loopback(settings.host):
-        log.error("%s is not loopback: anybody there could publish. Set COMET_PUBLISH_KEY, or say --open.", settings.host)
-        return 2
+    """Run the service in this process alone, until SIGTERM or SIGINT; the exit status."""
+    settings = prepare(arguments)
     limits.raise_file_limit()
-    capacity = min(limits.capacity(), settings.max_connections or sys.maxsize)
-    planned = settings.max_connections or min(capacity, check.UNPLANNED)
+    planned = settings.max_connections or min(capacity_of(settings), check.UNPLANNED)
     for sentence in check.warnings(check.Plan(planned, settings.port, hibernate=settings.hibernate)):
         log.warning("%s", sentence)
     try:
@@ -50,8 +90,18 @@ def main(arguments: list[str]) -> int:
     except OSError as error:
         log.error("can't listen on %s port %d: %s. Choose another with --host and --port.", settings.host, settings.port, error)
         return 1
+    return serve(settings, listener, None)
 
-    backplane = MemoryBackplane(Bounds.of(settings))
+
+def capacity_of(settings: Settings) -> int:
+    """Connections that this process takes."""
+    return min(limits.capacity(), settings.max_connections or sys.maxsize)
+
+
+def serve(settings: Settings, listener: socket.socket, place: Place | None) -> int:
+    """Build the server on a bound listener and run it until it is told to stop; `place` is a worker's in its
+    service, None where there is one process alone. The exit status."""
+    capacity = capacity_of(settings)
     stats = Stats()
     soon = get_hub().loop.timer(0)
     hub = Hub(backplane, stats, settings.backlog, soon.start)
@@ -60,28 +110,59 @@ def main(arguments: list[str]) -> int:
     handlers.mount(application, context)
     server = CometServer(listener, application, handlers.reader(application, context), hub, settings, stats, capacity)
     stopping = Event()
+    grace = settings.grace
 
     def on_signal() -> None:
-        if stopping.is_set():
+        if stopping.is_set() and place is None:
             log.warning("a second signal: stopping at once")
             sys.exit(1)
-        stopping.set()
+        stopping.set()  # a worker may well be told twice, and its supervisor is who loses patience
 
     for number in (signal.SIGTERM, signal.SIGINT):
         gevent.signal_handler(number, on_signal)
     collector.set_up(stats)
     server.start()
-    expiry = gevent.spawn(_every_second, backplane.expire)
-    _greet(settings, listener.getsockname(), capacity)
+    gevent.spawn(_every_second, backplane.expire)
+    if place is None:
+        greet(settings, listener.getsockname(), capacity)
+    else:
+
+        def abandoned() -> None:
+            nonlocal grace
+            alone.stop()
+            log.warning("the supervisor is gone: stopping")
+            generation.clean_up(place.router)
+            grace = min(grace, ORPHANED_GRACE)
+            stopping.set()
+
+        alone = get_hub().loop.io(place.lifeline, 1)
+        alone.start(abandoned)
+        gevent.spawn(_every_second, _beat(place, stats, hub, capacity))
+        place.ready()
     stopping.wait()
 
     log.info("stopping: %d connections", stats.connections)
-    expiry.kill()
     server.drain()
-    hub.drain()
-    late = server.join(settings.grace)
-    log.info("stopped; cut off after %g s: %d", settings.grace, late) if late else log.info("stopped")
+    hub.drain(SPREAD * grace)
+    late = server.join(grace)
+    log.info("stopped; cut off after %g s: %d", grace, late) if late else log.info("stopped")
     return 0
+
+
+def _beat(place: Place, stats: Stats, hub: Hub, capacity: int) -> Callable[[], None]:
+    """What says on the board that this worker lives, and what it counts. The loop has to run it: so a loop
+    that is stuck is noticed."""
+    before = processes.resident()
+
+    def beat() -> None:
+        fixed = {
+            "role": "worker", "pid": os.getpid(), "generation": place.generation, "worker": place.worker, "capacity": capacity,
+            "draining": hub.draining, "memory_growth_bytes": processes.resident() - before,
+        }  # fmt: skip
+        place.board.write(place.slot, {**fixed, **stats.document()})
+
+    beat()
+    return beat
 
 
 def _every_second(work: Callable[[], None]) -> None:
@@ -90,24 +171,13 @@ def _every_second(work: Callable[[], None]) -> None:
         try:
             work()
         except Exception:
-            log.exception("expiry failed; it goes on")
-
-
-def _is_loopback(host: str) -> bool:
-    return host in ("localhost", "::1") or host.startswith("127.")
-
-
-def _greet(settings: Settings, address: tuple[str, int], capacity: int) -> None:
-    host = f"[{address[0]}]" if ":" in address[0] else address[0]
-    url = f"http://{_ANY.get(host, host)}:{address[1]}"
-    key = ' -H "Authorization: Bearer $COMET_PUBLISH_KEY"' if settings.publish_key else ""
-    print(
-        f"comet listens on {url} for up to {capacity} connections. Try it, in two terminals:\n"
-        f"  curl -N {url}/events/news\n"
-        f"  curl{key} -d 'hello, world' {url}/publish/news",
-        flush=True,
-    )
+            log.exception("what is done each second failed; it goes on")
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    if orders is None:
+        sys.exit(main(sys.argv[1:]))
+    asked = prepare(sys.argv[1:])
+    _ = gevent.config.loop, gevent.config.resolver, gevent.config.threadpool  # these import what each worker would import for itself
+    assert get_hub_if_exists() is None, "processes can't share an event loop"
+    sys.exit(generation.run(orders, lambda place: serve(asked, place.listener, place)))

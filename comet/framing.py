@@ -6,6 +6,7 @@ gets these shared bytes joined with its own cursor. `Batch` does the same for wh
 clients are sent, down to the bytes on the wire.
 """
 
+import random
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Final, TypeVar
@@ -202,6 +203,11 @@ class ServerSentEvents(Framing):
             else:
                 pieces.append(b"id: %b\n%b" % (str(cursor).encode(), _once(item, "sse", _make_event)))
         return pieces
+
+    def end(self, cursor: Cursor, date: bytes, closing: bool) -> bytes:
+        """A server that stops tells each browser another time to come back, so that they don't all at once."""
+        last = super().end(cursor, date, closing)
+        return chunk(b"retry: %d\n\n" % random.randint(self._retry, 2 * self._retry)) + last if closing else last
 
 
 def _make_event(message: Message) -> bytes:

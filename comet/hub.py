@@ -6,6 +6,7 @@ there are many. Registry and backplane are kept in step in `subscribe`, `leave` 
 nowhere else.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import gevent
@@ -18,6 +19,12 @@ from comet.history import Joined
 from comet.message import ChannelInfo, Message, Publication, Receipt, Sent, Since
 from comet.stats import Stats
 from comet.subscriber import Awake, Host, Subscriber, Wish
+
+ENDING_PAUSE = 0.05
+"""Seconds between two lots of streams that a drain ends."""
+
+ENDED_AT_ONCE = 20
+"""Streams a lot at least: few need no spreading."""
 
 
 class Hub:
@@ -233,12 +240,32 @@ class Hub:
 
     # -- stopping
 
-    def drain(self) -> None:
-        """Refuse new subscribers and end the present ones: polls are answered with their cursor,
-        streams finish."""
+    def drain(self, seconds: float = 0.0) -> None:
+        """Refuse new subscribers and end the present ones: polls are answered with their cursor, at once;
+        streams finish, spread over about `seconds` where they are many, so that their clients don't come
+        back all at once. Until then they get what is published."""
         self.draining = True
+        streams: dict[Subscriber, None] = {}  # each once, though it may be on several channels
         for present in list(self._channels.values()):
             if isinstance(present, Members):
                 self._fanout.finish(present)
             for subscriber in self._members(present):
+                if seconds and not subscriber.one_shot:
+                    streams[subscriber] = None
+                else:
+                    subscriber.end("shutdown")
+        if streams:
+            gevent.spawn(self._end_spread, list(streams), seconds)
+
+    def _end_spread(self, streams: Sequence[Subscriber], seconds: float) -> None:
+        count = max(ENDED_AT_ONCE, math.ceil(len(streams) * ENDING_PAUSE / seconds))
+        for start in range(0, len(streams), count):
+            if start:
+                gevent.sleep(ENDING_PAUSE)
+            those = [subscriber for subscriber in streams[start : start + count] if not subscriber.ended]
+            channels = {channel for subscriber in those for channel in subscriber.channels}
+            for present in [self._channels[channel] for channel in channels]:
+                if isinstance(present, Members):
+                    self._fanout.finish(present)
+            for subscriber in those:
                 subscriber.end("shutdown")

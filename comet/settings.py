@@ -11,9 +11,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+AUTO = -1
+"""`Settings.workers` for a number that fits."""
 
-def _knob(default: Any, unit: str, reason: str, least: float = 0, most: float | None = None) -> Any:
-    return dataclasses.field(default=default, metadata={"unit": unit, "reason": reason, "least": least, "most": most})
+
+def _knob(default: Any, unit: str, reason: str, least: float = 0, most: float | None = None, words: Mapping[str, Any] | None = None) -> Any:
+    meta = {"unit": unit, "reason": reason, "least": least, "most": most, "words": words or {}}
+    return dataclasses.field(default=default, metadata=meta)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +30,21 @@ class Settings:
     open: bool = _knob(False, "switch", "Allow listening beyond loopback without a publish key.")
     origins: str = _knob(
         "", "origins, comma-separated", "Web origins whose pages may read and publish (CORS), such as https://example.org; * is all."
+    )
+    workers: int = _knob(
+        0,
+        "processes, or auto",
+        "Worker processes behind the one address, with a router between them; 0 is one process alone. auto: one a core, "
+        "and as many as --clients needs.",
+        most=1000,
+        words={"auto": AUTO},
+    )
+    clients: int = _knob(0, "clients", "What the service is to hold: auto plans for it, and start-up says what to set if it does not fit.")
+    hang_limit: float = _knob(
+        30.0,
+        "seconds",
+        "A process that shows no sign of life for so long is killed and replaced; a new generation has twice that to get ready.",
+        least=0.5,
     )
     grace: float = _knob(10.0, "seconds", "From SIGTERM to the exit at the latest: time for answers under way.")
 
@@ -72,6 +91,14 @@ class Settings:
     retry: int = _knob(2000, "milliseconds", "What an EventSource is told to wait before it reconnects.")
 
 
+def objection(settings: Settings) -> str | None:
+    """Why a service must not run with these, or None."""
+    loopback = settings.host in ("localhost", "::1") or settings.host.startswith("127.")
+    if not settings.publish_key and not settings.open and not loopback:
+        return f"{settings.host} is not loopback: anybody there could publish. Set COMET_PUBLISH_KEY, or say --open."
+    return None
+
+
 def parse(arguments: Sequence[str], environ: Mapping[str, str] = os.environ) -> Settings:
     """Settings from flags and COMET_* variables. Exits with status 2 and a sentence on a bad one."""
     parser = argparse.ArgumentParser(
@@ -87,7 +114,7 @@ def parse(arguments: Sequence[str], environ: Mapping[str, str] = os.environ) -> 
         variable = "COMET_" + field.name.upper()
         given = environ.get(variable)
         kind: Any = type(field.default)
-        convert = _switch if kind is bool else _checked(kind, meta["least"], meta["most"])
+        convert = _switch if kind is bool else _checked(kind, meta["least"], meta["most"], meta["words"])
         default = field.default if given is None else _of_variable(parser, f"{variable} ({flag})", given, convert)
         if kind is bool:
             parser.add_argument(flag, type=convert, nargs="?", const=True, metavar="on|off", default=default, help=text)
@@ -110,8 +137,10 @@ def _switch(text: str) -> bool:
     return known[text.lower()]
 
 
-def _checked(kind: type, least: float, most: float | None) -> Any:
+def _checked(kind: type, least: float, most: float | None, words: Mapping[str, Any]) -> Any:
     def convert(text: str) -> Any:
+        if text in words:
+            return words[text]
         value = kind(text)
         if kind is not str and not (value >= least and (most is None or value <= most)):
             raise argparse.ArgumentTypeError(f"{text} is not within {least:g} to {'any' if most is None else format(most, 'g')}")

@@ -229,13 +229,15 @@ class Server:
 
     program: Sequence[str] = ("app.py",)
     """What Python runs."""
+    root = ROOT
+    """Where."""
 
     def __init__(self, log: Path, *flags: str, **environment: str) -> None:
         self.log = log
         with log.open("wb") as errors:
             self.process = green.Popen(
                 [sys.executable, *self.program, "--port", "0", *flags],
-                cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, env={**os.environ, **environment},
+                cwd=self.root, stdout=subprocess.PIPE, stderr=errors, env={**os.environ, **environment},
             )  # fmt: skip
         line = self.process.stdout.readline().decode()
         assert "http://" in line, f"the server did not start: {line!r} {log.read_text()}"

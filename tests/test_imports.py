@@ -1,6 +1,8 @@
 """Imports go one way (CONTRIBUTING.md): every import of ours is in the table below, or it is a mistake."""
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from tests.harness import ROOT
 SPOKEN = {"comet.errors", "comet.message"}
 SERVER = {"comet.errors", "comet.settings", "comet.stats", "comet.kernel", "comet.server"}
 HUB = {*SPOKEN, "comet.backplane", "comet.fanout", "comet.framing", "comet.history", "comet.stats", "comet.subscriber"}
+PROCESSES = {"comet.board", "comet.kernel", "comet.settings"}
 HANDLER = {
     "comet.hub", "comet.message", "comet.framing", "comet.subscriber", "comet.stats", "comet.settings", "comet.errors",
     "handlers.params",
@@ -29,7 +32,12 @@ ALLOWED: dict[str, set[str]] = {
     "comet.kernel.check": {"comet.kernel"},
     "comet.kernel.limits": set(),
     "comet.kernel.machine": set(),
+    "comet.kernel.processes": {"comet.kernel.stock"},
     "comet.kernel.sockets": {"comet.kernel"},
+    "comet.kernel.stock": set(),
+    # the processes, which have no greenlets
+    "comet.generation": PROCESSES,
+    "comet.supervisor": {*PROCESSES, "comet.generation", "comet.service"},
     "comet.message": {"comet.errors"},
     # the way of a message
     "comet.framing": {"comet.message"},
@@ -118,6 +126,11 @@ def test_there_are_no_cycles() -> None:
         leaves = {module for module, targets in graph.items() if not targets & set(graph)}
         assert leaves, f"a cycle within {sorted(graph)}"
         graph = {module: targets for module, targets in graph.items() if module not in leaves}
+
+
+def test_the_supervisor_does_not_even_load_gevent() -> None:
+    code = "import sys, comet.supervisor, comet.generation; sys.exit('gevent' in sys.modules or 'greenlet' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
 def test_nothing_imports_the_composition_root() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from comet.settings import Settings, parse
+from comet.settings import AUTO, Settings, objection, parse
 
 Field = dataclasses.Field[Any]
 FIELDS = dataclasses.fields(Settings)
@@ -57,6 +57,28 @@ def test_a_switch_may_be_said_in_words(text: str, value: bool) -> None:
 def test_a_switch_alone_is_on() -> None:
     assert parse(["--open"], {"COMET_OPEN": "off"}).open is True
     assert parse(["--hibernate", "--port", "1"], {"COMET_HIBERNATE": "off"}).hibernate is True
+
+
+def test_workers_may_be_left_to_the_service() -> None:
+    assert parse(["--workers", "auto"], {"COMET_WORKERS": "3"}).workers == AUTO
+    assert parse([], {"COMET_WORKERS": "auto"}).workers == AUTO
+    assert parse(["--workers", "3"], {"COMET_WORKERS": "auto"}).workers == 3
+
+
+@pytest.mark.parametrize(
+    ("flags", "safe"),
+    [
+        ([], True),
+        (["--host", "localhost"], True),
+        (["--host", "::1"], True),
+        (["--host", "0.0.0.0"], False),
+        (["--host", ""], False),
+        (["--host", "0.0.0.0", "--open"], True),
+        (["--host", "0.0.0.0", "--publish-key", "k"], True),
+    ],
+)
+def test_what_is_open_to_everybody_is_objected_to(flags: list[str], safe: bool) -> None:
+    assert (objection(parse(flags, {})) is None) == safe
 
 
 BAD = [

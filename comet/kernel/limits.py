@@ -1,6 +1,8 @@
 """What the kernel allows this process. A leaf, Linux only."""
 
+import os
 import resource
+from pathlib import Path
 
 RESERVE = 256
 """File descriptors kept back from clients: listener, epolls, database, logs, and connections that
@@ -23,3 +25,13 @@ def raise_file_limit() -> int:
 def capacity() -> int:
     """Connections this process can hold, by its limit on open files."""
     return max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - RESERVE)
+
+
+def cores() -> int:
+    """Processor cores this process may run on."""
+    return len(os.sched_getaffinity(0))
+
+
+def system_files() -> int:
+    """Files that all processes together may have open (fs.file-max)."""
+    return int(Path("/proc/sys/fs/file-max").read_text())

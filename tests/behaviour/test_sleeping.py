@@ -136,6 +136,8 @@ class Reader:
         for block in blocks:
             if block in (b"", b":"):
                 self.heartbeats += 1
+            elif block.startswith(b"retry: "):
+                assert 2000 <= int(block[7:]) <= 4000  # of a server that stops: when to come back
             elif self.kind == "test":
                 self.got.append(block.decode())
             elif self.kind == "stream":
@@ -805,7 +807,7 @@ def test_a_drain_answers_and_ends_all_who_sleep(start: Start) -> None:
         assert answer.headers["connection"] == "close"
         assert client.at_end()
     for reader in readers:
-        reader.read()
+        assert reader.until(1) == []
         assert reader.ended
         assert reader.client.at_end()
     assert all(client.at_end() for client in idle)

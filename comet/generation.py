@@ -1,0 +1,231 @@
+"""A generation of workers: the process that loads the code once and forks them.
+
+The supervisor executes the program anew for each generation, with `Orders` in its environment. That
+process imports everything, freezes the heap, so that its workers share it, and then does what it is
+told on its standard input, a line each:
+
+    fork <worker>               a new process runs `work` as worker number so-and-so
+    signal <worker> <number>    pass on a signal
+    end                         exit as soon as there are no workers
+
+and says what happens on a pipe that all generations share, a line each, short enough to be written at
+once:
+
+    loaded <generation>
+    born <generation> <worker> <pid>            by the worker, before anything else
+    ready <generation> <worker> <pid>           by the worker, when it serves
+    died <generation> <worker> <pid> <status>
+
+It decides nothing: what is restarted, and when, is the supervisor's (`comet.supervisor`). It is the
+parent of its workers and nobody else reaps them; so a process id that it signals is theirs.
+
+There must be no event loop, greenlet or thread before a fork, since two processes can't share one. So
+this module uses the standard library past gevent's patch, and waits with an epoll of its own.
+
+When the supervisor is gone its standard input ends: the workers see the same on the *lifeline* and end
+themselves; it waits for them, kills who can't, and removes what the supervisor would have removed.
+"""
+
+import gc
+import json
+import logging
+import os
+import select
+import shutil
+import signal
+import socket
+import time
+from collections.abc import Callable, MutableMapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, Self
+
+from comet.board import Board
+from comet.kernel.processes import close, fork, waitpid
+from comet.kernel.sockets import epoll
+from comet.kernel.stock import stock
+
+VARIABLE = "COMET_GENERATION"
+"""The environment variable that holds the orders."""
+
+ORPHANED_GRACE = 2.0
+"""Seconds that a worker whose supervisor is gone has to end itself. Nobody would restart it, so its
+clients are better off elsewhere soon."""
+
+log = logging.getLogger("comet.generation")
+
+
+class Orders(NamedTuple):
+    """What the supervisor tells a generation. All but `number`, `first_slot` (the board's, of worker 0) and
+    `router`, the path of the router's socket, are descriptors that it inherits."""
+
+    number: int
+    listeners: list[int]
+    board: int
+    first_slot: int
+    lifeline: int
+    events: int
+    router: str
+
+    def descriptors(self) -> list[int]:
+        """Those that it inherits."""
+        return [*self.listeners, self.board, self.lifeline, self.events]
+
+    def text(self) -> str:
+        """For the environment."""
+        return json.dumps(self._asdict())
+
+    @classmethod
+    def take(cls, environ: MutableMapping[str, str]) -> Self | None:
+        """Those in the environment, if there are any: then this process is a generation."""
+        text = environ.pop(VARIABLE, None)
+        return None if text is None else cls(**json.loads(text))
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """What a worker has of the service: its number (`worker`, from 0), its listener, its slot of the board,
+    the path of the router's socket, and the end of the lifeline that ends when the supervisor does."""
+
+    generation: int
+    worker: int
+    listener: socket.socket
+    board: Board
+    slot: int
+    lifeline: int
+    router: str
+    events: int
+
+    def ready(self) -> None:
+        """Tell the supervisor that this worker serves, and take signals from now on."""
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
+        _say(self.events, f"ready {self.generation} {self.worker} {os.getpid()}")
+
+
+Work = Callable[[Place], int]
+"""What a worker does; answers its exit status."""
+
+STOPPING = (signal.SIGTERM, signal.SIGINT)
+"""A generation doesn't listen to these, and a worker only once it can: only the supervisor ends them,
+in order. Whoever signals the whole group of processes, as service managers do, means it."""
+
+
+def run(orders: Orders, work: Work) -> int:
+    """Be a generation, until told to end. Call it with everything imported."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    stock(signal, "signal")(signal.SIGHUP, signal.SIG_IGN)
+    # what is garbage now would be collected later, in each worker, and tear shared pages apart
+    gc.collect()
+    gc.freeze()
+    return _Generation(orders, work).run()
+
+
+class _Generation:
+    def __init__(self, orders: Orders, work: Work) -> None:
+        self._orders = orders
+        self._work = work
+        self._workers: dict[int, int] = {}  # worker -> pid
+        self._ending = False
+        self._abandoned: float | None = None
+        self._commands = b""
+        self._wakeup, self._wake = os.pipe()
+        for descriptor in (self._wakeup, self._wake):
+            os.set_blocking(descriptor, False)
+        self._epoll = epoll()
+
+    def run(self) -> int:
+        signal.set_wakeup_fd(self._wake)
+        stock(signal, "signal")(signal.SIGCHLD, lambda number, frame: None)  # it wakes the epoll
+        self._epoll.register(self._wakeup, select.EPOLLIN)
+        self._epoll.register(0, select.EPOLLIN)
+        _say(self._orders.events, f"loaded {self._orders.number}")
+        while self._workers or not self._ending:
+            for descriptor, _ in self._epoll.poll(None if self._abandoned is None else 0.2):
+                if descriptor == 0:
+                    self._obey()
+                else:
+                    os.read(self._wakeup, 4096)
+            self._reap()
+            if self._abandoned is not None and time.monotonic() > self._abandoned:
+                for pid in self._workers.values():
+                    os.kill(pid, signal.SIGKILL)
+        if self._abandoned is not None:
+            clean_up(self._orders.router)
+        return 0
+
+    def _obey(self) -> None:
+        data = os.read(0, 65536)
+        if not data:
+            log.warning("the supervisor is gone: ending")
+            self._epoll.unregister(0)
+            self._ending = True
+            self._abandoned = time.monotonic() + 2 * ORPHANED_GRACE
+            return
+        *lines, self._commands = (self._commands + data).split(b"\n")
+        for line in lines:
+            match line.decode().split():
+                case ["fork", worker]:
+                    self._fork(int(worker))
+                case ["signal", worker, number]:
+                    if int(worker) in self._workers:
+                        os.kill(self._workers[int(worker)], int(number))
+                case ["end"]:
+                    self._ending = True
+                case unknown:
+                    raise ValueError(f"not a command: {unknown}")
+
+    def _fork(self, worker: int) -> None:
+        pid = fork()
+        if pid:
+            self._workers[worker] = pid
+            return
+        status = 1
+        try:
+            status = self._work(self._place(worker))
+        except SystemExit as ended:
+            status = ended.code if isinstance(ended.code, int) else 1
+        except BaseException:
+            log.exception("worker %d failed", worker)
+        finally:
+            logging.shutdown()
+            os._exit(status)  # nothing here may run the end of the parent's program
+
+    def _place(self, worker: int) -> Place:
+        """In the new process: let go of what is the parent's and the other workers'."""
+        orders = self._orders
+        _say(orders.events, f"born {orders.number} {worker} {os.getpid()}")
+        signal.set_wakeup_fd(-1)
+        stock(signal, "signal")(signal.SIGCHLD, signal.SIG_DFL)
+        self._epoll.close()
+        close(self._wakeup)
+        close(self._wake)
+        nothing = os.open(os.devnull, os.O_RDONLY)
+        os.dup2(nothing, 0)
+        close(nothing)
+        listener = socket.socket(fileno=orders.listeners[worker])
+        for number, descriptor in enumerate(orders.listeners):
+            if number != worker:
+                close(descriptor)
+        board = Board.open(orders.board)
+        return Place(orders.number, worker, listener, board, orders.first_slot + worker, orders.lifeline, orders.router, orders.events)
+
+    def _reap(self) -> None:
+        for worker, pid in list(self._workers.items()):
+            # each by its number: it must be known which they are, and there is no other child
+            reaped, status = waitpid(pid, os.WNOHANG)
+            if reaped:
+                del self._workers[worker]
+                _say(self._orders.events, f"died {self._orders.number} {worker} {pid} {os.waitstatus_to_exitcode(status)}")
+
+
+def clean_up(router: str) -> None:
+    """Remove what the supervisor would have removed; each that survives it does, so some find it done."""
+    shutil.rmtree(Path(router).parent, ignore_errors=True)
+
+
+def _say(events: int, text: str) -> None:
+    """Nobody hears it when the supervisor is gone; that is seen elsewhere."""
+    try:
+        os.write(events, text.encode() + b"\n")
+    except BrokenPipeError:
+        pass

@@ -1,0 +1,31 @@
+"""Processes as the kernel has them. Linux only, nothing of ours but the way past gevent's patch."""
+
+import ctypes
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from comet.kernel.stock import stock
+
+fork: Callable[[], int] = stock(os, "fork")
+"""gevent's would make an event loop in the parent, and two processes must not share one."""
+
+close: Callable[[int], None] = stock(os, "close")
+"""gevent's leaves the closing to its event loop, later."""
+
+waitpid: Callable[[int, int], tuple[int, int]] = stock(os, "waitpid")
+
+_PR_SET_CHILD_SUBREAPER = 36
+_PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+def adopt_orphans() -> None:
+    """Grandchildren whose parent dies become children of this process, rather than of init."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER) failed")
+
+
+def resident() -> int:
+    """Bytes of memory this process has in use, shared pages included."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * _PAGE

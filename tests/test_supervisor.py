@@ -1,0 +1,82 @@
+"""What the supervisor decides, without a process: how many workers, and when what died is started again."""
+
+import signal
+
+import pytest
+
+from comet.kernel.limits import RESERVE
+from comet.settings import AUTO
+from comet.supervisor import MOST_DEATHS, SETTLED, CrashLoop, Restarts, describe, plan
+
+PLENTY = 1 << 40
+
+
+def test_the_first_death_is_mended_at_once_and_the_next_ones_later() -> None:
+    restarts = Restarts()
+    assert [restarts.after(1) for _ in range(MOST_DEATHS - 1)] == [0, 0.5, 1, 2]
+
+
+def test_what_dies_again_and_again_is_given_up() -> None:
+    restarts = Restarts()
+    for _ in range(MOST_DEATHS - 1):
+        restarts.after(SETTLED - 0.1)
+    with pytest.raises(CrashLoop):
+        restarts.after(SETTLED - 0.1)
+
+
+def test_who_has_lived_is_forgiven() -> None:
+    restarts = Restarts()
+    for _ in range(10):
+        for lived, delay in ((SETTLED, 0), (0, 0.5), (0, 1), (0, 2)):
+            assert restarts.after(lived) == delay
+
+
+@pytest.mark.parametrize(
+    ("clients", "cores", "workers"),
+    [
+        (0, 2, 2),
+        (0, 64, 64),
+        (1, 2, 2),
+        (33_564, 2, 2),  # 2 x 19,744 x 0.85 = 33,564.8
+        (33_565, 2, 3),
+        (1_000_000, 2, 60),
+        (1_000_000, 64, 64),
+    ],
+)
+def test_auto_takes_as_many_as_the_clients_need_and_no_fewer_than_cores(clients: int, cores: int, workers: int) -> None:
+    made = plan(AUTO, clients, 0, 20_000, PLENTY, cores)
+    assert (made.workers, made.each, made.warnings) == (workers, 20_000 - RESERVE, [])
+    assert made.clients == int(workers * (20_000 - RESERVE) * 0.85) >= clients
+
+
+def test_auto_reckons_with_a_limit_on_connections() -> None:
+    assert plan(AUTO, 10_000, 1_000, 20_000, PLENTY, 2).workers == 12
+
+
+def test_a_number_is_a_number() -> None:
+    made = plan(3, 0, 0, 20_000, PLENTY, 64)
+    assert (made.workers, made.warnings) == (3, [])
+
+
+def test_what_is_too_little_is_told_with_what_to_set() -> None:
+    (warning,) = plan(10, 1_000_000, 0, 20_000, PLENTY, 2).warnings
+    assert "--workers 60" in warning
+    assert "LimitNOFILE" in warning
+    assert f"to {117_648 + RESERVE}" in warning
+    assert plan(10, 1_000_000, 0, 117_648 + RESERVE, PLENTY, 2).warnings == []
+    (warning,) = plan(2, 10_000, 1_000, 20_000, PLENTY, 2).warnings
+    assert "--max-connections" in warning
+    (warning,) = plan(2, 0, 30_000, 20_000, PLENTY, 2).warnings
+    assert "30000 connections a worker" in warning
+    (warning,) = plan(AUTO, 1_000_000, 0, 20_000, 500_000, 2).warnings
+    assert "fs.file-max" in warning
+
+
+def test_a_tiny_limit_on_files_still_gives_a_plan() -> None:
+    assert plan(2, 0, 0, 100, PLENTY, 2)[:2] == (2, 1)
+
+
+def test_statuses_are_told_in_words() -> None:
+    assert describe(3) == "exited with status 3"
+    assert describe(-signal.SIGKILL) == "was ended by SIGKILL"
+    assert describe(-99) == "was ended by signal 99"
