@@ -59,7 +59,10 @@ monkey.patch_all()
 
 import signal  # noqa: E402 - after the patch, like everything else that may make a lock or a socket
 import socket  # noqa: E402
+import time  # noqa: E402
 from collections.abc import Callable  # noqa: E402
+from functools import partial  # noqa: E402
+from typing import Any  # noqa: E402
 
 import gevent  # noqa: E402
 from bottle import Bottle  # noqa: E402
@@ -68,8 +71,10 @@ from gevent._hub_local import get_hub_if_exists  # noqa: E402 - there is no publ
 from gevent.event import Event  # noqa: E402
 
 import handlers  # noqa: E402
-from comet import collector  # noqa: E402
+from comet import collector, service  # noqa: E402
 from comet.backplane.memory import Bounds, MemoryBackplane  # noqa: E402
+from comet.backplane.router import RouterBackplane  # noqa: E402
+from comet.board import ROUTER, SUPERVISOR  # noqa: E402
 from comet.generation import ORPHANED_GRACE, Place  # noqa: E402
 from comet.hub import Hub  # noqa: E402
 from comet.kernel import check, limits, memory, processes, sockets  # noqa: E402
@@ -82,14 +87,14 @@ def main(arguments: list[str]) -> int:
     """Run the service in this process alone, until SIGTERM or SIGINT; the exit status."""
     settings = prepare(arguments)
     limits.raise_file_limit()
-    planned = settings.max_connections or min(capacity_of(settings), check.UNPLANNED)
-    for sentence in check.warnings(check.Plan(planned, settings.port, hibernate=settings.hibernate)):
-        log.warning("%s", sentence)
     try:
         listener = sockets.listen(settings.host, settings.port, settings.send_buffer, settings.send_timeout)
     except OSError as error:
         log.error("can't listen on %s port %d: %s. Choose another with --host and --port.", settings.host, settings.port, error)
         return 1
+    planned = settings.max_connections or min(capacity_of(settings), check.UNPLANNED)
+    for sentence in check.warnings(check.Plan(planned, settings.port, hibernate=settings.hibernate)):
+        log.warning("%s", sentence)
     return serve(settings, listener, None)
 
 
@@ -103,10 +108,12 @@ def serve(settings: Settings, listener: socket.socket, place: Place | None) -> i
     service, None where there is one process alone. The exit status."""
     capacity = capacity_of(settings)
     stats = Stats()
+    backplane = MemoryBackplane(Bounds.of(settings)) if place is None else RouterBackplane(place.router, settings.backplane_timeout)
     soon = get_hub().loop.timer(0)
     hub = Hub(backplane, stats, settings.backlog, soon.start)
+    own = _own(place, stats, hub, capacity)
     application = Bottle()
-    context = Context(hub, settings, stats)
+    context = Context(hub, settings, stats, _alone(own, hub) if place is None else partial(_together, place, own))
     handlers.mount(application, context)
     server = CometServer(listener, application, handlers.reader(application, context), hub, settings, stats, capacity)
     stopping = Event()
@@ -122,7 +129,11 @@ def serve(settings: Settings, listener: socket.socket, place: Place | None) -> i
         gevent.signal_handler(number, on_signal)
     collector.set_up(stats)
     server.start()
-    gevent.spawn(_every_second, backplane.expire)
+    gevent.spawn(_every_second, lambda: stats.sample(time.monotonic()))
+    if isinstance(backplane, MemoryBackplane):
+        gevent.spawn(_every_second, backplane.expire)
+    else:
+        backplane.start()
     if place is None:
         greet(settings, listener.getsockname(), capacity)
     else:
@@ -137,7 +148,9 @@ def serve(settings: Settings, listener: socket.socket, place: Place | None) -> i
 
         alone = get_hub().loop.io(place.lifeline, 1)
         alone.start(abandoned)
-        gevent.spawn(_every_second, _beat(place, stats, hub, capacity))
+        place.board.write(place.slot, own())
+        # from the loop, so that one that is stuck is noticed
+        gevent.spawn(_every_second, lambda: place.board.write(place.slot, own()))
         place.ready()
     stopping.wait()
 
@@ -145,24 +158,39 @@ def serve(settings: Settings, listener: socket.socket, place: Place | None) -> i
     server.drain()
     hub.drain(SPREAD * grace)
     late = server.join(grace)
+    if place is not None:
+        place.board.write(place.slot, own())  # the supervisor keeps what was counted
     log.info("stopped; cut off after %g s: %d", grace, late) if late else log.info("stopped")
     return 0
 
 
-def _beat(place: Place, stats: Stats, hub: Hub, capacity: int) -> Callable[[], None]:
-    """What says on the board that this worker lives, and what it counts. The loop has to run it: so a loop
-    that is stuck is noticed."""
+def _own(place: Place | None, stats: Stats, hub: Hub, capacity: int) -> Callable[[], dict[str, Any]]:
+    """What this process says of itself (`comet.service`)."""
     before = processes.resident()
+    number, age = (place.worker, place.generation) if place else (0, 1)
+    fixed = {"role": "worker", "pid": os.getpid(), "capacity": capacity, "worker": number, "generation": age}
 
-    def beat() -> None:
-        fixed = {
-            "role": "worker", "pid": os.getpid(), "generation": place.generation, "worker": place.worker, "capacity": capacity,
-            "draining": hub.draining, "memory_growth_bytes": processes.resident() - before,
+    def own() -> dict[str, Any]:
+        now = processes.resident()
+        return {
+            **fixed, **stats.document(), "draining": hub.draining,
+            "resident_bytes": now, "growth_bytes": max(0, now - before), "peak_memory_bytes": processes.peak(),
         }  # fmt: skip
-        place.board.write(place.slot, {**fixed, **stats.document()})
 
-    beat()
-    return beat
+    return own
+
+
+def _alone(own: Callable[[], dict[str, Any]], hub: Hub) -> Callable[[], dict[str, Any]]:
+    return lambda: service.summary([own()], hub.totals(), {}, memory.sockets())
+
+
+def _together(place: Place, own: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The whole service, as its processes have said on the board."""
+    said = {slot.slot: {**slot.document, "age": round(slot.age, 2)} for slot in place.board.read()}
+    supervisor, router = said.pop(SUPERVISOR, {}), said.pop(ROUTER, {})
+    said[place.slot] = own()
+    workers = [said[slot] for slot in sorted(said)]
+    return service.summary(workers, router, supervisor, memory.sockets())
 
 
 def _every_second(work: Callable[[], None]) -> None:

@@ -77,7 +77,27 @@ def _number(most: int = 1 << 30) -> Callable[[str], int]:
     return convert
 
 
-COMMANDS = (_add_check,)
+def _add_top(commands: Any) -> None:
+    parser = commands.add_parser(
+        "top",
+        help="a running service, live",
+        description="What a running service says of itself (GET /stats), live in the terminal. Ctrl-C ends it.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--url", default="http://127.0.0.1:8000", help="where it listens (default: http://127.0.0.1:8000)")
+    parser.add_argument("--key", default="", help="its publish key, if it has one (better: COMET_PUBLISH_KEY)")
+    parser.add_argument("--every", type=float, default=1.0, metavar="S", help="seconds between two looks (default: 1)")
+    parser.add_argument("--once", action="store_true", help="one look, printed")
+    parser.set_defaults(run=_top)
+
+
+def _top(parsed: argparse.Namespace) -> int:
+    from comet import top  # its tables are a package that `check` can do without
+
+    return top.show(parsed.url, parsed.key, parsed.every, parsed.once)
+
+
+COMMANDS = (_add_check, _add_top)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,9 @@ import zlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Self
 
+SUPERVISOR, ROUTER, FIRST_WORKER = 0, 1, 2
+"""Whose slot is which."""
+
 _SLOT = 32768
 _VERSION = 64  # bytes in front of the two halves, for which of them is current
 HALF = (_SLOT - _VERSION) // 2

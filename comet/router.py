@@ -394,6 +394,8 @@ def main(arguments: Sequence[str]) -> int:
             next_tick = time.monotonic() + TICK
             router.backplane.expire()
             board.write(options.slot, {
+                "role": "router",
+                "pid": os.getpid(),
                 "workers": len(router.links),
                 "gc_longest_seconds": stats.gc_longest_seconds,
                 **router.backplane.totals(),

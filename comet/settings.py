@@ -81,6 +81,9 @@ class Settings:
     max_idle: int = _knob(
         1_000_000, "channels", "Channels without subscribers that linger at most; beyond it the longest idle are forgotten early.", least=1
     )
+    backplane_timeout: float = _knob(
+        5.0, "seconds", "A request waits so long for the process that orders messages; then 503. A restart of it takes a second.", least=0.1
+    )
     key_age: float = _knob(300.0, "seconds", "A repeated Idempotency-Key is recognized so long.")
     max_keys: int = _knob(100_000, "keys", "Idempotency keys remembered at most; the oldest go first.")
 

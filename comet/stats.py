@@ -1,7 +1,10 @@
 """Counters of this process. A leaf; whoever does a thing counts it here, and `/stats` prints them."""
 
-from collections import Counter
+from collections import Counter, deque
 from typing import Any
+
+RATE_OVER = 5
+"""Seconds that a rate is taken over."""
 
 
 class Stats:
@@ -28,6 +31,20 @@ class Stats:
         self.errors = 0
         """Exceptions that nobody expected: each has a traceback in the log."""
 
+        self.messages_a_second = 0.0
+        self.deliveries_a_second = 0.0
+        """Of `published` and `offered`, over the last `RATE_OVER` seconds."""
+        self._samples: deque[tuple[float, int, int]] = deque(maxlen=RATE_OVER + 1)
+
+    def sample(self, now: float) -> None:
+        """Take note of where the counters stand, about once a second; `now` in seconds."""
+        samples = self._samples
+        samples.append((now, self.published, self.offered))
+        then, published, offered = samples[0]
+        if now > then:
+            self.messages_a_second = round((self.published - published) / (now - then), 1)
+            self.deliveries_a_second = round((self.offered - offered) / (now - then), 1)
+
     def document(self) -> dict[str, Any]:
         """The JSON object of these counters."""
-        return vars(self)
+        return {name: value for name, value in vars(self).items() if not name.startswith("_")}

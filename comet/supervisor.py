@@ -35,9 +35,9 @@ from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from comet import generation
-from comet.board import Board
-from comet.kernel import limits, sockets
+from comet import generation, service
+from comet.board import FIRST_WORKER, ROUTER, SUPERVISOR, Board
+from comet.kernel import check, limits, sockets
 from comet.kernel.processes import adopt_orphans, waitpid
 from comet.settings import AUTO, Settings
 
@@ -216,6 +216,8 @@ class Supervisor:
         self._looked = time.monotonic()
         self._amnesty = 0.0
         self._counts = Counter[str]()
+        self._ended_counts: dict[str, Any] = {}
+        """What workers that have ended had counted."""
 
     # -- the loop
 
@@ -226,7 +228,8 @@ class Supervisor:
         self._plan = plan(
             settings.workers, settings.clients, settings.max_connections, file_limit, limits.system_files(), limits.cores()
         )  # fmt: skip
-        for warning in self._plan.warnings:
+        asked = check.Plan(self._plan.clients, settings.port, self._plan.workers, settings.hibernate)
+        for warning in (*self._plan.warnings, *check.warnings(asked)):
             log.warning("%s", warning)
         adopt_orphans()
         self._open()  # signals are kept from here on: one that comes early must not leave the folder behind
@@ -500,7 +503,7 @@ class Supervisor:
     # -- workers
 
     def _slot(self, one: _Generation, number: int) -> int:
-        return 2 + one.bank * self._plan.workers + number
+        return FIRST_WORKER + one.bank * self._plan.workers + number
 
     def _signal(self, one: _Generation, worker: _Worker, number: int) -> None:
         if not one.orphaned:
@@ -545,7 +548,7 @@ class Supervisor:
         self._router = subprocess.Popen(  # noqa: S603 - our own module
             [
                 sys.executable, "-m", "comet.router", "--listener-fd", str(inherited[0]), "--lifeline-fd", str(inherited[1]),
-                "--board-fd", str(inherited[2]), "--slot", "1", "--", *self._arguments,
+                "--board-fd", str(inherited[2]), "--slot", str(ROUTER), "--", *self._arguments,
             ],
             cwd=Path(__file__).parent.parent, stdin=subprocess.DEVNULL, pass_fds=inherited, process_group=0,
         )  # fmt: skip
@@ -553,7 +556,7 @@ class Supervisor:
 
     def _router_died(self, status: int) -> None:
         self._router = None
-        self._board.clear(1)
+        self._board.clear(ROUTER)
         if self._stopping:
             if not self._generations:
                 self._finished = True
@@ -630,11 +633,11 @@ class Supervisor:
                 log.error("worker %d (process %d) showed no sign of life for %g s: killing it", worker.number, worker.pid, limit)
                 self._signal(one, worker, signal.SIGKILL)
                 self._later(MARGIN, lambda one=one, worker=worker: self._check_killed(one, worker))  # type: ignore[misc]
-        if self._router is not None and now - max(self._router_born, self._beat(1, self._router.pid)) > limit:
+        if self._router is not None and now - max(self._router_born, self._beat(ROUTER, self._router.pid)) > limit:
             self._counts["hung"] += 1
             log.error("the router showed no sign of life for %g s: killing it", limit)
             self._router.kill()
-        self._board.write(0, self._document())
+        self._board.write(SUPERVISOR, self._document())
 
     def _beat(self, slot: int, pid: int) -> float:
         """When it was last alive, as far as can be held against it."""
@@ -646,7 +649,6 @@ class Supervisor:
             self._kill_process(one)
 
     def _document(self) -> dict[str, Any]:
-        counts = ("worker_restarts", "router_restarts", "generation_restarts", "reloads", "failed_reloads", "hung")
         return {
             "role": "supervisor",
             "pid": os.getpid(),
@@ -654,7 +656,8 @@ class Supervisor:
             "capacity": self._plan.workers * self._plan.each,
             "planned_clients": self._plan.clients,
             "generation": max((one.number for one in self._generations if one.ready and not one.leaving), default=0),
-            **{name: self._counts[name] for name in counts},
+            **{name: self._counts[name] for name in service.RESTARTS},
+            "ended": self._ended_counts,
         }
 
     # -- stopping

@@ -1,7 +1,6 @@
 """Is it alive, is it ready, what has it done."""
 
-import resource
-from typing import Any
+import os
 
 from bottle import HTTPResponse
 
@@ -10,8 +9,8 @@ from handlers.params import Context, answer
 
 
 def alive(context: Context) -> HTTPResponse:
-    """GET /healthz: the process answers."""
-    return answer({"status": "alive"})
+    """GET /healthz: the process answers; which, of several behind one address, is its `pid`."""
+    return answer({"status": "alive", "pid": os.getpid()})
 
 
 def ready(context: Context) -> HTTPResponse:
@@ -25,10 +24,5 @@ def ready(context: Context) -> HTTPResponse:
 
 
 def stats(context: Context) -> HTTPResponse:
-    """GET /stats: the counters of `comet.stats`, the backplane's totals, and the process's memory."""
-    document: dict[str, Any] = {
-        **context.stats.document(),
-        **context.hub.totals(),
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-    }
-    return answer(document)
+    """GET /stats: the counters of the whole service (`comet.service`)."""
+    return answer(context.service())

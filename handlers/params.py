@@ -6,7 +6,7 @@ into the JSON answer. The current request is bottle's `request`, which is the gr
 
 import hmac
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
@@ -39,11 +39,12 @@ class Asked(NamedTuple):
 
 
 class Context(NamedTuple):
-    """What handlers work with."""
+    """What handlers work with; `service` answers what `/stats` says."""
 
     hub: Hub
     settings: Settings
     stats: Stats
+    service: Callable[[], Mapping[str, Any]]
 
 
 def answer(document: Any, status: int = 200) -> HTTPResponse:

@@ -27,6 +27,15 @@ def cpu(pid: int) -> float:
     return sum(int(one.read_text().split()[0]) for one in Path(f"/proc/{pid}/task").glob("*/schedstat")) / 1e9
 
 
+def descendants(pid: int) -> list[int]:
+    """A process and all that it started, and what those started."""
+    found = [pid]
+    for one in found:
+        for children in Path(f"/proc/{one}/task").glob("*/children"):
+            found += map(int, children.read_text().split())
+    return found
+
+
 class Worker:
     """A Python module of ours as a child that answers a JSON line for each it is sent."""
 

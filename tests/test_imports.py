@@ -23,7 +23,9 @@ HANDLER = {
 ALLOWED: dict[str, set[str]] = {
     # the leaves
     "comet": set(),
-    "comet.__main__": {"comet.kernel"},
+    "comet.__main__": {"comet.kernel", "comet.top"},
+    "comet.top": set(),
+    "comet.service": set(),
     "comet.errors": set(),
     "comet.settings": set(),
     "comet.stats": set(),
@@ -32,6 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     "comet.kernel.check": {"comet.kernel"},
     "comet.kernel.limits": set(),
     "comet.kernel.machine": set(),
+    "comet.kernel.memory": set(),
     "comet.kernel.processes": {"comet.kernel.stock"},
     "comet.kernel.sockets": {"comet.kernel"},
     "comet.kernel.stock": set(),

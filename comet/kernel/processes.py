@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import resource
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,3 +30,8 @@ def adopt_orphans() -> None:
 def resident() -> int:
     """Bytes of memory this process has in use, shared pages included."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * _PAGE
+
+
+def peak() -> int:
+    """The most bytes of memory that this process ever had in use."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

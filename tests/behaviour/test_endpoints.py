@@ -751,7 +751,7 @@ def test_head_answers_without_a_body_and_never_subscribes(server: Server) -> Non
     for path in ("/", "/healthz", "/readyz", "/stats", "/channels/headed", "/channels/headed/history"):
         with server.client() as client:
             assert client.request("HEAD", path).status == 200, path
-            assert client.request("GET", "/healthz").json == {"status": "alive"}, "bytes of a body were left"
+            assert client.request("GET", "/healthz").json["status"] == "alive", "bytes of a body were left"
     for path in ("/poll/headed", "/events/headed", "/stream/headed", "/test/headed"):
         with server.client() as client:
             assert client.request("HEAD", path).status == 405, path

@@ -48,7 +48,7 @@ def serve(name: str) -> None:
     settings, stats, backplane = Settings(heartbeat=HEARTBEAT, backlog=100_000_000), Stats(), MemoryBackplane()
     application = Bottle()
     hub = Hub(backplane, stats, settings.backlog, lambda work: work())  # few clients: there is nothing to put off
-    handlers.mount(application, Context(hub, settings, stats))
+    handlers.mount(application, Context(hub, settings, stats, stats.document))
 
     if name == "pywsgi":
         from gevent.pywsgi import WSGIServer

@@ -157,7 +157,7 @@ def of(code: Path) -> type[Service]:
 
 
 def answers(service: Service) -> None:
-    assert service.request("GET", "/healthz").json == {"status": "alive"}
+    assert service.request("GET", "/healthz").json["status"] == "alive"
 
 
 def ends(events: Events) -> None:
@@ -261,7 +261,7 @@ def test_a_killed_worker_is_replaced_and_its_queue_served(begin: Begin) -> None:
         client.ask("GET", "/healthz")
     os.kill(before[0], signal.SIGKILL)
     for client in clients:
-        assert client.read().json == {"status": "alive"}
+        assert client.read().json["status"] == "alive"
     wait_until(lambda: len(service.workers()) == 2)
     after = service.workers()
     assert after[0] != before[0]
@@ -409,9 +409,11 @@ def ticks(pid: int) -> int:
 def test_a_reload_with_broken_code_leaves_the_old_generation(begin: Begin, code: Path, broken: str) -> None:
     service = begin("--workers", "2", kind=of(code))
     before = service.workers()
-    path = code / ("handlers/health.py" if broken == "import" else "comet/collector.py")
+    path = code / ("handlers/health.py" if broken == "import" else "handlers/__init__.py")
     good = path.read_text()
-    path.write_text("this is no Python" if broken == "import" else good.replace("    gc.collect()", "    raise SystemExit(7)", 1))
+    path.write_text(
+        "this is no Python" if broken == "import" else good.replace("    methods: dict", "    raise SystemExit(7)\n    methods: dict", 1)
+    )
     callers = Callers(service)
     for count in (1, 2):
         service.process.send_signal(signal.SIGHUP)
@@ -458,8 +460,8 @@ def test_code_that_can_not_be_loaded_is_told_at_once(code: Path, tmp_path: Path)
 
 
 def test_workers_that_die_again_and_again_end_the_service(code: Path, tmp_path: Path) -> None:
-    path = code / "comet" / "collector.py"
-    path.write_text(path.read_text().replace("    gc.collect()", "    raise OSError('out of everything')", 1))
+    path = code / "handlers" / "__init__.py"
+    path.write_text(path.read_text().replace("    methods: dict", "    raise OSError('out of everything')\n    methods: dict", 1))
     status, out, log = ends_by_itself(code, tmp_path, "--workers", "1")
     assert (status, out) == (1, "")
     assert f"giving up: worker 0 exited with status 1, as it did {MOST_DEATHS - 1} times before" in log
@@ -474,8 +476,8 @@ def test_a_router_that_dies_again_and_again_ends_the_service(begin: Begin, code:
 
 
 def test_a_generation_that_never_gets_ready_is_given_up(code: Path, tmp_path: Path) -> None:
-    path = code / "comet" / "collector.py"
-    path.write_text(path.read_text().replace("    gc.collect()", "    time.sleep(60)", 1))
+    path = code / "handlers" / "__init__.py"
+    path.write_text(path.read_text().replace("    methods: dict", "    __import__('time').sleep(60)\n    methods: dict", 1))
     status, out, log = ends_by_itself(code, tmp_path, "--workers", "1", "--hang-limit", "1")
     assert (status, out) == (1, "")
     assert "giving up: generation 1, the first, was not ready after 2 s" in log

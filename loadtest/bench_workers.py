@@ -1,0 +1,189 @@
+"""Part of make bench: several workers behind one address, and what the router between them costs.
+
+Connections are spread by the kernel; `/healthz` says which worker (by its pid) one has come to, and the
+next request on the same connection comes there too. So a publisher on one worker and a subscriber on
+another can be had.
+"""
+
+import http.client
+import json
+import socket
+import statistics
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from typing import Any
+
+from loadtest.generator import MARK, body
+from loadtest.process import cpu, descendants, memory, server, worker
+from loadtest.service import SETTLE, Figure, Service, comet
+
+LINES = 500
+"""Publications a batch."""
+PUBLISHERS = 4
+"""Batches under way at the same time: one waits for its answer while the next is read."""
+MANY = 60
+
+
+def workers(clients: int, rounds: int) -> list[Figure]:
+    """All figures."""
+    return [*_across(), *_shared(clients, rounds), *_many()]
+
+
+@contextmanager
+def _connected(port: int) -> Iterator[tuple[http.client.HTTPConnection, http.client.HTTPConnection]]:
+    """Two kept-alive connections, to two workers."""
+    first: tuple[int, http.client.HTTPConnection] | None = None
+    opened = []
+    try:
+        for _ in range(200):
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+            opened.append(connection)
+            connection.request("GET", "/healthz")
+            pid = json.loads(connection.getresponse().read())["pid"]
+            if first is None:
+                first = pid, connection
+            elif first[0] != pid:
+                yield first[1], connection
+                return
+        raise RuntimeError("all connections came to one worker")
+    finally:
+        for connection in opened:
+            connection.close()
+
+
+def _across() -> list[Figure]:
+    """From a publisher on one worker to a subscriber on the other."""
+    with comet("--workers", "2") as service:
+        return [_batches(service), *_delays(service)]
+
+
+def _batches(service: Service, batches: int = 100) -> Figure:
+    total = batches * LINES * PUBLISHERS
+    line = json.dumps({"channel": "across", "data": body().decode()}).encode()
+    data = b"\n".join([line] * LINES)
+    with _connected(service.port) as (publisher, subscriber):
+        subscriber.request("GET", "/stream/across")
+        assert subscriber.getresponse().status == 200
+        home = _pid(publisher)
+        threads = []
+        for _ in range(PUBLISHERS):
+            connection = _to(service.port, home)
+            threads.append(threading.Thread(target=_publish, args=(connection, data, batches)))
+        pids = descendants(service.pid)
+        before = sum(map(cpu, pids))
+        began = time.monotonic()
+        for thread in threads:
+            thread.start()
+        _read(subscriber.sock, total)
+        seconds = time.monotonic() - began
+        spent = sum(map(cpu, pids)) - before
+        for thread in threads:
+            thread.join()
+    note = f"{LINES} a batch, {PUBLISHERS} batches under way; {spent / total * 1e6:.1f} us of CPU a message, all processes"
+    return Figure("batches from one worker to a subscriber on another", total / seconds, "/s", 30_000, 100_000, beside=note)
+
+
+def _pid(connection: http.client.HTTPConnection) -> int:
+    connection.request("GET", "/healthz")
+    pid: int = json.loads(connection.getresponse().read())["pid"]
+    return pid
+
+
+def _to(port: int, pid: int) -> http.client.HTTPConnection:
+    """A connection to this worker."""
+    for _ in range(200):
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        if _pid(connection) == pid:
+            return connection
+        connection.close()
+    raise RuntimeError(f"no connection comes to worker {pid}")
+
+
+def _publish(connection: http.client.HTTPConnection, data: bytes, times: int) -> None:
+    with closing(connection):
+        for _ in range(times):
+            connection.request("POST", "/publish", data)
+            answer = connection.getresponse()
+            content = answer.read()
+            if answer.status != 200 or b"error" in content:
+                raise RuntimeError(content[:300])
+
+
+def _read(sock: Any, total: int) -> None:
+    """Until so many messages have come."""
+    got = 0
+    last = b""
+    sock.settimeout(60)
+    while got < total:
+        data = sock.recv(1 << 18)
+        if not data:
+            raise EOFError(f"{got} of {total} messages came")
+        got += data.count(MARK) + (last[-1:] == MARK[:1] and data[:1] == MARK[1:])
+        last = data
+
+
+def _delays(service: Service, times: int = 1000) -> list[Figure]:
+    delays = []
+    with _connected(service.port) as (publisher, subscriber):
+        subscriber.request("GET", "/stream/one")
+        stream = subscriber.getresponse()
+        stream.readline()
+        for _ in range(times):
+            began = time.monotonic()
+            publisher.request("POST", "/publish/one", body())
+            stream.readline()
+            delays.append((time.monotonic() - began) * 1000)
+            publisher.getresponse().read()
+            time.sleep(0.002)
+    delays.sort()
+    return [
+        Figure("publish to delivery across workers, idle, p50", delays[len(delays) // 2], "ms", 2, low=True),
+        Figure("publish to delivery across workers, idle, p99", delays[int(len(delays) * 0.99)], "ms", 10, low=True),
+    ]
+
+
+def _shared(clients: int, rounds: int) -> list[Figure]:
+    """Deliveries a CPU second of all processes, beside one process without a router."""
+    spent: dict[str, list[float]] = {"one": [], "two": []}
+    with (
+        comet() as one,
+        comet("--workers", "2") as two,
+        worker("loadtest.generator", str(one.port)) as load_one,
+        worker("loadtest.generator", str(two.port)) as load_two,
+    ):
+        both = (("one", one, load_one), ("two", two, load_two))
+        for _, service, load in both:
+            load.ask(do="open", count=clients, path="/test/all", first="elcomes")
+            service.wait_for("user:all", clients)
+        time.sleep(SETTLE)
+        for _ in range(rounds):
+            for name, service, load in both:
+                pids = descendants(service.pid)
+                before = sum(map(cpu, pids))
+                load.tell(do="count", total=clients)
+                service.publish("user:all")
+                load.answer()
+                spent[name].append(sum(map(cpu, pids)) - before)
+    alone, shared = (clients / statistics.median(spent[name]) for name in ("one", "two"))
+    note = f"{shared:,.0f} beside {alone:,.0f} of one process"
+    return [Figure("2 workers: deliveries a CPU second of all processes", shared / alone, "x", 0.9, beside=note)]
+
+
+def _many() -> list[Figure]:
+    """Sixty workers that have nothing to do."""
+    began = time.monotonic()
+    with server(["app.py", "--port", "0", "--workers", str(MANY)], "http://") as (pid, port):
+        seconds = time.monotonic() - began
+        with socket.create_connection(("127.0.0.1", port)):
+            pass
+        time.sleep(SETTLE)
+        stats = Service(pid, port).request("GET", "/stats")
+        each = [memory(one["pid"]) for one in stats["workers"]]
+        assert len(each) == MANY
+        note = f"all processes together {sum(map(memory, descendants(pid))) / 2**20:,.0f} MiB"
+    return [
+        Figure(f"{MANY} workers: seconds until ready", seconds, "s", 10, low=True),
+        Figure(f"{MANY} workers: own memory of one", statistics.mean(each) / 2**20, "MiB", 8, low=True, beside=note),
+    ]
