@@ -211,7 +211,7 @@ def test_workers_share_one_port_and_the_connections(begin: Begin) -> None:
     assert all(document["connections"] >= 3 for document in service.by_role("worker"))
     for document in service.by_role("worker"):
         assert document["capacity"] > 0
-        assert document["memory_growth_bytes"] < 4 << 20
+        assert document["growth_bytes"] < 4 << 20
         assert not document["draining"]
     counts = service.counts()
     assert (counts["generation"], counts["workers"], counts["worker_restarts"], counts["hung"]) == (1, 3, 0, 0)
