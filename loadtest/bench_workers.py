@@ -6,17 +6,16 @@ another can be had.
 """
 
 import http.client
-import json
 import socket
 import statistics
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from loadtest.generator import MARK, body
 from loadtest.process import cpu, descendants, memory, server, worker
+from loadtest.publisher import pid_of
 from loadtest.service import SETTLE, Figure, Service, comet
 
 LINES = 500
@@ -40,8 +39,7 @@ def _connected(port: int) -> Iterator[tuple[http.client.HTTPConnection, http.cli
         for _ in range(200):
             connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
             opened.append(connection)
-            connection.request("GET", "/healthz")
-            pid = json.loads(connection.getresponse().read())["pid"]
+            pid = pid_of(connection)
             if first is None:
                 first = pid, connection
             elif first[0] != pid:
@@ -54,61 +52,27 @@ def _connected(port: int) -> Iterator[tuple[http.client.HTTPConnection, http.cli
 
 
 def _across() -> list[Figure]:
-    """From a publisher on one worker to a subscriber on the other."""
-    with comet("--workers", "2") as service:
+    """From a publisher on one worker to a subscriber on the other, who has a buffer for so much: with the one
+    that a sleeper has, it would be closed as too slow."""
+    with comet("--workers", "2", "--send-buffer", "65536") as service:
         return [_batches(service), *_delays(service)]
 
 
 def _batches(service: Service, batches: int = 100) -> Figure:
     total = batches * LINES * PUBLISHERS
-    line = json.dumps({"channel": "across", "data": body().decode()}).encode()
-    data = b"\n".join([line] * LINES)
-    with _connected(service.port) as (publisher, subscriber):
+    with worker("loadtest.publisher", str(service.port)) as load, _connected(service.port) as (publisher, subscriber):
         subscriber.request("GET", "/stream/across")
         assert subscriber.getresponse().status == 200
-        home = _pid(publisher)
-        threads = []
-        for _ in range(PUBLISHERS):
-            connection = _to(service.port, home)
-            threads.append(threading.Thread(target=_publish, args=(connection, data, batches)))
         pids = descendants(service.pid)
         before = sum(map(cpu, pids))
         began = time.monotonic()
-        for thread in threads:
-            thread.start()
+        load.tell(do="publish", pid=pid_of(publisher), channel="across", lines=LINES, batches=batches, connections=PUBLISHERS)
         _read(subscriber.sock, total)
         seconds = time.monotonic() - began
         spent = sum(map(cpu, pids)) - before
-        for thread in threads:
-            thread.join()
+        load.answer()
     note = f"{LINES} a batch, {PUBLISHERS} batches under way; {spent / total * 1e6:.1f} us of CPU a message, all processes"
     return Figure("batches from one worker to a subscriber on another", total / seconds, "/s", 30_000, 100_000, beside=note)
-
-
-def _pid(connection: http.client.HTTPConnection) -> int:
-    connection.request("GET", "/healthz")
-    pid: int = json.loads(connection.getresponse().read())["pid"]
-    return pid
-
-
-def _to(port: int, pid: int) -> http.client.HTTPConnection:
-    """A connection to this worker."""
-    for _ in range(200):
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-        if _pid(connection) == pid:
-            return connection
-        connection.close()
-    raise RuntimeError(f"no connection comes to worker {pid}")
-
-
-def _publish(connection: http.client.HTTPConnection, data: bytes, times: int) -> None:
-    with closing(connection):
-        for _ in range(times):
-            connection.request("POST", "/publish", data)
-            answer = connection.getresponse()
-            content = answer.read()
-            if answer.status != 200 or b"error" in content:
-                raise RuntimeError(content[:300])
 
 
 def _read(sock: Any, total: int) -> None:
@@ -166,9 +130,19 @@ def _shared(clients: int, rounds: int) -> list[Figure]:
                 service.publish("user:all")
                 load.answer()
                 spent[name].append(sum(map(cpu, pids)) - before)
+        answered = sorted(_seconds(lambda: two.request("GET", "/stats")) * 1000 for _ in range(100))
     alone, shared = (clients / statistics.median(spent[name]) for name in ("one", "two"))
     note = f"{shared:,.0f} beside {alone:,.0f} of one process"
-    return [Figure("2 workers: deliveries a CPU second of all processes", shared / alone, "x", 0.9, beside=note)]
+    return [
+        Figure("2 workers: deliveries a CPU second of all processes", shared / alone, "x", 0.9, beside=note),
+        Figure(f"2 workers: GET /stats with {clients} clients, p99", answered[98], "ms", 10, low=True),
+    ]
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    began = time.monotonic()
+    work()
+    return time.monotonic() - began
 
 
 def _many() -> list[Figure]:

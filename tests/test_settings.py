@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from comet.settings import AUTO, Settings, objection, parse
+from tests.harness import ROOT
 
 Field = dataclasses.Field[Any]
 FIELDS = dataclasses.fields(Settings)
@@ -149,3 +150,16 @@ def test_help_does_not_tell_the_publish_key(capsys: pytest.CaptureFixture[str], 
 def test_settings_are_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         Settings().port = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("field", FIELDS, ids=lambda field: field.name)
+def test_readme_says_what_help_says(field: Field) -> None:
+    default = field.default
+    if isinstance(default, bool):
+        text = "on" if default else "off"
+    elif isinstance(default, int):
+        text = f"{default:,}" if default >= 10_000 else str(default)
+    else:
+        text = f"{default:g}" if isinstance(default, float) else default or "none"
+    row = f"| `{flag(field.name)}` | {text} | {field.metadata['unit']} | {field.metadata['reason']} |\n"
+    assert row in (ROOT / "README.md").read_text()
