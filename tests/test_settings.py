@@ -160,6 +160,6 @@ def test_readme_says_what_help_says(field: Field) -> None:
     elif isinstance(default, int):
         text = f"{default:,}" if default >= 10_000 else str(default)
     else:
-        text = f"{default:g}" if isinstance(default, float) else default or "none"
+        text = f"{default:g}" if isinstance(default, float) else str(default or "none")
     row = f"| `{flag(field.name)}` | {text} | {field.metadata['unit']} | {field.metadata['reason']} |\n"
     assert row in (ROOT / "README.md").read_text()
