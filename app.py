@@ -10,8 +10,10 @@ this once and forks the workers. A worker does what one process alone does: `ser
 import logging
 import os
 import sys
+import tempfile
+from pathlib import Path
 
-from comet import generation
+from comet import database, generation
 from comet import settings as knobs
 from comet.settings import Settings
 
@@ -30,7 +32,19 @@ def prepare(arguments: list[str]) -> Settings:
     if objection is not None:
         log.error("%s", objection)
         sys.exit(2)
+    if settings.data:
+        prepare_data(Path(settings.data), whole=orders is None)
     return settings
+
+
+def prepare_data(folder: Path, *, whole: bool) -> None:
+    """Have a file of subscriptions that can be used, before any fork and before anybody opens it. Exits with
+    status 1 and a sentence where there can't be one."""
+    try:
+        database.prepare(folder, whole=whole)
+    except database.Unusable as error:
+        log.error("%s", error)
+        sys.exit(1)
 
 
 def greet(settings: Settings, address: tuple[str, int], clients: int) -> None:
@@ -80,6 +94,7 @@ from comet.hub import Hub  # noqa: E402
 from comet.kernel import check, limits, memory, processes, sockets  # noqa: E402
 from comet.server.wsgi import CometServer  # noqa: E402
 from comet.stats import Stats  # noqa: E402
+from comet.subscriptions import Subscriptions  # noqa: E402
 from handlers.params import Context  # noqa: E402
 
 
@@ -95,7 +110,10 @@ def main(arguments: list[str]) -> int:
     planned = settings.max_connections or min(capacity_of(settings), check.UNPLANNED)
     for sentence in check.warnings(check.Plan(planned, settings.port, hibernate=settings.hibernate)):
         log.warning("%s", sentence)
-    return serve(settings, listener, None)
+    with tempfile.TemporaryDirectory(prefix="comet-", ignore_cleanup_errors=True) as temporary:
+        if not settings.data:
+            prepare_data(Path(temporary), whole=False)
+        return serve(settings, listener, Path(settings.data or temporary), None)
 
 
 def capacity_of(settings: Settings) -> int:
@@ -103,9 +121,9 @@ def capacity_of(settings: Settings) -> int:
     return min(limits.capacity(), settings.max_connections or sys.maxsize)
 
 
-def serve(settings: Settings, listener: socket.socket, place: Place | None) -> int:
-    """Build the server on a bound listener and run it until it is told to stop; `place` is a worker's in its
-    service, None where there is one process alone. The exit status."""
+def serve(settings: Settings, listener: socket.socket, data: Path, place: Place | None) -> int:
+    """Build the server on a bound listener and run it until it is told to stop. `data` is a prepared folder
+    (`prepare_data`); `place` is a worker's in its service, None where there is one process alone. The exit status."""
     capacity = capacity_of(settings)
     stats = Stats()
     backplane = MemoryBackplane(Bounds.of(settings)) if place is None else RouterBackplane(place.router, settings.backplane_timeout)
@@ -113,7 +131,8 @@ def serve(settings: Settings, listener: socket.socket, place: Place | None) -> i
     hub = Hub(backplane, stats, settings.backlog, soon.start)
     own = _own(place, stats, hub, capacity)
     application = Bottle()
-    context = Context(hub, settings, stats, _alone(own, hub) if place is None else partial(_together, place, own))
+    subscriptions = Subscriptions(data)
+    context = Context(hub, subscriptions, settings, stats, _alone(own, hub) if place is None else partial(_together, place, own))
     handlers.mount(application, context)
     server = CometServer(listener, application, handlers.reader(application, context), hub, settings, stats, capacity)
     stopping = Event()
@@ -158,6 +177,7 @@ def serve(settings: Settings, listener: socket.socket, place: Place | None) -> i
     server.drain()
     hub.drain(SPREAD * grace)
     late = server.join(grace)
+    subscriptions.close()
     if place is not None:
         place.board.write(place.slot, own())  # the supervisor keeps what was counted
     log.info("stopped; cut off after %g s: %d", grace, late) if late else log.info("stopped")
@@ -208,4 +228,7 @@ if __name__ == "__main__":
     asked = prepare(sys.argv[1:])
     _ = gevent.config.loop, gevent.config.resolver, gevent.config.threadpool  # these import what each worker would import for itself
     assert get_hub_if_exists() is None, "processes can't share an event loop"
-    sys.exit(generation.run(orders, lambda place: serve(asked, place.listener, place)))
+    folder = Path(asked.data) if asked.data else Path(orders.router).parent  # the supervisor removes that one
+    if not asked.data:
+        prepare_data(folder, whole=False)
+    sys.exit(generation.run(orders, lambda place: serve(asked, place.listener, folder, place)))

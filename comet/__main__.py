@@ -6,6 +6,7 @@ A subcommand is a function in `COMMANDS` that adds its parser, with `run` set to
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from comet.kernel import check
@@ -97,7 +98,27 @@ def _top(parsed: argparse.Namespace) -> int:
     return top.show(parsed.url, parsed.key, parsed.every, parsed.once)
 
 
-COMMANDS = (_add_check, _add_top)
+def _add_load_friends(commands: Any) -> None:
+    parser = commands.add_parser(
+        "load-friends",
+        help="an edge list into the subscription database",
+        description="Load who follows whom from a file of lines 'follower followee' into a service's data folder. What is there stays. "
+        "Run it again after a break: it ends in the same state. A service may run on the folder meanwhile.",
+        epilog="Exit status: 0 when all lines are stored, safe on the disk; 1 otherwise.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("file", type=Path, help="the edge list, such as python -m loadtest friends makes")
+    parser.add_argument("--data", type=Path, metavar="DIR", required=True, help="the service's data folder")
+    parser.set_defaults(run=_load_friends)
+
+
+def _load_friends(parsed: argparse.Namespace) -> int:
+    from comet import loading
+
+    return loading.load(parsed.file, parsed.data)
+
+
+COMMANDS = (_add_check, _add_top, _add_load_friends)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ STATUS: dict[str, int] = {
     "bad-key": 400,
     "bad-parameter": 400,
     "bad-line": 400,
+    "bad-follow": 400,
     "bad-expectation": 417,
     "http-version": 505,
     # who may
@@ -41,6 +42,8 @@ STATUS: dict[str, int] = {
     "backplane-away": 503,
     "backplane-busy": 503,
     "unconfirmed": 503,
+    "database-busy": 503,
+    "disk-full": 507,
     # ours
     "internal": 500,
 }
@@ -55,6 +58,7 @@ HEADERS: dict[str, dict[str, str]] = {
     "backplane-away": {"Retry-After": "1"},
     "backplane-busy": {"Retry-After": "1"},
     "unconfirmed": {"Retry-After": "1"},
+    "database-busy": {"Retry-After": "5"},
 }
 """Slug -> headers that go with the answer. Retry-After is in seconds."""
 

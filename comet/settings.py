@@ -48,6 +48,10 @@ class Settings:
     )
     grace: float = _knob(10.0, "seconds", "From SIGTERM to the exit at the latest: time for answers under way.")
 
+    data: str = _knob(
+        "", "folder", "Where the subscriptions are kept. Without it they last as long as the service: a file that is removed at its end."
+    )
+
     hibernate: bool = _knob(True, "switch", "Clients sleep without a greenlet; off keeps one for each (make bench measures both).")
     send_buffer: int = _knob(
         16384, "bytes", "Kernel buffer a connection for what a client has not read (0: the kernel's own sizing).", most=1 << 26

@@ -11,7 +11,7 @@ from bottle import Bottle, HTTPError, HTTPResponse, request, response
 
 from comet.errors import Refusal
 from comet.subscriber import Wish
-from handlers import channels, health, metabrew, page, poll, publish, stream
+from handlers import channels, health, metabrew, page, poll, publish, stream, users
 from handlers.params import Asked, Context, allowed_origin, check_origin, check_publish_key, refuse, wait
 
 Handler = Callable[..., Any]
@@ -40,6 +40,11 @@ ROUTES = (
     Route("GET", "/channels/<channel>", channels.show),
     Route("GET", "/channels/<channel>/history", channels.history),
     Route("DELETE", "/channels/<channel>", channels.delete),
+    Route("GET", "/users/<user>/followers", users.followers),
+    Route("GET", "/users/<user>/following", users.following),
+    Route("PUT", "/users/<user>/following/<other>", users.follow),
+    Route("DELETE", "/users/<user>/following/<other>", users.unfollow),
+    Route("POST", "/follows", users.load),
     Route("GET", "/healthz", health.alive),
     Route("GET", "/readyz", health.ready),
     Route("GET", "/stats", health.stats, secret=True),

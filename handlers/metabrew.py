@@ -20,8 +20,10 @@ def test(context: Context, asked: Asked, user: str) -> Wish:
 
 
 def send(context: Context, user: str) -> HTTPResponse:
-    """POST /send/<id>: a message to the user. That nobody is logged in as that user is no error."""
-    targets = [check_channel(USER_PREFIX + user)]
+    """POST /send/<id>: a message to the user and to everyone who follows the user. That nobody of them is logged
+    in is no error."""
+    own = check_channel(USER_PREFIX + user)
+    targets = [own, *[USER_PREFIX + one for one in context.subscriptions.get_subscribers(user)]]
     key = idempotency_key()
     sent = context.hub.send(targets, DEFAULT_TYPE, text_body(context.settings.max_body), key)
     return answer(

@@ -6,7 +6,7 @@ into the JSON answer. The current request is bottle's `request`, which is the gr
 
 import hmac
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
@@ -18,6 +18,7 @@ from comet.message import Since, parse_cursor
 from comet.settings import Settings
 from comet.stats import Stats
 from comet.subscriber import Subscriber
+from comet.subscriptions import Subscriptions
 
 _NUMBER = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?", re.ASCII)
 _KEY = re.compile(r"[!-~]{1,200}")
@@ -42,6 +43,7 @@ class Context(NamedTuple):
     """What handlers work with; `service` answers what `/stats` says."""
 
     hub: Hub
+    subscriptions: Subscriptions
     settings: Settings
     stats: Stats
     service: Callable[[], Mapping[str, Any]]
@@ -108,6 +110,19 @@ def body(most: int) -> bytes:
     if len(data) > most:
         raise too_large
     return data
+
+
+def pieces(size: int) -> Iterator[bytes]:
+    """The request's body of any length, as it comes, in pieces of at most `size` bytes. Each piece has the time
+    that a body has, since who sends much is kept waiting by who takes it."""
+    environ = request.environ
+    left = None if environ.get("wsgi.input_terminated") else max(0, request.content_length)
+    again = environ.get("comet.more_time", lambda: None)
+    while piece := environ["wsgi.input"].read1(size if left is None else min(size, left)):
+        if left is not None:
+            left -= len(piece)
+        yield piece
+        again()
 
 
 def text_body(most: int) -> bytes:

@@ -16,16 +16,18 @@ HUB = {*SPOKEN, "comet.backplane", "comet.fanout", "comet.framing", "comet.histo
 PROCESSES = {"comet.board", "comet.kernel", "comet.settings"}
 HANDLER = {
     "comet.hub", "comet.message", "comet.framing", "comet.subscriber", "comet.stats", "comet.settings", "comet.errors",
-    "handlers.params",
+    "comet.subscriptions", "handlers.params",
 }  # fmt: skip
 """A handler speaks to the hub; it knows neither the backplane nor the server."""
 
 ALLOWED: dict[str, set[str]] = {
     # the leaves
     "comet": set(),
-    "comet.__main__": {"comet.kernel", "comet.top"},
+    "comet.__main__": {"comet.kernel", "comet.top", "comet.loading"},
+    "comet.loading": {*SPOKEN, "comet.database"},
     "comet.top": set(),
     "comet.service": set(),
+    "comet.database": set(),
     "comet.errors": set(),
     "comet.settings": set(),
     "comet.stats": set(),
@@ -58,6 +60,7 @@ ALLOWED: dict[str, set[str]] = {
         "comet.backplane.frames",
         "comet.backplane.memory",
     },
+    "comet.subscriptions": {"comet.errors", "comet.database"},
     "comet.hub": HUB,
     "comet.backplane": {*SPOKEN, "comet.history"},
     "comet.backplane.frames": {*SPOKEN},
@@ -81,6 +84,7 @@ ALLOWED: dict[str, set[str]] = {
     "handlers.poll": HANDLER,
     "handlers.publish": HANDLER,
     "handlers.stream": HANDLER,
+    "handlers.users": HANDLER,
 }
 """Module -> what it may import of ours. A package that holds modules of one kind stands for them all
 (`comet.kernel`, `comet.server`, and for the URL table `handlers`); `comet.backplane` is the contract alone."""

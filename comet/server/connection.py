@@ -72,7 +72,7 @@ class RequestBody(io.RawIOBase):
     """`wsgi.input`: exactly one request's body, read from its connection as it is asked for.
 
     Raises Refusal: ``body-timeout``, ``bad-encoding``, ``bad-body`` when the client stops short. The
-    deadline is absolute, from the end of the head.
+    deadline is absolute, from the end of the head or the last `more_time`.
     """
 
     def __init__(self, connection: "Connection", head: Head, timeout: float, overhead: int) -> None:
@@ -80,13 +80,19 @@ class RequestBody(io.RawIOBase):
         self._left = head.length
         self._chunks = ChunkedBody(overhead) if head.length is None else None
         self._pending = b""
-        self._deadline = time.monotonic() + timeout
+        self._timeout = timeout
+        self.more_time()
         self._expected = head.expects_continue
 
     @property
     def finished(self) -> bool:
         """Nothing of it is left on the connection."""
         return self._chunks.done if self._chunks else self._left == 0
+
+    def more_time(self) -> None:
+        """``environ["comet.more_time"]``: the deadline begins anew, for an application that works on a long body
+        while it comes."""
+        self._deadline = time.monotonic() + self._timeout
 
     def readable(self) -> bool:
         return True
@@ -513,6 +519,8 @@ class Connection(WSGIHandler):
         if (length := environ.pop("HTTP_CONTENT_LENGTH", None)) is not None:
             environ["CONTENT_LENGTH"] = length
         environ["wsgi.input"] = io.BufferedReader(self._body) if self._body is not None else _NO_BODY
+        if self._body is not None:
+            environ["comet.more_time"] = self._body.more_time
         environ["wsgi.input_terminated"] = True
         environ["comet.park"] = self.park
         return environ

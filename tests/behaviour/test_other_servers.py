@@ -2,7 +2,7 @@
 
 Two stand for all: gevent's own pywsgi, and the standard library's wsgiref with a thread a request
 behind its validator, which holds the application to PEP 3333. Both run in a process of their own
-(``python -m tests.behaviour.test_other_servers NAME``), since everything has to be patched there
+(``python -m tests.behaviour.test_other_servers NAME FOLDER``), since everything has to be patched there
 before it is imported: bottle's request belongs to a thread, and must belong to a greenlet.
 """
 
@@ -33,22 +33,25 @@ def announce(port: int) -> None:
     sys.stdout.flush()
 
 
-def serve(name: str) -> None:
+def serve(name: str, data: Path) -> None:
     """Serve on a free port and print it, for ever."""
     import gevent
     from bottle import Bottle
 
     import handlers
+    from comet import database
     from comet.backplane.memory import MemoryBackplane
     from comet.hub import Hub
     from comet.settings import Settings
     from comet.stats import Stats
+    from comet.subscriptions import Subscriptions
     from handlers.params import Context
 
     settings, stats, backplane = Settings(heartbeat=HEARTBEAT, backlog=100_000_000), Stats(), MemoryBackplane()
     application = Bottle()
     hub = Hub(backplane, stats, settings.backlog, lambda work: work())  # few clients: there is nothing to put off
-    handlers.mount(application, Context(hub, settings, stats, stats.document))
+    database.prepare(data, whole=False)
+    handlers.mount(application, Context(hub, Subscriptions(data), settings, stats, stats.document))
 
     if name == "pywsgi":
         from gevent.pywsgi import WSGIServer
@@ -81,7 +84,10 @@ class Other:
         self.log = log
         with log.open("wb") as errors:
             self.process = green.Popen(
-                [sys.executable, "-m", "tests.behaviour.test_other_servers", name], cwd=ROOT, stdout=subprocess.PIPE, stderr=errors
+                [sys.executable, "-m", "tests.behaviour.test_other_servers", name, str(log.parent)],
+                cwd=ROOT,
+                stdout=subprocess.PIPE,
+                stderr=errors,
             )
         line = self.process.stdout.readline()
         assert line, log.read_text()
@@ -249,4 +255,4 @@ def test_a_deleted_channel_ends_its_streams(other: Other) -> None:
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1])
+    serve(sys.argv[1], Path(sys.argv[2]))

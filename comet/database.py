@@ -1,0 +1,174 @@
+"""The file of who follows whom: SQLite, made, judged and opened. No greenlets, no threads of its own.
+
+`comet.subscriptions` looks up and writes for a service, `comet.loading` fills the file from the command
+line; what both must agree on stands here. A connection must not cross a fork: SQLite's locks belong to
+the process that took them. So `prepare` closes what it opens, and each process opens its own.
+
+How it is kept
+- One row a subscription, in a table without row ids, so that the row stands once, in the order of its
+  key: (followee, follower). The followers of a user are neighbours in the file. The index is the same
+  pair the other way round; SQLite would append the rest of the key to an index of the follower alone,
+  so naming both costs nothing.
+- The columns have no type: an id that is a number is kept as an integer (`key`), 3 bytes for a million
+  users where text would take 6. Numbers sort before text.
+- WAL: readers and the one writer do not wait for each other. ``synchronous=FULL``: a commit returns when
+  its part of the log is on the disk, so it survives a power cut. (NORMAL would leave the last commits to
+  the kernel: safe when the process is killed, not when the machine is.)
+"""
+
+import logging
+import re
+import sqlite3
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Final
+
+NAME: Final = "follows.db"
+"""The file, in its folder."""
+
+VERSION: Final = 1
+"""Of the schema (``user_version``)."""
+
+APPLICATION: Final = int.from_bytes(b"comt", "big")
+"""Says whose file it is (``application_id``): another program's is not written to."""
+
+TRANSACTION: Final = 50_000
+"""Rows of a transaction at most: others who write wait for it."""
+
+PATIENCE: Final = 30.0
+"""Seconds that a write waits for others who write: a transaction of random rows in a large file takes two."""
+
+_LOG_KEPT: Final = 64 << 20
+"""Bytes of the log that stay when it has been written back; a large transaction may have made it larger."""
+
+_SCHEMA: Final = (
+    "CREATE TABLE follows (followee NOT NULL, follower NOT NULL, PRIMARY KEY (followee, follower)) WITHOUT ROWID",
+    "CREATE INDEX following ON follows (follower, followee)",
+    f"PRAGMA application_id = {APPLICATION}",
+    f"PRAGMA user_version = {VERSION}",
+)
+DROP_INDEX: Final = "DROP INDEX following"
+MAKE_INDEX: Final = _SCHEMA[1]
+
+_NUMBER = re.compile(r"0|-?[1-9][0-9]{0,18}", re.ASCII)
+
+log = logging.getLogger("comet.database")
+
+Key = int | str
+"""An id as it is stored."""
+
+
+class Unusable(Exception):
+    """The file can't be used; one sentence says why, and what to do. Nothing in it was changed."""
+
+
+def key(name: str) -> Key:
+    """How an id is stored: "7" as a number, "07" and what 64 bits can't hold as text. `str` undoes it."""
+    if _NUMBER.fullmatch(name):
+        number = int(name)
+        if -(1 << 63) <= number < 1 << 63:
+            return number
+    return name
+
+
+def path_in(folder: Path) -> Path:
+    """The file in a service's data folder."""
+    return folder / NAME
+
+
+def prepare(folder: Path, *, whole: bool) -> None:
+    """Make folder and file where they are missing, and see that they can be used: `whole` reads all of it,
+    about two seconds for 15 million rows. Raises Unusable."""
+    path = path_in(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with closing(_connect(path)) as database:
+            _judge(database, path)
+            _make(database)
+            if whole:
+                _check(database, path)
+    except OSError as error:
+        raise Unusable(f"The data folder {folder} can't be made: {error}. Name another with --data.") from error
+    except sqlite3.Error as error:
+        raise Unusable(_why(path, error)) from error
+
+
+def open_reader(folder: Path) -> sqlite3.Connection:
+    """For look-ups; it never waits for a lock. The file must have been prepared."""
+    database = _connect(path_in(folder), patience=0.0)
+    database.execute("PRAGMA query_only = ON")
+    return database
+
+
+def open_writer(folder: Path, patience: float = PATIENCE) -> sqlite3.Connection:
+    """For writes, in whatever thread; it waits `patience` seconds for others who write. The file must have been
+    prepared."""
+    database = _connect(path_in(folder), patience)
+    database.execute("PRAGMA synchronous = FULL")
+    database.execute(f"PRAGMA journal_size_limit = {_LOG_KEPT}")
+    database.execute("PRAGMA cache_size = -16384")  # KiB
+    return database
+
+
+@contextmanager
+def transaction(database: sqlite3.Connection) -> Iterator[None]:
+    """All of the block or nothing. It takes the writer's lock at once: one that reads first and is overtaken
+    before it writes could not go on. Safe on the disk when the block has ended."""
+    database.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+        database.execute("COMMIT")
+    except BaseException:
+        if database.in_transaction:  # a full disk ends it by itself
+            database.execute("ROLLBACK")
+        raise
+
+
+def _connect(path: Path, patience: float = PATIENCE) -> sqlite3.Connection:
+    return sqlite3.connect(path, timeout=patience, isolation_level=None, check_same_thread=False)
+
+
+def _judge(database: sqlite3.Connection, path: Path) -> None:
+    """Raises Unusable for a file that is not ours to write to."""
+    ((owner,),) = database.execute("PRAGMA application_id")
+    ((version,),) = database.execute("PRAGMA user_version")
+    ((tables,),) = database.execute("SELECT count(*) FROM sqlite_schema")
+    if (owner, version, tables) != (0, 0, 0) and owner != APPLICATION:
+        raise Unusable(f"{path} is a database of another program; name another folder with --data.")
+    if version > VERSION:
+        raise Unusable(
+            f"{path} was written by a newer comet (schema {version}, this one knows up to {VERSION}); "
+            "run that, or name another folder with --data."
+        )
+
+
+def _make(database: sqlite3.Connection) -> None:
+    """The schema, where there is none. Kept in step by its caller: a service prepares its file in one process
+    before others open it."""
+    ((mode,),) = database.execute("PRAGMA journal_mode = WAL")
+    if mode != "wal":
+        raise sqlite3.OperationalError(f"the file system can't have a shared log (journal mode {mode})")
+    database.execute("PRAGMA synchronous = FULL")
+    with transaction(database):
+        ((version,),) = database.execute("PRAGMA user_version")
+        if version == 0:
+            for statement in _SCHEMA:
+                database.execute(statement)
+
+
+def _check(database: sqlite3.Connection, path: Path) -> None:
+    began = time.monotonic()
+    ((said,), *_) = database.execute("PRAGMA quick_check(1)")
+    if said != "ok":
+        raise Unusable(f"{path} is damaged ({said}); put a copy in its place, or name another folder with --data.")
+    seconds = time.monotonic() - began
+    if seconds > 1:
+        log.info("%s was checked in %.1f s", path, seconds)
+
+
+def _why(path: Path, error: sqlite3.Error) -> str:
+    if getattr(error, "sqlite_errorname", "").startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):
+        return f"{path} is damaged ({error}); put a copy in its place, or name another folder with --data."
+    return f"{path} can't be used: {error}. Free it or its disk, or name another folder with --data."

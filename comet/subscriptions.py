@@ -1,0 +1,199 @@
+"""Who follows whom, for a service on greenlets: look-ups on the loop, writes in a thread.
+
+The calls are those of metabrew's subsmanager. Neighbours: `comet.database`, the file; `handlers.users`
+and `handlers.metabrew`, who ask.
+
+The loop must not be held up, and two things would do that:
+
+- *A long answer.* Look-ups fetch `STEP` followers at a time, each step a statement of its own, and others
+  have a turn between two; so no read transaction stays open either, which would keep the log from being
+  written back.
+- *The interpreter's lock.* Python's sqlite3 gives it up and takes it again for every row, and each time a
+  writing thread may take it. So a step is one row: SQLite joins the ids to one text (no id has a comma).
+  A write goes the same way: its rows are one JSON text, which SQLite reads by itself without the lock.
+
+Any worker may write. Within a process one thread does, transaction after transaction; between processes
+SQLite's lock stands, and who waits longer than `comet.database.PATIENCE` for it is told so.
+"""
+
+import sqlite3
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Final
+
+import gevent
+import msgspec
+from gevent.threadpool import ThreadPool
+
+from comet.database import TRANSACTION, Key, key, open_reader, open_writer, transaction
+from comet.errors import Refusal
+
+STEP: Final = 2000
+"""Ids that one statement fetches: 0.3 ms."""
+
+SLICE: Final = 1000
+"""Rows of a write that are made ready before others have a turn: about a millisecond."""
+
+A_TURN: Final = 1e-9
+"""Seconds to sleep for everything else to have its turn (see `comet.server.connection`)."""
+
+ENDING: Final = 2.0
+"""Seconds that the thread has to end."""
+
+FULL: Final = frozenset({"SQLITE_FULL", "SQLITE_IOERR_WRITE", "SQLITE_IOERR_SHMSIZE", "SQLITE_IOERR_TRUNCATE"})
+"""What SQLite calls a disk that takes no more: a full one, and one on which this user's quota is."""
+
+_ROWS = "SELECT json_extract(value, '$[0]') AS followee, json_extract(value, '$[1]') AS follower FROM json_each(?)"
+_ADD = f"INSERT OR IGNORE INTO follows {_ROWS} ORDER BY followee, follower"
+_REMOVE = f"DELETE FROM follows WHERE (followee, follower) IN ({_ROWS})"  # noqa: S608
+
+Pair = tuple[str, str]
+"""Follower and followee."""
+
+
+class _Direction:
+    """The statements of one way to look: the `column` that is wanted of the rows where `given` is the user."""
+
+    def __init__(self, column: str, given: str) -> None:
+        rows = f"SELECT {column} AS id FROM follows WHERE {given} = ?"  # noqa: S608
+        self.joined = [
+            f"SELECT group_concat(id), max(id), count(*) FROM ({rows}{beyond} ORDER BY id LIMIT ?)"  # noqa: S608
+            for beyond in ("", f" AND {column} > ?")
+        ]
+        self.page = [f"{rows}{beyond} ORDER BY id LIMIT ?" for beyond in ("", f" AND {column} > ?")]
+
+
+_FOLLOWERS = _Direction("follower", "followee")
+_FOLLOWING = _Direction("followee", "follower")
+
+
+class Subscriptions:
+    """`folder` has a prepared file. Make it after any fork.
+
+    All calls take and give ids as text. Each raises Refusal ``database-busy`` when others have the file
+    locked for too long; those that write ``disk-full`` as well."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._reader = open_reader(folder)
+        self._writer: sqlite3.Connection | None = None
+        self._thread = ThreadPool(1)  # of its own: transactions queue there, and nothing else behind them
+
+    def close(self) -> None:
+        """Let go of the file; a write under way is undone. One that waits for other processes is not waited for."""
+        self._reader.close()
+        writer = self._writer
+        if writer is None:
+            return
+        if writer.in_transaction:  # only then: closing would find itself interrupted, and not tidy up
+            writer.interrupt()
+        with gevent.Timeout(ENDING, False):
+            self._thread.apply(writer.close)
+            self._thread.kill()
+
+    # -- looking up
+
+    def get_subscribers(self, user: str) -> list[str]:
+        """Everyone who follows the user."""
+        return [one for text, _ in self._steps(_FOLLOWERS, user) for one in text.split(",")]
+
+    def following(self, user: str) -> list[str]:
+        """Everyone whom the user follows."""
+        return [one for text, _ in self._steps(_FOLLOWING, user) for one in text.split(",")]
+
+    def count_subscribers(self, user: str) -> int:
+        """How many follow the user."""
+        return sum(count for _, count in self._steps(_FOLLOWERS, user))
+
+    def count_following(self, user: str) -> int:
+        """How many the user follows."""
+        return sum(count for _, count in self._steps(_FOLLOWING, user))
+
+    def page_of_subscribers(self, user: str, after: str | None, limit: int) -> list[str]:
+        """At most `limit`, in order: those behind the id `after`, which need not be one of them. Numbers come
+        before text."""
+        return self._page(_FOLLOWERS, user, after, limit)
+
+    def page_of_following(self, user: str, after: str | None, limit: int) -> list[str]:
+        """As `page_of_subscribers`."""
+        return self._page(_FOLLOWING, user, after, limit)
+
+    def _steps(self, direction: _Direction, user: str) -> Iterator[tuple[str, int]]:
+        """The ids, joined, and how many: step by step."""
+        given = key(user)
+        text, last, count = self._row(direction.joined[0], given, STEP)
+        while count:
+            yield text, count
+            if count < STEP:
+                return
+            gevent.sleep(A_TURN)
+            text, last, count = self._row(direction.joined[1], given, last, STEP)
+
+    def _row(self, statement: str, *values: Key) -> tuple[str, Key, int]:
+        try:
+            row: tuple[str, Key, int] = self._reader.execute(statement, values).fetchone()
+        except sqlite3.Error as error:
+            _refuse(error)
+            raise
+        return row
+
+    def _page(self, direction: _Direction, user: str, after: str | None, limit: int) -> list[str]:
+        beyond = () if after is None else (key(after),)
+        try:
+            return [str(one) for (one,) in self._reader.execute(direction.page[len(beyond)], (key(user), *beyond, limit))]
+        except sqlite3.Error as error:
+            _refuse(error)
+            raise
+
+    # -- writing
+
+    def add_subscriptions(self, pairs: Sequence[Pair]) -> int:
+        """Have each first follow its second; how many are new. They are safe on the disk then. More than
+        `TRANSACTION` go in several transactions, so a refusal may come after some of them."""
+        return self._change(_ADD, pairs)
+
+    def remove_subscriptions(self, pairs: Sequence[Pair]) -> int:
+        """Have each first follow its second no more; how many there were. As `add_subscriptions`."""
+        return self._change(_REMOVE, pairs)
+
+    def _change(self, statement: str, pairs: Sequence[Pair]) -> int:
+        changed = 0
+        for start in range(0, len(pairs), TRANSACTION):
+            rows = self._rows(pairs[start : start + TRANSACTION])
+            changed += self._in_thread(lambda rows=rows: self._transact(statement, rows))  # type: ignore[misc]
+        return changed
+
+    @staticmethod
+    def _rows(pairs: Sequence[Pair]) -> str:
+        """What the statements take: a JSON list of [followee, follower]."""
+        parts = []
+        for start in range(0, len(pairs), SLICE):
+            if start:
+                gevent.sleep(A_TURN)
+            rows = [(key(followee), key(follower)) for follower, followee in pairs[start : start + SLICE]]
+            parts.append(msgspec.json.encode(rows)[1:-1])
+        return (b"[" + b",".join(parts) + b"]").decode()
+
+    def _in_thread(self, work: Callable[[], int]) -> int:
+        try:
+            changed: int = self._thread.apply(work)
+        except sqlite3.Error as error:
+            _refuse(error)
+            raise
+        return changed
+
+    def _transact(self, statement: str, rows: str) -> int:
+        """In the thread."""
+        if self._writer is None:
+            self._writer = open_writer(self._folder)
+        with transaction(self._writer):
+            return self._writer.execute(statement, (rows,)).rowcount
+
+
+def _refuse(error: sqlite3.Error) -> None:
+    """Raises Refusal for what is no fault of ours."""
+    name = getattr(error, "sqlite_errorname", "")
+    if name in FULL:
+        raise Refusal("disk-full", "The disk of the subscriptions takes no more; make room and send it all again.") from error
+    if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
+        raise Refusal("database-busy", "Others write subscriptions for too long; send it again, a little later.") from error

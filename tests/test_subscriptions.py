@@ -1,0 +1,439 @@
+"""Who follows whom: the calls, what is stored how, and what must not hurt it."""
+
+import os
+import random
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import gevent
+import pytest
+
+from comet import database, subscriptions
+from comet.database import Unusable, key, open_reader, open_writer, prepare
+from comet.errors import Refusal
+from comet.subscriptions import STEP, Subscriptions
+from tests.harness import ROOT
+
+LARGEST = (1 << 63) - 1
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    prepare(tmp_path, whole=True)
+    return tmp_path
+
+
+@pytest.fixture
+def known(folder: Path) -> Iterator[Subscriptions]:
+    opened = Subscriptions(folder)
+    yield opened
+    opened.close()
+
+
+def rows(folder: Path) -> list[tuple[database.Key, database.Key]]:
+    """The whole table: followee, follower."""
+    reader = open_reader(folder)
+    found = reader.execute("SELECT followee, follower FROM follows").fetchall()
+    reader.close()
+    return found
+
+
+def refused(work: object) -> str:
+    """The slug with which a call is refused."""
+    with pytest.raises(Refusal) as refusal:
+        work()  # type: ignore[operator]
+    return refusal.value.slug
+
+
+# -- ids
+
+
+@pytest.mark.parametrize(
+    ("text", "stored"),
+    [
+        ("7", 7),
+        ("0", 0),
+        ("-7", -7),
+        ("07", "07"),
+        ("-0", "-0"),
+        ("+7", "+7"),
+        ("7.0", "7.0"),
+        ("1e3", "1e3"),
+        ("1_0", "1_0"),
+        (" 7", " 7"),
+        ("\u0667", "\u0667"),
+        ("", ""),
+        ("rj", "rj"),
+        (str(LARGEST), LARGEST),
+        (str(LARGEST + 1), str(LARGEST + 1)),
+        (str(-LARGEST - 1), -LARGEST - 1),
+        (str(-LARGEST - 2), str(-LARGEST - 2)),
+        ("9" * 100, "9" * 100),
+    ],
+)
+def test_only_a_number_as_it_is_written_is_stored_as_one(text: str, stored: database.Key, known: Subscriptions, folder: Path) -> None:
+    assert key(text) == stored
+    assert type(key(text)) is type(stored)
+    assert str(key(text)) == text
+    assert known.add_subscriptions([(text, "x"), ("y", text)]) == 2
+    assert set(rows(folder)) == {("x", stored), (stored, "y")}
+    assert known.get_subscribers(text) == ["y"]
+    assert known.following(text) == ["x"]
+
+
+# -- the calls
+
+
+def test_unknown_users_follow_nobody_and_are_followed_by_nobody(known: Subscriptions) -> None:
+    assert known.get_subscribers("x") == known.following("x") == known.page_of_subscribers("x", None, 10) == []
+    assert known.count_subscribers("x") == known.count_following("x") == 0
+
+
+def test_adding_and_removing_count_what_has_changed(known: Subscriptions) -> None:
+    assert known.add_subscriptions([("alice", "rj"), ("bob", "rj"), ("alice", "rj"), ("alice", "bob")]) == 3
+    assert known.add_subscriptions([("alice", "rj"), ("7", "rj")]) == 1
+    assert known.get_subscribers("rj") == ["7", "alice", "bob"]
+    assert known.following("alice") == ["bob", "rj"]
+    assert (known.count_subscribers("rj"), known.count_following("alice")) == (3, 2)
+    assert known.remove_subscriptions([("alice", "rj"), ("nobody", "rj"), ("7", "rj")]) == 2
+    assert known.remove_subscriptions([("alice", "rj")]) == 0
+    assert known.get_subscribers("rj") == ["bob"]
+    assert known.following("alice") == ["bob"]
+    assert known.add_subscriptions([]) == known.remove_subscriptions([]) == 0
+
+
+@pytest.mark.parametrize("count", [STEP - 1, STEP, STEP + 1, 3 * STEP])
+def test_long_lists_are_whole_at_every_length(known: Subscriptions, count: int) -> None:
+    followers = [str(number) for number in range(count - 10)] + [f"t{number}" for number in range(10)]
+    random.shuffle(followers)
+    assert known.add_subscriptions([(one, "star") for one in followers]) == count
+    assert known.add_subscriptions([("fan", one) for one in followers]) == count
+    assert sorted(known.get_subscribers("star")) == sorted(known.following("fan")) == sorted(followers)
+    assert known.count_subscribers("star") == known.count_following("fan") == count
+
+
+def test_pages_join_to_the_whole_list_in_order(known: Subscriptions) -> None:
+    known.add_subscriptions([(str(number), "star") for number in range(0, 500, 2)] + [(f"t{number:03}", "star") for number in range(250)])
+    found: list[str] = []
+    after = None
+    while page := known.page_of_subscribers("star", after, 37):
+        assert len(page) <= 37
+        found += page
+        after = page[-1]
+    assert (
+        found == known.get_subscribers("star") == [str(number) for number in range(0, 500, 2)] + [f"t{number:03}" for number in range(250)]
+    )
+    assert known.page_of_subscribers("star", "101", 2) == ["102", "104"]  # one that is not there
+    assert known.page_of_subscribers("star", "498", 1) == ["t000"]
+    assert known.page_of_following("t007", None, 5) == ["star"]
+
+
+def test_a_write_is_seen_at_once_by_whoever_else_has_the_file_open(known: Subscriptions, folder: Path) -> None:
+    other = Subscriptions(folder)
+    for number in range(50):
+        known.add_subscriptions([(str(number), "rj")])
+        assert len(other.get_subscribers("rj")) == number + 1
+        other.remove_subscriptions([(str(number), "x"), (str(number), "rj")] if number % 2 else [])
+        known.add_subscriptions([(str(number), "rj")])
+    other.close()
+
+
+def test_no_transaction_has_more_rows_than_it_may(known: Subscriptions, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+    transact = Subscriptions._transact
+
+    def counted(self: Subscriptions, statement: str, text: str) -> int:
+        sizes.append(text.count("],") + 1)
+        return transact(self, statement, text)
+
+    monkeypatch.setattr(Subscriptions, "_transact", counted)
+    assert known.add_subscriptions([(str(number), "star") for number in range(120_000)]) == 120_000
+    assert sizes == [50_000, 50_000, 20_000]
+
+
+def test_the_loop_goes_on_while_rows_are_written(known: Subscriptions) -> None:
+    """Not how long it takes is tested here, on a busy machine, but that others have their turns."""
+    turns = 0
+    over = False
+
+    def count() -> None:
+        nonlocal turns
+        while not over:
+            turns += 1
+            gevent.sleep(0.001)
+
+    counter = gevent.spawn(count)
+    numbers = random.Random(1)
+    began = time.monotonic()
+    known.add_subscriptions([(str(numbers.randrange(10**6)), str(numbers.randrange(10**6))) for _ in range(50_000)])
+    seconds = time.monotonic() - began
+    over = True
+    counter.join()
+    assert turns > min(40, seconds * 100), (turns, seconds)
+
+
+def test_many_greenlets_write_one_after_the_other(known: Subscriptions) -> None:
+    writers = [gevent.spawn(known.add_subscriptions, [(str(number), "rj")]) for number in range(100)]
+    gevent.joinall(writers, raise_error=True)
+    assert sum(writer.value for writer in writers) == 100 == known.count_subscribers("rj")
+
+
+def test_who_waits_too_long_for_another_process_is_told_so(known: Subscriptions, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subscriptions, "open_writer", lambda where: open_writer(where, patience=0.1))
+    other = open_writer(folder)
+    other.execute("BEGIN IMMEDIATE")
+    assert refused(lambda: known.add_subscriptions([("1", "2")])) == "database-busy"
+    assert known.get_subscribers("2") == []  # who reads does not wait
+    other.execute("ROLLBACK")
+    other.close()
+    assert known.add_subscriptions([("1", "2")]) == 1
+
+
+def test_a_full_disk_is_said_and_nothing_else_stops(known: Subscriptions) -> None:
+    assert known.add_subscriptions([("1", "rj")]) == 1
+    assert known._writer is not None
+    ((pages,),) = known._writer.execute("PRAGMA page_count")
+    known._writer.execute(f"PRAGMA max_page_count = {pages}")
+    many = [(str(number), "rj") for number in range(20_000)]
+    assert refused(lambda: known.add_subscriptions(many)) == "disk-full"
+    assert not known._writer.in_transaction
+    assert known.get_subscribers("rj") == ["1"]
+    assert known.remove_subscriptions([("1", "rj")]) == 1
+    known._writer.execute("PRAGMA max_page_count = 1000000")
+    assert known.add_subscriptions(many) == 20_000
+
+
+# -- the file
+
+
+def test_closing_leaves_one_file_and_its_rows(folder: Path) -> None:
+    known = Subscriptions(folder)
+    known.add_subscriptions([("alice", "rj")])
+    known.close()
+    assert [path.name for path in folder.iterdir()] == [database.NAME]
+    prepare(folder, whole=True)
+    assert rows(folder) == [("rj", "alice")]
+
+
+def test_rows_are_on_the_disk_when_a_call_returns(folder: Path) -> None:
+    """FULL is 2: the log is synced at each commit. NORMAL (1) would sync it only when it is written back."""
+    writer = open_writer(folder)
+    assert writer.execute("PRAGMA synchronous").fetchall() == [(2,)]
+    assert writer.execute("PRAGMA journal_mode").fetchall() == [("wal",)]
+    writer.close()
+
+
+def test_a_reader_can_not_write(folder: Path) -> None:
+    reader = open_reader(folder)
+    with pytest.raises(sqlite3.OperationalError):
+        reader.execute("INSERT INTO follows VALUES (1, 2)")
+    reader.close()
+
+
+def test_the_folder_is_made(tmp_path: Path) -> None:
+    prepare(tmp_path / "a" / "b", whole=False)
+    assert rows(tmp_path / "a" / "b") == []
+
+
+def corrupted(folder: Path) -> None:
+    """Overwrite a page in the middle."""
+    writer = open_writer(folder)
+    writer.executemany("INSERT INTO follows VALUES (?, ?)", ((number % 1000, number) for number in range(20_000)))
+    writer.close()
+    with database.path_in(folder).open("r+b") as file:
+        file.seek(4096 * 30)
+        file.write(b"\xff" * 4096)
+
+
+def truncated(folder: Path) -> None:
+    """Cut off the second half."""
+    corrupted(folder)
+    os.truncate(database.path_in(folder), 4096 * 40)
+
+
+def foreign(folder: Path) -> None:
+    """Somebody else's database."""
+    database.path_in(folder).unlink()
+    other = sqlite3.connect(database.path_in(folder))
+    other.execute("CREATE TABLE bookmarks (url)")
+    other.close()
+
+
+def newer(folder: Path) -> None:
+    """What a later comet leaves."""
+    writer = open_writer(folder)
+    writer.execute(f"PRAGMA user_version = {database.VERSION + 1}")
+    writer.close()
+
+
+def no_database(folder: Path) -> None:
+    """A text."""
+    database.path_in(folder).write_bytes(b"Dear diary,\n" * 1000)
+
+
+def a_folder(folder: Path) -> None:
+    """Not even a file."""
+    database.path_in(folder).unlink()
+    database.path_in(folder).mkdir()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (corrupted, "is damaged"),
+        (truncated, "is damaged"),
+        (no_database, "is damaged"),
+        (foreign, "another program"),
+        (newer, "newer comet"),
+        (a_folder, "can't be used"),
+    ],
+)
+def test_a_file_that_can_not_be_used_is_refused_and_left_alone(folder: Path, spoil: object, said: str) -> None:
+    spoil(folder)  # type: ignore[operator]
+    path = database.path_in(folder)
+    before = path.read_bytes() if path.is_file() else b""
+    for _ in range(2):
+        with pytest.raises(Unusable, match=said) as why:
+            prepare(folder, whole=True)
+        assert str(path) in str(why.value)
+        assert str(why.value).endswith(".")
+    assert (path.read_bytes() if path.is_file() else b"") == before
+    started = subprocess.run(
+        [sys.executable, "app.py", "--port", "0", "--data", str(folder)], cwd=ROOT, capture_output=True, text=True, timeout=20, check=False
+    )
+    assert started.returncode == 1
+    assert said in started.stderr
+    assert "Traceback" not in started.stderr
+    assert (path.read_bytes() if path.is_file() else b"") == before
+
+
+def test_workers_refuse_to_start_with_it_too(folder: Path) -> None:
+    newer(folder)
+    started = subprocess.run(
+        [sys.executable, "app.py", "--port", "0", "--workers", "2", "--data", str(folder)],
+        cwd=ROOT, capture_output=True, text=True, timeout=20, check=False,
+    )  # fmt: skip
+    assert started.returncode == 1
+    assert started.stderr.count("newer comet") == 1
+    assert "Traceback" not in started.stderr
+
+
+def test_a_killed_writer_loses_nothing_that_was_acknowledged(folder: Path) -> None:
+    """It says each row that it was told is safe; then it is killed in the middle, ten times."""
+    code = (
+        "import sys, itertools, pathlib\n"
+        "from comet.subscriptions import Subscriptions\n"
+        "known = Subscriptions(pathlib.Path(sys.argv[1]))\n"
+        "for number in itertools.count(int(sys.argv[2])):\n"
+        "    known.add_subscriptions([(str(number * 100 + one), 'rj') for one in range(100)])\n"
+        "    print(number, flush=True)\n"
+    )
+    acknowledged: list[int] = []
+    for turn in range(10):
+        writer = subprocess.Popen([sys.executable, "-c", code, str(folder), str(turn * 10**6)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        assert writer.stdout is not None
+        acknowledged.append(int(writer.stdout.readline()))
+        threading.Timer(0.02 * turn, writer.send_signal, [signal.SIGKILL]).start()
+        acknowledged += map(int, writer.stdout)
+        assert writer.wait() == -signal.SIGKILL
+        writer.stdout.close()
+        prepare(folder, whole=True)
+    stored = {int(str(follower)) for _, follower in rows(folder)}
+    assert len(acknowledged) > 10
+    assert stored.issuperset(number * 100 + one for number in acknowledged for one in range(100))
+    assert not len(stored) % 100, "a transaction is whole or not there"
+
+
+# -- python -m comet load-friends
+
+
+def load(folder: Path, text: str | bytes) -> "subprocess.CompletedProcess[str]":
+    """Load an edge list."""
+    source = folder / "edges"
+    source.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return subprocess.run(
+        [sys.executable, "-m", "comet", "load-friends", str(source), "--data", str(folder)],
+        cwd=ROOT, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+
+
+def test_an_edge_list_is_loaded_once_however_often(folder: Path) -> None:
+    for new in (3, 0):
+        loaded = load(folder, "1 0\nalice rj\n1 0\n7 07\n")
+        assert loaded.returncode == 0, loaded.stderr
+        assert loaded.stdout.startswith(f"4 lines, {new} new subscriptions, ")
+        assert rows(folder) == [(0, 1), ("07", 7), ("rj", "alice")]
+    assert load(folder, "2 0\n1 0").returncode == 0
+    assert rows(folder) == [(0, 1), (0, 2), ("07", 7), ("rj", "alice")]
+    prepare(folder, whole=True)
+
+
+def test_a_large_list_is_loaded_into_an_empty_and_into_a_full_database(tmp_path: Path) -> None:
+    numbers = random.Random(2)
+    pairs = {(a, b) for a, b in ((numbers.randrange(5000), numbers.randrange(5000)) for _ in range(120_000)) if a != b}
+    text = "".join(f"{a} {b}\n" for a, b in pairs)
+    for name, before in (("empty", []), ("full", [("x", "y")])):
+        folder = tmp_path / name
+        prepare(folder, whole=False)
+        known = Subscriptions(folder)
+        known.add_subscriptions(before)
+        assert load(folder, text).returncode == 0
+        assert {(a, b) for b, a in rows(folder) if isinstance(a, int)} == pairs
+        some = str(next(iter(pairs))[0])
+        assert known.following(some) == [str(b) for b in sorted(b for a, b in pairs if str(a) == some)]
+        known.close()
+        prepare(folder, whole=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [("1 2\n3 4 5\n", 2), ("1 2\n\n", 2), ("x\n", 1), ("1 2\n5 5\n", 2), ("1 a,b\n", 1), ("1 2\na " + "b" * 200, 2), (b"\xff 1\n", 1)],
+)
+def test_a_bad_line_is_named_and_nothing_is_loaded(folder: Path, text: str | bytes, line: int) -> None:
+    loaded = load(folder, text)
+    assert loaded.returncode == 1
+    assert f"line {line}: " in loaded.stderr
+    assert "Nothing was loaded" in loaded.stderr
+    assert rows(folder) == []
+
+
+def test_a_load_without_its_file_or_into_a_foreign_database_says_so(folder: Path) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-m", "comet", "load-friends", "/no/such/file", "--data", str(folder)],
+        cwd=ROOT, capture_output=True, text=True, timeout=20, check=False,
+    )  # fmt: skip
+    assert (ended.returncode, "No such file" in ended.stderr) == (1, True)
+    foreign(folder)
+    loaded = load(folder, "1 2\n")
+    assert (loaded.returncode, "another program" in " ".join(loaded.stderr.split())) == (1, True)
+
+
+@pytest.mark.parametrize("filled", [False, True])
+def test_a_load_that_was_killed_ends_in_the_same_state_when_it_is_run_again(folder: Path, filled: bool) -> None:
+    if filled:
+        load(folder, "x y\n")
+    before = rows(folder)
+    source = folder / "edges"
+    source.write_text("".join(f"{number * 7919 % 100_003} {number * 104_729 % 100_019 + 200_000}\n" for number in range(300_000)))
+    command = [sys.executable, "-m", "comet", "load-friends", str(source), "--data", str(folder)]
+    kills = 0
+    for delay in (0.2, 0.4, 0.6, 0.8, 1.0, 1.2):  # whatever it is at
+        loading = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            loading.wait(delay)
+        except subprocess.TimeoutExpired:
+            kills += 1
+        loading.kill()
+        loading.wait()
+        prepare(folder, whole=True)
+        assert set(before) <= set(rows(folder))
+    assert kills
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, timeout=60, check=False).returncode == 0
+    assert len(rows(folder)) == 300_000 + len(before)
+    assert sorted(path.name for path in folder.iterdir()) == ["edges", database.NAME]
