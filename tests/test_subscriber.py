@@ -369,7 +369,7 @@ class Bed:
     def deliver(self, subscriber: Subscriber, batch: Batch) -> None:
         self.delivered.append(batch)
 
-    def skip(self, subscriber: Subscriber, answers: Mapping[str, Joined]) -> None:
+    def skip(self, subscriber: Subscriber, places: Mapping[str, Position]) -> None:
         raise AssertionError("nothing is lost here")
 
     def end(self, subscriber: Subscriber, reason: str) -> None:
