@@ -133,6 +133,9 @@ class Hub:
                     subscriber.end("unreadable")
                     return
                 answers[channel] = answer
+                if subscriber.ended:
+                    return
+                subscriber.awake.answered(channel)
         except Exception:
             subscriber.end("unreadable")  # it would hold for ever; it resumes by its cursor
             raise

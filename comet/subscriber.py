@@ -228,9 +228,9 @@ class Awake:
 
     def join(self, subscriber: Subscriber, answers: Mapping[str, Joined]) -> None:
         """See `Subscriber.join`."""
-        heads = {channel: messages[-1].position if messages else position for channel, (position, messages, _) in answers.items()}
-        skipped, self._skipped = _ahead(heads, self._skipped), {}  # what was answered before the loss is of no use
-        answers = {**answers, **{channel: Joined(place, (), True) for channel, place in skipped.items()}}
+        skipped, self._skipped = self._skipped, {}
+        if skipped:
+            answers = {**answers, **{channel: Joined(place, (), True) for channel, place in skipped.items()}}
         if any(answer.gap for answer in answers.values()):
             self._queue.append(Gap([answer.position for answer in answers.values()]))
         for channel, (position, messages, _) in answers.items():
@@ -239,15 +239,21 @@ class Awake:
         held, self._held = self._held or (), None
         self._bytes -= sum(map(_size, held))  # offered again below, and charged then
         for message in held:
-            self._offer(subscriber, message)
+            if message.epoch == self.offered[message.channel].epoch:  # else of the log before: the next one comes with `skip`
+                self._offer(subscriber, message)
         if self._queue:
             self.notify()
 
+    def answered(self, channel: str) -> None:
+        """One of the answers that `join` will have is there."""
+        self._skipped.pop(channel, None)
+
     def skip(self, subscriber: Subscriber, places: Mapping[str, Position]) -> None:
-        """See `Subscriber.skip`. An answer that is still to come may be past the loss already, and tells the gap
-        by itself; what was held of these channels is from before it."""
+        """See `Subscriber.skip`. What was held of these channels is from before the loss. An answer that is still to
+        come is from behind it, and tells the gap by itself (`answered`)."""
         if self._held is not None:
-            self._skipped.update(places)
+            if self.offered:
+                self._skipped.update(places)
             self._bytes -= sum(_size(message) for message in self._held if message.channel in places)
             self._held = [message for message in self._held if message.channel not in places]
             return

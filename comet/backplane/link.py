@@ -5,6 +5,9 @@ are numbered frames, written together with whatever else is ready at the end of 
 comes is read by the loop itself, one piece a turn: a greenlet that reads from a socket does not yield
 while there is more, and a busy router would have the worker to itself.
 
+Who asked goes on at the very place of the answer in the stream: what the router says behind it is taken
+afterwards, so nothing comes between an answer and its use.
+
 When the link breaks another is made. What was asked and not answered is asked again on it, but for
 publications: of those nobody knows whether they were ordered, and their publishers are told so
 (``unconfirmed``).
@@ -20,7 +23,8 @@ from typing import Any, Protocol
 import gevent
 import msgspec
 from gevent import get_hub
-from gevent.event import AsyncResult, Event
+from gevent.event import Event
+from gevent.hub import Waiter
 
 from comet.backplane import frames
 from comet.errors import Refusal
@@ -60,7 +64,7 @@ class _Call:
     """A question under way. `arrived` takes the answer, at its place among the deliveries; `again` says that
     it may be asked a second time; `undo` is None while somebody waits, then what follows a late answer."""
 
-    __slots__ = ("again", "arrived", "frame", "result", "sent", "undo")
+    __slots__ = ("again", "arrived", "frame", "sent", "undo", "waiter")
 
     def __init__(self, frame: bytes, arrived: Callable[[msgspec.Raw], Any], again: bool) -> None:
         self.frame = frame
@@ -68,7 +72,7 @@ class _Call:
         self.again = again
         self.sent = False
         self.undo: Callable[[], None] | None = None
-        self.result: AsyncResult = AsyncResult()
+        self.waiter: Any = None
 
 
 class Link:
@@ -103,7 +107,7 @@ class Link:
 
     def close(self) -> None:
         """End the link, for good."""
-        gevent.kill(self._greenlet)
+        self._greenlet.kill()
         self._end()
 
     # -- calls
@@ -123,15 +127,16 @@ class Link:
             raise Refusal("backplane-busy", "Too much waits for the router of this service; send it again, a little later.")
         number = self.call(make, arrived, again)
         call = self._calls[number]
-        answered = False
+        call.waiter = Waiter()
         try:
-            call.result.wait(self._timeout)
-            answered = call.result.ready()
+            with gevent.Timeout(self._timeout, False):
+                return call.waiter.get()
         finally:
-            if not answered:  # by now, or this greenlet is killed, perhaps with the answer before its eyes
-                self._give_up(number, call, undo)
-        if answered:
-            return call.result.get()
+            if number in self._calls:  # too late, or this greenlet is killed
+                if call.sent:
+                    call.undo = undo
+                else:
+                    self._forget(number)
         if call.sent and not again:
             raise unconfirmed()
         raise Refusal("backplane-away", "The router of this service does not answer; send it again, a little later.")
@@ -149,14 +154,6 @@ class Link:
         call.sent = True
         self.put(call.frame)
 
-    def _give_up(self, number: int, call: _Call, undo: Callable[[], None]) -> None:
-        if call.result.successful():
-            undo()
-        elif call.sent:
-            call.undo = undo
-        else:
-            self._forget(number)
-
     def _forget(self, number: int) -> None:
         call = self._calls.pop(number, None)
         if call is not None:
@@ -170,7 +167,8 @@ class Link:
         self._forget(number)
         if call.undo is not None:
             call.undo()
-        call.result.set(answer)
+        elif call.waiter is not None:
+            call.waiter.switch(answer)
 
     # -- writing
 
@@ -222,6 +220,8 @@ class Link:
                 told = _told.decode(body)
                 if isinstance(told, frames.Answer):
                     self._answered(told.call, told.value)
+                    if self._sock is None:  # whoever got the answer has closed it
+                        return
                 else:
                     self._worker.told(told)
         except BlockingIOError:
@@ -290,7 +290,8 @@ class Link:
                 self._forget(number)
             elif call.sent and not call.again:
                 self._forget(number)
-                call.result.set_exception(unconfirmed())
+                if call.waiter is not None:
+                    self._loop.run_callback(call.waiter.throw, unconfirmed())
             call.sent = False
         self._worker.unlinked()
         self._broken.set()

@@ -22,6 +22,7 @@ a Resume counts in the next log, and its answer, behind that place, adds to `tol
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import takewhile
 from typing import Any
 
 import gevent
@@ -94,7 +95,7 @@ class RouterBackplane:
 
     def close(self) -> None:
         """End the link; for good."""
-        gevent.kill(self._greenlet)
+        self._greenlet.kill()
         self._link.close()
         self._interest.stop()
 
@@ -218,13 +219,12 @@ class RouterBackplane:
     def _every_second(self) -> None:
         while True:
             gevent.sleep(1.0)
-            now = self._clock()
-            channels = []
-            for channel, until in self._resting.items():
-                if until > now:
-                    break
-                channels.append(channel)
-            self._leave(channels)
+            self.expire()
+
+    def expire(self) -> None:
+        """Log out of what nobody here has held for some time. Called about once a second."""
+        now = self._clock()
+        self._leave([channel for channel, _ in takewhile(lambda one: one[1] <= now, self._resting.items())])
 
     def _leave(self, channels: Sequence[str]) -> None:
         """Log out of channels that nobody here holds."""

@@ -1,0 +1,560 @@
+"""Several workers on one router: order, counts, and what happens when a link breaks, a worker does not read, or
+the router ends.
+
+`Service` is a router that a greenlet turns, and workers with a real hub each, all in this process and over real
+sockets. A `Reader` is a client that notes what it was sent and checks it against what the router ordered.
+
+Every random choice comes from a seed that stands in the assertion message. More seeds than the usual few:
+``COMET_SEEDS=500 pytest tests/test_backplane_router.py``.
+"""
+
+import json
+import logging
+import os
+import random
+import socket
+import traceback
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import gevent
+import pytest
+
+from comet import router as router_module
+from comet.backplane import frames
+from comet.backplane.memory import Bounds
+from comet.backplane.router import LINGER, RouterBackplane
+from comet.errors import Refusal
+from comet.framing import LINES, Batch
+from comet.hub import Hub
+from comet.message import Message, Position, Publication, Receipt, Since
+from comet.router import Router
+from comet.stats import Stats
+from comet.subscriber import Subscriber, Wish
+from tests.contracts.suite import Clock
+from tests.harness import TIMEOUT, wait_until
+
+SEEDS = range(int(os.environ.get("COMET_SEEDS", "12")))
+
+
+class Counting(Router):
+    """A router that leaves a truth: what it has ordered, by channel, epoch and offset."""
+
+    def __init__(self, service: "Service", listener: socket.socket) -> None:
+        self.service = service
+        super().__init__(listener, service.bounds, service.clock)
+
+    def _deliver(self, messages: Sequence[Message]) -> None:
+        for message in messages:
+            place = self.service.truth[message.channel][message.epoch]
+            assert message.offset == len(place) + 1
+            place.append(message.data.decode())
+            self.service.generation[message.epoch] = len(self.service.routers)
+        super()._deliver(messages)
+
+    def _accept(self) -> None:
+        super()._accept()
+        for one in self.links.values():
+            if self.service.narrow:
+                one.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+
+
+class Worker:
+    """A process: its backplane and its hub."""
+
+    def __init__(self, service: "Service") -> None:
+        self.backplane = RouterBackplane(service.path, service.timeout, service.clock)
+        self.link = self.backplane._link
+        self.stats = Stats()
+        self.hub = Hub(self.backplane, self.stats, 1 << 20, gevent.get_hub().loop.run_callback)
+        self.received: list[frames.Told] = []
+        """What came on the link but for answers."""
+        told = self.backplane.told
+
+        def note(one: frames.Told) -> None:
+            self.received.append(one)
+            told(one)
+
+        self.backplane.told = note  # type: ignore[method-assign, assignment]
+        self.backplane.start()
+
+    def sever(self) -> None:
+        """The link breaks."""
+        if self.link._sock is not None:
+            self.link._sock.shutdown(socket.SHUT_RDWR)
+
+    def deaf(self, deaf: bool) -> None:
+        """Do not read, or read again."""
+        if self.link._sock is not None:
+            if deaf:
+                self.link._readable.stop()
+            elif not self.link._readable.active:
+                self.link._readable.start(self.link._on_readable)
+
+    def messages(self) -> list[str]:
+        """The bodies of what was delivered to this worker."""
+        got = []
+        for one in self.received:
+            if isinstance(one, frames.Deliver):
+                got += [item.data.decode() for item in one.items]
+            elif isinstance(one, frames.Feeds):
+                got += [one.data.decode()] * len(one.places)
+        return got
+
+
+class Service:
+    """A router and its workers. `narrow` sockets hold next to nothing."""
+
+    def __init__(self, folder: Path, workers: int = 2, timeout: float = TIMEOUT, narrow: bool = False, **bounds: Any) -> None:
+        self.path = str(folder / "router")
+        self.timeout = timeout
+        self.narrow = narrow
+        self.bounds = Bounds(**bounds)
+        self.clock = Clock()
+        self.truth: defaultdict[str, defaultdict[int, list[str]]] = defaultdict(lambda: defaultdict(list))
+        self.generation: dict[int, int] = {}
+        self.routers: list[Counting] = []
+        self.turning: Any = None
+        self.listener: socket.socket | None = None
+        self.open()
+        self.workers = [self.work() for _ in range(workers)]
+
+    @property
+    def router(self) -> Counting:
+        return self.routers[-1]
+
+    def work(self) -> Worker:
+        """One worker more."""
+        worker = Worker(self)
+        if self.listener is not None:
+            assert worker.backplane.wait(TIMEOUT)
+        return worker
+
+    def open(self) -> None:
+        """A router begins."""
+        self.listener = socket.socket(socket.AF_UNIX)
+        self.listener.bind(self.path)
+        self.listener.listen()
+        self.routers.append(Counting(self, self.listener))
+        self.turning = gevent.spawn(self._turn, self.router)
+
+    def _turn(self, router: Router) -> None:
+        while True:
+            router.turn(0)
+            gevent.sleep(0)
+
+    def stop(self) -> None:
+        """The router ends."""
+        if self.listener is not None:
+            self.turning.kill()
+            self.router.close()
+            self.listener.close()
+            os.unlink(self.path)
+            self.listener = None
+
+    def restart(self) -> None:
+        """Another router comes in its place, and the workers find it."""
+        self.stop()
+        self.open()
+        self.until_ready()
+
+    def until_ready(self) -> None:
+        wait_until(lambda: not any(worker.link._sock and not worker.link._readable.active for worker in self.workers))
+        wait_until(lambda: len(self.router.links) == len(self.workers) and all(worker.backplane.ready() for worker in self.workers))
+
+    def advance(self, seconds: float) -> None:
+        """Time passes, on all clocks."""
+        self.clock.now += seconds
+        self.router.backplane.expire()
+        for worker in self.workers:
+            worker.backplane.expire()
+
+    def quiet(self) -> bool:
+        """Nothing is under way."""
+        return all(
+            worker.backplane.ready()
+            and not (worker.link._calls or worker.backplane._changed or worker.backplane._stale)
+            and not (worker.link._out or worker.link._rest)
+            for worker in self.workers
+        ) and not any(one.waiting or one.missed or one.unread for one in self.router.links.values())
+
+    def state(self) -> Any:
+        """What is under way, for a message."""
+        return [
+            (one.backplane.ready(), one.link._calls, one.backplane._changed, one.backplane._stale, one.link._out, len(one.link._rest))
+            for one in self.workers
+        ], [(one.waiting, one.missed, one.unread, one.watched, one in self.router._dirty) for one in self.router.links.values()]
+
+    def check_counts(self) -> None:
+        """Wait until nothing is under way: then the router has counted what the workers have."""
+        try:
+            wait_until(self.quiet, 3)
+        except AssertionError:
+            raise AssertionError(self.state()) from None
+        for worker in self.workers:  # what a link has told before this is behind it
+            worker.backplane.totals()
+        wait_until(self.quiet)
+        known = [{name: (one.count, one.told) for name, one in worker.backplane._channels.items()} for worker in self.workers]
+        there = [dict(one.channels) for one in self.router.links.values()]
+        for mine in known:
+            expected = {name: count for name, (count, told) in mine.items() if count == told}
+            assert len(expected) == len(mine), mine
+            assert expected in there, (known, there)
+            there.remove(expected)
+        assert not there, (known, there)
+        held: dict[str, int] = defaultdict(int)
+        for worker in self.workers:
+            held_here = {name: one.count for name, one in worker.backplane._channels.items() if one.count}
+            registered = {name: getattr(present, "alive", 1) for name, present in worker.hub._channels.items()}
+            assert held_here == registered
+            for name, count in held_here.items():
+                held[name] += count
+        for name in self.router.backplane._channels:
+            info = self.router.backplane.info(name)
+            assert info is not None
+            assert info.subscribers == held[name], name
+            assert (name in self.router.backplane._idle) == (not held[name]), name
+
+    def check_empty(self) -> None:
+        """All have left: after the linger times nothing is left anywhere."""
+        self.check_counts()
+        for worker in self.workers:
+            assert not worker.hub._channels
+        self.advance(LINGER + 1)
+        self.check_counts()
+        for worker in self.workers:
+            assert not worker.backplane._channels
+            assert not worker.backplane._resting
+            assert worker.link._asked == 0
+        assert not any(one.channels for one in self.router.links.values())
+        assert not self.router._interest
+        self.advance(10_000)
+        assert self.router.backplane.totals() == {"channels": 0, "messages_kept": 0, "history_bytes": 0, "idempotency_keys": 0}
+
+    def close(self) -> None:
+        for worker in self.workers:
+            worker.backplane.close()
+        self.stop()
+
+
+class Reader:
+    """A client of `worker`, on `channels`; in whatever state it is, `got` is checked as it comes: each
+    message once, in order, as the router ordered it, and a gap only where something is gone.
+
+    `gaps` has for each gap the channels that went on elsewhere."""
+
+    def __init__(self, service: Service, worker: Worker, channels: Sequence[str]) -> None:
+        self.service = service
+        self.worker = worker
+        self.channels = channels
+        self.stands: dict[str, Position] = {}
+        self.got: list[str] = []
+        self.gaps: list[dict[str, tuple[Position, Position]]] = []
+        self.subscriber: Subscriber | None = None
+        self.greenlet: Any = None
+        self.ended: list[str] = []
+        self.told = 0
+
+    # -- coming and going
+
+    def join(self, since: Sequence[Since] | None = None, asleep: bool = True) -> "Reader":
+        """Subscribe, from where it stands unless `since` says otherwise."""
+        stands = [self.stands.get(channel) for channel in self.channels]
+        wish = Wish(self.channels, stands if since is None else since, LINES, None)
+        subscriber = self.worker.hub.subscribe_asleep(wish, self) if asleep else None
+        if subscriber is None:
+            subscriber = self.worker.hub.subscribe(wish)
+        self.subscriber = subscriber
+        for channel, since_there, begin in zip(self.channels, wish.since, subscriber.cursor.positions.values(), strict=True):
+            if not isinstance(since_there, Position):
+                self.stands[channel] = begin
+        if subscriber.host is not self:
+            self.greenlet = gevent.spawn(self._run, subscriber)
+        return self
+
+    def leave(self) -> None:
+        """Hang up."""
+        subscriber, self.subscriber = self.subscriber, None
+        if subscriber is not None:
+            subscriber.close()
+        if self.greenlet is not None:
+            self.greenlet.kill(block=False)
+            self.greenlet = None
+
+    def _run(self, subscriber: Subscriber) -> None:
+        awake = subscriber.awake
+        while items := awake.take(None):
+            for piece in subscriber.encode(items):
+                self._note(json.loads(piece))
+        if subscriber.host is not awake:
+            return  # it sleeps, or has left
+        self.ended.append(awake.reason or "")
+        subscriber.close()
+        self.subscriber = None
+        self.greenlet = None
+
+    def doze(self) -> None:
+        """Sleep, if nothing waits."""
+        subscriber = self.subscriber
+        if subscriber is not None and subscriber.host is not self and subscriber.awake.quiet:
+            self.greenlet.kill(block=False)
+            self.greenlet = None
+            subscriber.sleep(self, 1)
+
+    # -- as its host while it sleeps: what the parking does, without a socket
+
+    def deliver(self, subscriber: Subscriber, batch: Batch) -> None:
+        epoch, offset = subscriber.cursor.positions[batch.channel]
+        if epoch == batch.epoch and batch.before <= offset:
+            for piece in subscriber.encode(batch.messages[offset - batch.before :]):
+                if piece != LINES.heartbeat:
+                    self._note(json.loads(piece))
+        else:
+            subscriber.wake(None)
+            self.greenlet = gevent.spawn(self._run, subscriber)
+            subscriber.deliver(batch)
+
+    def skip(self, subscriber: Subscriber, places: Mapping[str, Position]) -> None:
+        for piece in subscriber.gap(places):
+            self._note(json.loads(piece))
+
+    def end(self, subscriber: Subscriber, reason: str) -> None:
+        self.ended.append(reason)
+        self.subscriber = None
+        subscriber.close(reason)
+
+    # -- what it was sent
+
+    def _note(self, line: dict[str, Any]) -> None:
+        if "gap" in line:
+            places = [Position(int(epoch, 16), int(offset)) for epoch, offset in (one.split("-") for one in line["cursor"].split("."))]
+            moved = {}
+            for channel, place in zip(self.channels, places, strict=True):
+                stood = self.stands[channel]
+                if stood != place:
+                    moved[channel] = (stood, place)
+                    assert stood.epoch != place.epoch or place.offset > stood.offset, ("back", moved)
+            assert moved, ("a gap, and nothing is gone", self.channels, self.stands, self.gaps)
+            self.stands.update(zip(self.channels, places, strict=True))
+            self.gaps.append(moved)
+            self.got.append("GAP")
+            return
+        channel = line["channel"]
+        epoch, offset = int(line["id"].split("-")[0], 16), int(line["id"].split("-")[1])
+        stood = self.stands[channel]
+        assert (epoch, offset) == (stood.epoch, stood.offset + 1), ("not the next one", channel, stood, (epoch, offset), self.got[-5:])
+        assert self.service.truth[channel][epoch][offset - 1] == line["data"]
+        self.stands[channel] = Position(epoch, offset)
+        self.got.append(line["data"])
+
+    def at_head(self) -> bool:
+        """It has all that there is of its channels."""
+        channels = self.service.router.backplane._channels
+        return all(
+            channel in channels and self.service.router.backplane._open(channel).position == self.stands.get(channel)
+            for channel in self.channels
+        )
+
+
+@pytest.fixture
+def opened() -> Iterator[list[Service]]:
+    services: list[Service] = []
+    yield services
+    for service in services:
+        service.close()
+
+
+Open = Callable[..., Service]
+
+
+@pytest.fixture
+def start(tmp_path: Path, opened: list[Service], crashes: list[Any]) -> Open:
+    """Start a service with bounds and workers of its own."""
+
+    def begin(**options: Any) -> Service:
+        folder = tmp_path / str(len(opened))
+        folder.mkdir()
+        opened.append(Service(folder, **options))
+        return opened[-1]
+
+    return begin
+
+
+@pytest.fixture
+def crashes(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Iterator[list[Any]]:
+    """Exceptions that ended a greenlet or a link; there must be none."""
+    caught: list[Any] = []
+    monkeypatch.setattr(
+        gevent.get_hub(), "handle_error", lambda context, kind, error, trace: caught.append("".join(traceback.format_exception(error)))
+    )
+    yield caught
+    assert not caught, "".join(caught)
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR], caplog.text
+
+
+# -- anything may happen
+
+
+class Chaos:
+    """A random history of one service."""
+
+    def __init__(self, service: Service, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.service = service
+        self.rng = random.Random(seed)
+        self.names = [f"c{number}" for number in range(self.rng.choice((1, 2, 6)))]
+        self.readers: list[Reader] = []
+        self.busy: list[Any] = []
+        self.count = 0
+        self.breaking = self.rng.random() < 0.7
+        self.forgetting = self.rng.random() < 0.5
+        self.padding = "x" * self.rng.choice((1, 300))
+
+    def spawn(self, what: Callable[..., Any], *arguments: Any) -> None:
+        """Do this in a greenlet of its own; what the router can't do is said, not lost."""
+
+        def run() -> None:
+            try:
+                what(*arguments)
+            except Refusal as refusal:
+                assert refusal.slug in ("backplane-away", "backplane-busy", "unconfirmed"), refusal
+
+        self.busy = [one for one in self.busy if not one.dead]
+        self.busy.append(gevent.spawn(run))
+
+    def step(self) -> None:
+        rng = self.rng
+        worker = rng.choice(self.service.workers)
+        some = rng.sample(self.names, rng.randrange(1, min(4, len(self.names) + 1)))
+        idle = [one for one in self.readers if one.subscriber is None and one not in self.coming]
+        here = [one for one in self.readers if one.subscriber is not None]
+        what = rng.random()
+        if what < 0.1 and len(self.readers) < 12:
+            reader = Reader(self.service, worker, some)
+            self.readers.append(reader)
+            self.come(reader)
+        elif what < 0.25 and idle:
+            reader = rng.choice(idle)
+            reader.worker = worker  # perhaps another one
+            self.come(reader)
+        elif what < 0.35 and here:
+            rng.choice(here).leave()
+        elif what < 0.42 and here:
+            rng.choice(here).doze()
+        elif what < 0.68:
+            self.spawn(self.publish, worker, some, rng.randrange(1, 6))
+        elif what < 0.76:
+            self.spawn(worker.hub.send, some, "message", self.body(), None)
+        elif what < 0.79:
+            self.spawn(worker.hub.info, some[0])
+            self.spawn(worker.hub.read, some[0], "oldest", 3)
+        elif what < 0.82 and self.forgetting:
+            self.spawn(worker.hub.delete, some[0])
+        elif what < 0.86 and self.forgetting:
+            self.service.advance(rng.choice((0.5, 3, 20)))
+        elif what < 0.92:
+            worker.deaf(rng.random() < 0.5)
+        elif what < 0.94 and self.coming:
+            rng.choice(list(self.coming.values())).kill(block=False)
+        elif what < 0.97 and self.breaking:
+            if rng.random() < 0.5:
+                worker.sever()
+            elif self.service.router.links:
+                self.service.router._end(rng.choice(list(self.service.router.links.values())))
+        elif self.breaking and what < 0.985:
+            self.service.stop()
+            gevent.sleep(rng.choice((0, 0.001, 0.01)))
+            self.service.open()
+
+    coming: dict[Reader, Any]
+
+    def come(self, reader: Reader) -> None:
+        since: list[Since] | None = None
+        if not reader.stands:
+            since = [self.rng.choice((None, "oldest"))] * len(reader.channels)
+        asleep = self.rng.random() < 0.6
+
+        def run() -> None:
+            try:
+                reader.join(since, asleep)
+            except Refusal as refusal:
+                assert refusal.slug in ("backplane-away", "backplane-busy"), refusal
+
+        self.coming[reader] = greenlet = gevent.spawn(run)
+        greenlet.rawlink(lambda _: self.coming.pop(reader, None))  # where it was killed before it began
+
+    def body(self) -> bytes:
+        self.count += 1
+        return f"{self.count}{self.padding}".encode()
+
+    def publish(self, worker: Worker, channels: Sequence[str], count: int) -> None:
+        batch = [Publication(self.rng.choice(channels), self.body()) for _ in range(count)]
+        for publication, answer in zip(batch, worker.hub.publish(batch), strict=True):
+            assert isinstance(answer, Receipt)
+            epoch, offset = answer.position
+            assert self.service.truth[publication.channel][epoch][offset - 1] == publication.data.decode()
+
+    def run(self, steps: int) -> None:
+        self.coming = {}
+        for _ in range(steps):
+            self.step()
+            pause = self.rng.random()
+            if pause < 0.7:
+                gevent.sleep(0 if pause < 0.4 else 0.001)
+        self.settle()
+
+    def settle(self) -> None:
+        """Let all be well again: each who is there gets all there is, and counts are right."""
+        service = self.service
+        for worker in service.workers:
+            worker.deaf(False)
+        service.until_ready()
+        gevent.joinall([*self.busy, *self.coming.values()], timeout=TIMEOUT, raise_error=True)
+        for name in self.names:
+            service.workers[0].hub.publish([Publication(name, b"last")])
+        here = [one for one in self.readers if one.subscriber is not None]
+        wait_until(lambda: all(one.at_head() or one.subscriber is None for one in here))
+        for one in here:
+            assert one.subscriber is not None or one.ended[-1] in ("deleted",), one.ended
+        service.check_counts()
+        for one in self.readers:
+            self.check_gaps(one)
+            one.leave()
+        service.check_empty()
+
+    def check_gaps(self, reader: Reader) -> None:
+        """One gap at most for each router that came; and what was kept was not skipped."""
+        generation = self.service.generation
+        seen: set[int] = set()
+        for moved in reader.gaps:
+            born = set()
+            for channel, (stood, place) in moved.items():
+                kept = max(0, len(self.service.truth[channel][place.epoch]) - self.service.bounds.history_size)
+                assert place.offset <= kept, ("what was kept was skipped", channel, place, kept)
+                if stood.epoch != place.epoch and generation.get(stood.epoch, 0) < generation.get(place.epoch, 0):
+                    born.add(generation[place.epoch])
+            if not self.forgetting and len(born & seen):
+                raise AssertionError(("more than one gap for one router", reader.channels, reader.gaps))
+            seen |= born
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_whatever_happens_nothing_is_lost_in_silence_and_the_counts_are_right(
+    start: Open, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = random.Random(seed)
+    if rng.random() < 0.5:
+        monkeypatch.setattr(router_module, "MAX_WAITING", rng.choice((300, 3000)))
+    service = start(
+        workers=rng.choice((1, 2, 3)),
+        narrow=rng.random() < 0.7,
+        history_size=rng.choice((3, 10, 10_000)),
+        linger=rng.choice((1.0, 60.0)),
+        history_age=1e9,
+    )
+    try:
+        Chaos(service, seed, monkeypatch).run(rng.choice((30, 120, 200)))
+    except BaseException as error:
+        error.add_note(f"seed {seed}")
+        raise
