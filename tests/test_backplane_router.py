@@ -13,6 +13,7 @@ import logging
 import os
 import random
 import socket
+import time
 import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,8 +25,9 @@ import pytest
 
 from comet import router as router_module
 from comet.backplane import frames
+from comet.backplane import link as link_module
 from comet.backplane.memory import Bounds
-from comet.backplane.router import LINGER, RouterBackplane
+from comet.backplane.router import INTEREST, LINGER, RouterBackplane
 from comet.errors import Refusal
 from comet.framing import LINES, Batch
 from comet.hub import Hub
@@ -558,3 +560,452 @@ def test_whatever_happens_nothing_is_lost_in_silence_and_the_counts_are_right(
     except BaseException as error:
         error.add_note(f"seed {seed}")
         raise
+
+
+# -- two workers
+
+
+def publish(worker: Worker, channel: str, *bodies: str) -> list[int]:
+    """The counts of the receipts."""
+    answers = worker.hub.publish([Publication(channel, body.encode()) for body in bodies])
+    return [answer.subscribers for answer in answers if isinstance(answer, Receipt)]
+
+
+def slug(what: Callable[..., Any], *arguments: Any) -> str | None:
+    """What it is refused for."""
+    try:
+        what(*arguments)
+    except Refusal as refusal:
+        return refusal.slug
+    return None
+
+
+def subscribers(worker: Worker, channel: str) -> int | None:
+    info = worker.hub.info(channel)
+    return None if info is None else info.subscribers
+
+
+def test_all_workers_see_the_same_order_and_only_what_they_are_logged_in_to(start: Open) -> None:
+    service = start(workers=3)
+    one, two, three = service.workers
+    readers = [Reader(service, worker, ["a"]).join() for worker in (one, two)]
+    Reader(service, three, ["b"]).join()
+    greenlets = [
+        gevent.spawn(publish, worker, "a", f"{worker_name}.{number}")
+        for number in range(20)
+        for worker_name, worker in enumerate(service.workers)
+    ]
+    gevent.joinall(greenlets, raise_error=True)
+    wait_until(lambda: all(len(reader.got) == 60 for reader in readers))
+    assert readers[0].got == readers[1].got
+    assert three.messages() == []
+
+
+def test_a_send_to_many_feeds_of_one_worker_is_one_frame(start: Open) -> None:
+    service = start()
+    one, two = service.workers
+    readers = [Reader(service, two, [f"user:{number}"]).join() for number in range(50)]
+    sent = one.hub.send([f"user:{number}" for number in range(60)], "message", b"hello", None)
+    assert (sent.targets, sent.delivered) == (60, 50)
+    wait_until(lambda: all(reader.got == ["hello"] for reader in readers))
+    assert [type(told) for told in two.received] == [frames.Feeds]
+    assert not one.received
+
+
+def test_receipts_count_the_subscribers_of_all_workers(start: Open) -> None:
+    service = start()
+    one, two = service.workers
+    readers = [Reader(service, worker, ["a"]).join() for worker in (one, two, two)]
+    service.check_counts()
+    assert publish(one, "a", "1") == [3]
+    two.sever()
+    service.until_ready()
+    assert publish(one, "a", "2") == [3]
+    readers[2].leave()
+    two.backplane.totals()  # a call goes behind what was told before
+    assert publish(one, "a", "3") == [2]
+    two.backplane.close()  # the worker ends
+    service.workers.remove(two)
+    wait_until(lambda: len(service.router.links) == 1)
+    assert publish(one, "a", "4") == [1]
+    assert readers[0].got == ["1", "2", "3", "4"]
+
+
+def test_a_poll_that_ends_and_the_next_one_cancel_out(start: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    service = start(workers=1)
+    (worker,) = service.workers
+    reader = Reader(service, worker, ["a"]).join()
+    asked: list[Any] = []
+    count = service.router._handle[frames.Interest]
+    monkeypatch.setitem(service.router._handle, frames.Interest, lambda one, what: (asked.append(what), count(one, what)))  # type: ignore[func-returns-value]
+    for _ in range(50):
+        reader.leave()
+        reader.join()
+    gevent.sleep(2 * INTEREST)
+    assert not asked
+    reader.leave()
+    wait_until(lambda: subscribers(worker, "a") == 0)
+    assert [what.changes[0][2] for what in asked] == [-1]
+    service.check_empty()
+
+
+# -- another router
+
+
+def state_of(service: Service, worker: Worker, state: str) -> Reader:
+    """A reader of "a", and perhaps "b", as it is when the router goes."""
+    reader = Reader(service, worker, ["a", "b"] if "several" in state else ["a"])
+    if state.endswith("asleep"):
+        reader.join()
+        reader.doze()
+        return reader
+    reader.join(asleep=False)
+    return reader
+
+
+@pytest.mark.parametrize("before", [0, 3])
+@pytest.mark.parametrize("state", ["asleep", "awake", "several asleep", "several awake", "one of many"])
+def test_a_new_router_is_one_gap_and_then_everything(start: Open, state: str, before: int) -> None:
+    service = start()
+    one, two = service.workers
+    reader = state_of(service, one, state)
+    others = [Reader(service, two, ["a"]).join() for _ in range(40 if state == "one of many" else 1)]
+    for number in range(before):
+        publish(two, "a", f"old {number}")
+        publish(two, "b", f"old b {number}")
+    mine = before * (2 if "several" in state else 1)
+    wait_until(lambda: len(reader.got) == mine)
+    service.restart()
+    assert publish(two, "a", "1", "2") == [1 + len(others)] * 2
+    wait_until(lambda: reader.got[mine:] == ["GAP", "1", "2"])
+    wait_until(lambda: all(other.got[before:] == ["GAP", "1", "2"] for other in others))
+    publish(one, "a", "3")
+    wait_until(lambda: all(other.got[before:] == ["GAP", "1", "2", "3"] for other in others))
+    for one_reader in (reader, *others):
+        one_reader.leave()
+    service.check_empty()
+
+
+def test_messages_pending_in_a_sweep_come_before_the_gap(start: Open) -> None:
+    service = start()
+    one, two = service.workers
+    readers = [Reader(service, one, ["a"]).join() for _ in range(60)]
+    held: list[Callable[[], None]] = []
+    one.hub._fanout._schedule = held.append
+    publish(two, "a", "1", "2")
+    wait_until(lambda: held)
+    assert not any(reader.got for reader in readers)
+    service.restart()
+    publish(two, "a", "3")
+    wait_until(lambda: len(held) == 2)
+    for sweep in held:
+        while sweep():  # type: ignore[func-returns-value]
+            pass
+    one.hub._fanout._schedule = gevent.get_hub().loop.run_callback
+    publish(two, "a", "4")
+    wait_until(lambda: all(reader.got[-1:] == ["4"] for reader in readers))
+    assert {tuple(reader.got) for reader in readers} == {("1", "2", "GAP", "3", "4")}
+
+
+@pytest.mark.parametrize("since", [None, "cursor"])
+def test_who_is_joining_as_the_router_goes_is_answered_by_the_next_one(start: Open, since: str | None) -> None:
+    service = start()
+    one, _ = service.workers
+    holder = Reader(service, one, ["a"]).join()
+    publish(one, "a", "1")
+    wait_until(lambda: holder.got)
+    service.turning.kill()  # asked, and never answered
+    reader = Reader(service, one, ["a"])
+    if since is not None:
+        reader.stands = dict(holder.stands)
+    joining = gevent.spawn(reader.join, asleep=False)
+    reading = gevent.spawn(one.hub.read, "a", "oldest", 10)
+    gevent.sleep(0.01)
+    service.restart()
+    joining.get(timeout=TIMEOUT)
+    assert reading.get(timeout=TIMEOUT).messages == []
+    publish(one, "a", "2")
+    wait_until(lambda: reader.got == (["2"] if since is None else ["GAP", "2"]))
+    wait_until(lambda: holder.got == ["1", "GAP", "2"])
+    service.check_counts()
+
+
+@pytest.mark.parametrize("channels", [["a"], ["a", "b"]])
+def test_who_reads_history_as_the_router_goes_is_told_one_gap(start: Open, channels: list[str]) -> None:
+    service = start()
+    one, two = service.workers
+    reader = Reader(service, one, channels).join(asleep=False)
+    assert reader.subscriber is not None
+    publish(two, "a", "1", "2")
+    wait_until(lambda: len(reader.got) == 2)
+    service.turning.kill()
+    head = reader.stands["a"]
+    # as if deliveries 3 and 4 had been let go by a sweep: the next one makes it read
+    reader.subscriber.deliver(Batch([Message("a", Position(head.epoch, 5), "message", b"5")]))
+    wait_until(lambda: one.link._calls)
+    service.restart()
+    publish(two, "a", "6")
+    wait_until(lambda: reader.got == ["1", "2", "GAP", "6"])
+    publish(two, "a", "7")
+    wait_until(lambda: reader.got == ["1", "2", "GAP", "6", "7"])
+
+
+def test_publications_under_way_are_unconfirmed_and_those_not_sent_yet_are_published(start: Open) -> None:
+    service = start()
+    one, two = service.workers
+    reader = Reader(service, two, ["a"]).join()
+    service.turning.kill()
+    sent = [gevent.spawn(slug, publish, one, "a", "lost"), gevent.spawn(slug, one.hub.send, ["a"], "message", b"lost", None)]
+    gevent.sleep(0.01)
+    service.stop()
+    assert [greenlet.get(timeout=TIMEOUT) for greenlet in sent] == ["unconfirmed"] * 2
+    wait_until(lambda: not one.backplane.ready())
+    later = gevent.spawn(publish, one, "a", "1")
+    gevent.sleep(0.01)
+    service.open()
+    later.get(timeout=TIMEOUT)
+    service.until_ready()
+    wait_until(lambda: reader.at_head())
+    assert [body for body in reader.got if body != "GAP"] == ["1"]
+    assert reader.got.count("GAP") == 1
+
+
+def test_very_many_channels_are_whole_again_within_two_seconds(start: Open) -> None:
+    service = start()
+    readers = [Reader(service, worker, [f"c{index}.{number}"]) for index, worker in enumerate(service.workers) for number in range(15_000)]
+    for start_at in range(0, len(readers), 5000):
+        gevent.joinall([gevent.spawn(reader.join, (None,)) for reader in readers[start_at : start_at + 5000]], raise_error=True)
+    service.stop()
+    wait_until(lambda: not any(worker.backplane.ready() for worker in service.workers))
+    began = time.perf_counter()
+    service.open()
+    service.until_ready()
+    wait_until(lambda: all(reader.got == ["GAP"] for reader in readers))
+    took = time.perf_counter() - began
+    assert took < 2, took
+    assert publish(service.workers[0], "c1.77", "1") == [1]
+    wait_until(lambda: readers[15_077].got == ["GAP", "1"])
+
+
+# -- a worker that does not read
+
+
+@pytest.mark.parametrize("kept", [10_000, 5])
+def test_a_worker_that_does_not_read_costs_bounded_memory_and_makes_good_what_it_missed(
+    start: Open, kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(router_module, "MAX_WAITING", 20_000)
+    service = start(narrow=True, history_size=kept)
+    one, two = service.workers
+    readers = [Reader(service, two, [channel]).join() for channel in "ab"]
+    quick = Reader(service, one, ["a"]).join()
+    two.deaf(True)
+    most = 0
+    for number in range(400):
+        publish(one, "a", f"{number} {'x' * 500}")
+        if number % 3 == 0:
+            one.hub.send(["a", "b"], "message", b"to both", None)
+        most = max(most, *(link.waiting for link in service.router.links.values()))
+    assert most < 22_000
+    two.deaf(False)
+    for number in range(50):
+        publish(one, "a", f"more {number}")
+        gevent.sleep(0)
+    wait_until(lambda: all(reader.at_head() for reader in (*readers, quick)))
+    assert any(isinstance(told, frames.Missed) for told in two.received)
+    gaps = [reader.got.count("GAP") for reader in readers]
+    assert (gaps == [0, 0]) if kept > 1000 else (gaps[0] >= 1)
+    assert "GAP" not in quick.got
+    service.check_counts()
+
+
+def test_who_joins_after_the_loss_and_before_it_is_told_has_lost_nothing(start: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(router_module, "MAX_WAITING", 2000)
+    service = start(narrow=True, history_size=5)
+    one, two = service.workers
+    early = Reader(service, two, ["a"]).join()
+    two.deaf(True)
+    for number in range(100):
+        publish(one, "a", f"{number} {'x' * 500}")
+    late = Reader(service, two, ["a"])
+    joining = gevent.spawn(late.join, ("oldest",), False)
+    gevent.sleep(0.01)
+    two.deaf(False)
+    joining.get(timeout=TIMEOUT)
+    publish(one, "a", "last")
+    wait_until(lambda: early.at_head() and late.at_head())
+    assert early.got.count("GAP") == 1
+    assert "GAP" not in late.got
+
+
+# -- channels that go
+
+
+def test_a_channel_that_lapses_under_a_rejoin_is_a_gap_and_counts_right(start: Open) -> None:
+    service = start(linger=1.0)
+    one, two = service.workers
+    reader = Reader(service, one, ["a"]).join()
+    publish(two, "a", "1")
+    wait_until(lambda: reader.got)
+    reader.leave()
+    service.check_counts()
+    reader.join()  # of which the router does not know yet
+    assert reader.subscriber is not None and reader.subscriber.host is reader
+    service.clock.now += 2
+    service.router.backplane.expire()
+    publish(two, "a", "2")
+    wait_until(lambda: reader.got[1:] == ["GAP", "2"])
+    service.check_counts()
+    assert subscribers(two, "a") == 1
+    reader.leave()
+    service.check_empty()
+
+
+ORDERS = ["delete", "lapse", "break", "rejoin", "subscribe", "leave", "logout", "miss"]
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_counts_are_right_whatever_is_under_way_together(start: Open, seed: int) -> None:
+    """Things happen at once on both ends of a link before either hears of the other."""
+    rng = random.Random(seed)
+    service = start(workers=1, linger=1.0)
+    (worker,) = service.workers
+    readers = [Reader(service, worker, ["a"]) for _ in range(4)]
+    for reader in readers[:2]:
+        reader.join()
+    busy: list[Any] = []
+    try:
+        for _ in range(30):
+            what = rng.choice(ORDERS)
+            here = [reader for reader in readers if reader.subscriber is not None]
+            away = [reader for reader in readers if reader.subscriber is None and reader not in [who for who, one in busy if not one.dead]]
+            if what == "delete":
+                service.router.backplane.delete("a")
+            elif what == "lapse":
+                service.clock.now += 2
+                service.router.backplane.expire()
+            elif what == "break" and rng.random() < 0.3:
+                worker.sever()
+            elif what in ("rejoin", "subscribe") and away:
+                reader = rng.choice(away)
+                since = None if reader.stands else ["oldest"]
+                busy.append((reader, gevent.spawn(reader.join, since, what == "rejoin")))
+                if rng.random() < 0.5:
+                    gevent.sleep(0)
+                if rng.random() < 0.2:
+                    busy[-1][1].kill(block=False)
+            elif what == "leave" and here:
+                rng.choice(here).leave()
+            elif what == "logout":
+                service.clock.now += LINGER + 1
+                worker.backplane.expire()
+            elif what == "miss":
+                for one in service.router.links.values():
+                    if "a" in one.channels:
+                        one.missed["a"] = None
+                        service.router._dirty.add(one)
+            if rng.random() < 0.4:
+                gevent.sleep(rng.choice((0, 0, 0.001)))
+        service.until_ready()
+        gevent.joinall([one for _, one in busy], timeout=TIMEOUT, raise_error=True)
+        service.check_counts()
+        for reader in readers:
+            reader.leave()
+        service.check_empty()
+    except BaseException as error:
+        error.add_note(f"seed {seed}")
+        raise
+
+
+# -- calls
+
+
+def test_a_router_that_does_not_answer_is_away_and_its_late_answers_leave_nothing(start: Open) -> None:
+    service = start(timeout=0.05)
+    one, two = service.workers
+    service.turning.kill()
+    for call, reason in [
+        (lambda: publish(one, "a", "1"), "unconfirmed"),
+        (lambda: one.hub.send(["a"], "message", b"1", None), "unconfirmed"),
+        (lambda: Reader(service, one, ["a", "b"]).join((None, None)), "backplane-away"),
+        (lambda: one.hub.info("a"), "backplane-away"),
+        (lambda: one.hub.read("a", "oldest", 1), "backplane-away"),
+        (lambda: one.hub.delete("c"), "backplane-away"),
+        (lambda: one.hub.totals(), "backplane-away"),
+    ]:  # fmt: skip
+        with pytest.raises(Refusal, match=reason):
+            call()
+    assert len(one.link._calls) == 7
+    service.turning = gevent.spawn(service._turn, service.router)
+    service.check_counts()
+    assert not one.hub._channels
+    assert subscribers(two, "a") == subscribers(two, "b") == 0
+    service.check_empty()
+
+
+def test_what_nobody_waits_for_is_not_asked_again(start: Open) -> None:
+    service = start(timeout=0.05)
+    one, _ = service.workers
+    service.turning.kill()
+    with pytest.raises(Refusal, match="backplane-away"):
+        Reader(service, one, ["a"]).join((None,))
+    service.restart()
+    assert not one.link._calls
+    assert subscribers(one, "a") is None
+    service.stop()
+    wait_until(lambda: not one.backplane.ready())
+    for call in (lambda: publish(one, "a", "1"), lambda: one.hub.info("a")):
+        with pytest.raises(Refusal, match="backplane-away"):  # it was never sent
+            call()
+    assert not one.link._calls
+    assert one.link._asked == 0
+    service.open()
+    service.until_ready()
+    assert subscribers(one, "a") is None
+    service.check_empty()
+
+
+def test_beyond_the_bound_calls_are_refused(start: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(link_module, "MAX_WAITING", 10_000)
+    service = start(timeout=0.5)
+    one, _ = service.workers
+    service.turning.kill()
+    calls = [gevent.spawn(slug, publish, one, "a", "x" * 1000) for _ in range(30)]
+    assert [call.get(timeout=TIMEOUT) for call in calls] == ["unconfirmed"] * 10 + ["backplane-busy"] * 20
+    service.turning = gevent.spawn(service._turn, service.router)
+    wait_until(lambda: not one.link._calls)
+    assert publish(one, "a", "1") == [0]
+    service.check_empty()
+
+
+@pytest.mark.parametrize("moment", range(12))
+def test_a_greenlet_that_is_killed_while_it_joins_leaves_no_count(start: Open, moment: int) -> None:
+    service = start()
+    one, two = service.workers
+    holder = Reader(service, one, ["b"]).join()
+    joining = gevent.spawn(Reader(service, one, ["a", "b"]).join, (None, None))
+    for _ in range(moment):
+        gevent.sleep(0)
+    reader_there = joining.dead
+    joining.kill()
+    service.check_counts()
+    if (not reader_there and joining.value is None) or isinstance(joining.value, gevent.GreenletExit):
+        assert not subscribers(two, "a")
+        assert subscribers(two, "b") == 1
+        holder.leave()
+        service.check_empty()
+
+
+def test_a_router_that_speaks_nonsense_is_left_and_found_again(start: Open, caplog: pytest.LogCaptureFixture) -> None:
+    service = start()
+    one, two = service.workers
+    reader = Reader(service, one, ["a"]).join()
+    for nonsense in (b"\x01\x00\x00\x00\xc1", b"\xff" * 8, b"\x00\x00\x00\x00", b"\x02\x00\x00\x00\x92\x63"):
+        for sock in [link.sock for link in service.router.links.values()]:
+            sock.send(nonsense)
+        wait_until(lambda: not one.backplane.ready())
+        service.until_ready()
+    publish(two, "a", "1")
+    wait_until(lambda: reader.got == ["1"])
+    assert len([record for record in caplog.records if record.levelno == logging.ERROR]) == 8
+    caplog.clear()

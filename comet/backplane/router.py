@@ -75,9 +75,9 @@ class RouterBackplane:
         """Channels whose `count` may not be what was told."""
         self._resting: dict[str, float] = {}
         """Channels without subscribers here, and until when they are kept; the first to go first."""
-        self._stale: dict[str, _Places] = {}
-        """Channels that are being resumed, each once, and by which call: what is delivered of them before
-        its answer the answer has as well."""
+        self._stale: set[str] = set()
+        """Channels that are being resumed, each by one call: what is delivered of them before its answer the
+        answer has as well. They stay logged in to until then, even if they are deleted meanwhile."""
         self._up = Event()
         """There is a link, and it has resumed."""
         self._interest = get_hub().loop.timer(INTEREST)
@@ -186,7 +186,7 @@ class RouterBackplane:
     def unlinked(self) -> None:
         """Nothing is sure until the next link has resumed."""
         self._up.clear()
-        self._stale = {}
+        self._stale = set()
 
     def ahead(self) -> bytes:
         """Changes of counts stand before what is asked later."""
@@ -238,7 +238,6 @@ class RouterBackplane:
         self._channels.pop(channel, None)
         self._changed.pop(channel, None)
         self._resting.pop(channel, None)
-        self._stale.pop(channel, None)
 
     # -- joining and resuming
 
@@ -263,7 +262,7 @@ class RouterBackplane:
         for channel in channels:
             known = self._channels[channel]
             places.append((channel, known.count - known.told, Position(known.epoch, known.offset)))
-        self._stale.update(dict.fromkeys(channels, places))
+        self._stale.update(channels)
         self._link.call(lambda call: frames.Resume(call, places), partial(self._resumed, places))
 
     def _resumed(self, places: _Places, value: msgspec.Raw) -> None:
@@ -275,12 +274,9 @@ class RouterBackplane:
             known.told += more
             if known.count != known.told:
                 self._change(channel)
-            if self._stale.get(channel) is not places:
-                # deleted meanwhile: the router has logged this worker in to the next log, for some who were ended
-                if not known.count:
-                    self._rest(channel)
-                continue
-            del self._stale[channel]
+            if not known.count and channel not in self._resting:  # deleted meanwhile; this is the next log
+                self._rest(channel)
+            self._stale.discard(channel)
             known.epoch, known.offset = _head(answer)
             if answer.gap:
                 lost[channel] = answer
