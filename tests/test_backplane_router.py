@@ -803,7 +803,7 @@ def test_a_worker_that_does_not_read_costs_bounded_memory_and_makes_good_what_it
     quick = Reader(service, one, ["a"]).join()
     two.deaf(True)
     most = 0
-    for number in range(400):
+    for number in range(200):
         publish(one, "a", f"{number} {'x' * 500}")
         if number % 3 == 0:
             one.hub.send(["a", "b"], "message", b"to both", None)
