@@ -39,12 +39,13 @@ class Asked(NamedTuple):
 
 
 class Context(NamedTuple):
-    """What handlers work with; `service` answers what `/stats` says."""
+    """What handlers work with; `service` answers what `/stats` says, `worker` is this process's number."""
 
     hub: Hub
     settings: Settings
     stats: Stats
     service: Callable[[], Mapping[str, Any]]
+    worker: int = 0
 
 
 def answer(document: Any, status: int = 200) -> HTTPResponse:
