@@ -61,7 +61,8 @@ ALLOWED: dict[str, set[str]] = {
     "comet.hub": HUB,
     "comet.backplane": {*SPOKEN, "comet.history"},
     "comet.backplane.frames": {*SPOKEN},
-    "comet.backplane.router": {*SPOKEN, "comet.history", "comet.backplane", "comet.backplane.frames"},
+    "comet.backplane.link": {*SPOKEN, "comet.backplane.frames"},
+    "comet.backplane.router": {*SPOKEN, "comet.history", "comet.backplane", "comet.backplane.frames", "comet.backplane.link"},
     "comet.backplane.memory": {*SPOKEN, "comet.history", "comet.backplane"},
     # the server, which knows a subscriber only by its small interface
     "comet.server": set(),
