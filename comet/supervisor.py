@@ -85,17 +85,19 @@ class Restarts:
     Only who dies before it is ready, again and again, is a crash loop: what it is started with is wrong. Who was
     ready has served, and will again. To give up on it, whatever kills it (a request, the kernel short of memory, a
     person), would end what the other processes serve; to wait long would keep those waiting whose connections
-    are in its queue. It is only not started more often than once in `LEAST_LIFE`.
+    are in its queue. After two brief lives it is only not started more often than once in `LEAST_LIFE`.
     """
 
     def __init__(self) -> None:
         self._deaths = 0
+        self._brief = False
 
     def after(self, lived: float, ready: bool) -> float:
         """It has died `lived` seconds after its start: the seconds to wait. Raises CrashLoop."""
+        again, self._brief = self._brief, lived < LEAST_LIFE
         if ready:
             self._deaths = 0
-            return max(0.0, LEAST_LIFE - lived)
+            return LEAST_LIFE - lived if again and self._brief else 0.0
         self._deaths += 1
         if self._deaths >= MOST_DEATHS:
             raise CrashLoop
@@ -427,7 +429,7 @@ class Supervisor:
         except CrashLoop:
             self._give_up(f"{one} {why}, as did {MOST_DEATHS - 1} before it; what is wrong should stand above")
             return
-        log.error("%s %s; starting another in %g s", one, why, delay)
+        log.error("%s %s; starting another in %.2g s", one, why, delay)
         self._later(delay, self._start_generation)
 
     def _reload_if_wanted(self) -> None:
@@ -542,7 +544,7 @@ class Supervisor:
         except CrashLoop:
             self._give_up(f"worker {number} {describe(status)}, as it did {MOST_DEATHS - 1} times before; what is wrong should stand above")
             return
-        log.error("worker %d (process %d) %s; starting another in %g s", number, worker.pid, describe(status), delay)
+        log.error("worker %d (process %d) %s; starting another in %.2g s", number, worker.pid, describe(status), delay)
         self._later(delay, lambda: self._fork(one, number))
 
     # -- the router
@@ -577,7 +579,7 @@ class Supervisor:
         except CrashLoop:
             self._give_up(f"the router {describe(status)}, as it did {MOST_DEATHS - 1} times before; what is wrong should stand above")
             return
-        log.error("the router %s; starting another in %g s", describe(status), delay)
+        log.error("the router %s; starting another in %.2g s", describe(status), delay)
         self._later(delay, self._start_router)
 
     def _stop_router(self) -> None:

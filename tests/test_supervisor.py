@@ -27,8 +27,8 @@ def test_what_never_gets_ready_is_given_up() -> None:
 def test_who_was_ready_is_started_again_however_often_but_not_faster_than_that() -> None:
     restarts = Restarts()
     for _ in range(10):
-        for lived in (0.0, 0.25, LEAST_LIFE, 100.0):
-            assert restarts.after(lived, ready=True) == max(0.0, LEAST_LIFE - lived)
+        for lived, delay in ((100.0, 0.0), (0.25, 0.0), (0.25, LEAST_LIFE - 0.25), (0.0, LEAST_LIFE), (LEAST_LIFE, 0.0), (0.25, 0.0)):
+            assert restarts.after(lived, ready=True) == delay
         assert restarts.after(0, ready=False) == 0
 
 

@@ -65,6 +65,8 @@ class Report(msgspec.Struct):
     """What must not be, in words; the first few."""
     outage: float
     """The longest that a client waited for an acknowledged message, in seconds."""
+    publishing: float
+    """The longest that a publisher waited for an acknowledgement, in seconds."""
     came_back: int
     answers: dict[str, int]
     """What peers met that was not what they wanted."""
@@ -352,6 +354,7 @@ class Message(NamedTuple):
     number: str
     channel: str
     data: str
+    sent: float
 
 
 class Publisher(Peer):
@@ -442,7 +445,7 @@ class Swarm:
         """Channel, epoch -> newest offset that was acknowledged."""
         self._wrong: list[str] = []
         self.received = self.lost = self.doubled = 0
-        self.outage = self._late = 0.0
+        self.outage = self._publishing = self._late = 0.0
         self.answers = Counter[str]()
         self.endings = Counter[str]()
         # the loop
@@ -558,6 +561,7 @@ class Swarm:
     def acknowledge(self, message: Message, position: str) -> None:
         channel = message.channel
         self.acknowledged[message.number] = self.now
+        self._publishing = max(self._publishing, self.now - message.sent)
         self.stands(channel, position, message.number)
         epoch, offset = position.split("-")
         self.is_epoch(channel, epoch)
@@ -584,7 +588,7 @@ class Swarm:
         return Report(
             len(self.clients), len(self._sent), len(self.acknowledged), self.received, due, lost, self.doubled,
             [gaps[number] for number in range(max(gaps) + 1)], covered, len(self._places) - len({number for number, _ in self._places}),
-            self._wrong, self.outage, self.came_back, dict(self.answers), dict(self.endings), self._cpu, self._late, self._seconds,
+            self._wrong, self.outage, self._publishing, self.came_back, dict(self.answers), dict(self.endings), self._cpu, self._late, self._seconds,
         )  # fmt: skip
 
     def _check_order(self, channel: str) -> None:
@@ -618,7 +622,7 @@ class Swarm:
         number = str(next(self._numbers))
         publisher.sequence += 1
         self._sent[number] = publisher.name, publisher.sequence
-        return Message(number, channel, f"{number} {publisher.name} {publisher.sequence} {channel} {self._padding}")
+        return Message(number, channel, f"{number} {publisher.name} {publisher.sequence} {channel} {self._padding}", time.monotonic())
 
     # -- the loop
 

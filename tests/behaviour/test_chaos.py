@@ -134,7 +134,7 @@ class Chaos:
         print(  # noqa: T201
             f"\n{self.name}: {report.clients} clients, {report.sent} messages sent in {report.seconds:.1f} s, {report.acknowledged} acknowledged; "
             f"received {report.received} (due {report.due}), lost {report.lost}, doubled {report.doubled}, gaps: {gaps}; "
-            f"before a gap {report.covered}, in two epochs {report.twice}; longest outage of a client {report.outage:.2f} s; "
+            f"before a gap {report.covered}, in two epochs {report.twice}; longest outage of a client {report.outage:.2f} s, of a publisher {report.publishing:.2f} s; "
             f"came back {report.came_back} times; met {report.answers}; ended {report.endings}; "
             f"swarm: {100 * report.cpu:.0f} % of a core, late by at most {report.late:.2f} s",
             flush=True,
