@@ -400,10 +400,12 @@ class Parking:
         self._draining = True
 
     def close_idle(self) -> None:
-        """Close what waits for a request."""
+        """Close what waits for a request; one that has just come is answered."""
         for descriptor, owner in enumerate(self._owners):
             if owner is IDLE:
-                self._close(descriptor, "shutdown")
+                self._request(descriptor, 0)
+                if self._owners[descriptor] is IDLE:
+                    self._close(descriptor, "shutdown")
 
     def evict(self) -> None:
         """Close what still sleeps."""

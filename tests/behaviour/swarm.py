@@ -290,7 +290,8 @@ class Poller(Client):
             return
         status, closing, body = answer
         if status != 200:
-            self.end("refused")
+            if not closing:
+                self.end("refused")
             return
         told = _poll(body)
         if told.gap:  # then everything follows that is kept
@@ -322,7 +323,8 @@ class Events(Client):
             if head is None:
                 return
             if head[0] != 200:
-                if self.answer() is not None:
+                answer = self.answer()
+                if answer is not None and not answer[1]:
                     self.end("refused")
                 return
             self.buffer = self.buffer[head[2] :]
@@ -578,7 +580,7 @@ class Swarm:
             for client in self.clients:
                 if client.channel == channel:
                     has = client.offset if client.epoch == newest else 0
-                    due += head
+                    due += has if ended else head
                     covered += kept - sum(client.got[epoch] for epoch in before)
                     if not ended and has < head:
                         lost += head - has
@@ -594,7 +596,9 @@ class Swarm:
     def _check_order(self, channel: str) -> None:
         """Each publisher's messages, in the order in which it sent them."""
         newest: dict[tuple[str, int], int] = {}
-        log = [(epoch, int(offset), number) for (epoch, offset), number in ((key.split("-"), one) for key, one in self._log[channel].items())]
+        log = [
+            (epoch, int(offset), number) for (epoch, offset), number in ((key.split("-"), one) for key, one in self._log[channel].items())
+        ]
         for epoch, offset, number in sorted(log):
             publisher, sequence = self._sent[number]
             if newest.get((epoch, publisher), 0) >= sequence:

@@ -5,6 +5,7 @@ Each scenario is shorter in CI. In full, as `make chaos` runs them and prints wh
 ``COMET_CHAOS=full``; ``COMET_CHAOS_SEED=7`` repeats one seed.
 """
 
+import math
 import os
 import random
 import shutil
@@ -12,6 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,12 +24,13 @@ from gevent import subprocess as green
 
 from comet.router import MAX_WAITING
 from tests.behaviour.swarm import PATIENCE, Report
-from tests.behaviour.test_supervisor import Service, alive, of
+from tests.behaviour.test_supervisor import Service, alive, children, of
 from tests.harness import ROOT, wait_until
 
 FULL = os.environ.get("COMET_CHAOS") == "full"
 
-SEEDS = [int(os.environ["COMET_CHAOS_SEED"])] if "COMET_CHAOS_SEED" in os.environ else [1, 2] if FULL else [1]
+SEEDS = [int(os.environ["COMET_CHAOS_SEED"])] if "COMET_CHAOS_SEED" in os.environ else [1, 2]
+"""The clients of odd ones sleep, those of even ones keep a greenlet each."""
 
 WORKERS = 3
 STOPPED = 5.0 if FULL else 2.5
@@ -89,16 +92,18 @@ class Swarm:
 class Chaos:
     """A service under load. `go` on for so long; `done` judges."""
 
-    def __init__(self, name: str, seed: int, folder: Path, load: Load = LOAD, kind: type[Service] = Service) -> None:
+    def __init__(self, stack: ExitStack, name: str, seed: int, folder: Path, load: Load = LOAD, kind: type[Service] = Service) -> None:
         self.name = name
         self.random = random.Random(seed)
         self.load = load
-        self.swarm: Swarm | None = None
         self.service = kind(
             folder / "service.log", "--workers", str(WORKERS), "--max-per-address", "10000", "--retry", "200", "--hang-limit", "30",
             "--history-size", "5000", "--history-bytes", str(2 << 30), "--max-keys", "1000000", "--grace", "5",
+            "--hibernate", "on" if seed % 2 else "off",
         )  # fmt: skip
+        stack.callback(self.service.close)
         self.swarm = Swarm(self.service.port, seed)
+        stack.callback(self.swarm.close)
         answer = self.swarm.order("begin", **{name: value for name, value in load._asdict().items() if name != "seconds"})
         assert answer == {"clients": load.clients}
         self._until = time.monotonic() + load.seconds
@@ -120,7 +125,6 @@ class Chaos:
     def settle(self) -> Report:
         """What came of it when all has come; nothing may be lost or doubled whatever happened."""
         gevent.sleep(self.left())
-        assert self.swarm is not None
         report = self.swarm.report("settle")
         self.show(report)
         assert report.wrong == [], report
@@ -152,30 +156,14 @@ class Chaos:
         assert "Traceback" not in log, log
         assert "giving up" not in log, log
 
-    def close(self) -> None:
-        """Whatever happened."""
-        if self.swarm is not None:
-            self.swarm.close()
-        self.service.close()
-
 
 Begin = Callable[..., Chaos]
 
 
 @pytest.fixture
 def begin(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Begin]:
-    begun: list[Chaos] = []
-
-    def begin(seed: int, *arguments: Any, **more: Any) -> Chaos:
-        chaos = Chaos(request.node.name, seed, tmp_path, *arguments, **more)
-        begun.append(chaos)
-        return chaos
-
-    try:
-        yield begin
-    finally:
-        for chaos in begun:
-            chaos.close()
+    with ExitStack() as stack:
+        yield lambda seed, *more: Chaos(stack, request.node.name, seed, tmp_path, *more)
 
 
 seeded = pytest.mark.parametrize("seed", SEEDS)
@@ -276,6 +264,37 @@ def test_the_router_is_killed(begin: Begin, seed: int) -> None:
 
 
 @seeded
+def test_all_that_leaves_the_router_alone_at_once(begin: Begin, seed: int) -> None:
+    chaos = begin(seed)
+    stopped: dict[int, float] = {}
+
+    def go_on(until: float) -> None:
+        for pid in [pid for pid, due in stopped.items() if due <= until]:
+            del stopped[pid]
+            with suppress(ProcessLookupError):  # it was killed meanwhile
+                os.kill(pid, signal.SIGCONT)
+
+    while chaos.going():
+        match chaos.random.choice(["kill", "kill", "stop", "stop", "reload", "fork"]):
+            case "kill":
+                os.kill(chaos.worker(), signal.SIGKILL)
+            case "stop":
+                pid = chaos.worker()
+                os.kill(pid, signal.SIGSTOP)
+                stopped[pid] = time.monotonic() + chaos.random.uniform(0.1, STOPPED)
+            case "reload":
+                chaos.service.process.send_signal(signal.SIGHUP)
+            case "fork":
+                with suppress(OSError, IndexError):  # there may be none for a moment
+                    os.kill(chaos.random.choice([pid for pid in children(chaos.service.process.pid) if children(pid)]), signal.SIGKILL)
+        gevent.sleep(chaos.random.uniform(0, 2))
+        go_on(time.monotonic())
+    go_on(math.inf)
+    no_gaps(chaos.settle())
+    chaos.end()
+
+
+@seeded
 def test_the_service_is_told_to_stop(begin: Begin, seed: int) -> None:
     chaos = begin(seed)
     gevent.sleep(chaos.left() / 2)
@@ -284,7 +303,7 @@ def test_the_service_is_told_to_stop(begin: Begin, seed: int) -> None:
     assert chaos.service.ended() == 0
     report = chaos.swarm.report("left")
     chaos.show(report)
-    assert (report.lost, report.doubled, report.wrong) == (0, 0, [])
-    assert report.gaps == [report.clients]
+    assert (report.lost, report.doubled, report.wrong) == (0, 0, []), report
+    no_gaps(report)
     assert report.endings == {"clean": LOAD.clients + LOAD.publishers}, report
     chaos.healthy()
