@@ -259,6 +259,7 @@ def test_the_router_is_killed(begin: Begin, seed: int) -> None:
         gevent.sleep(6)
     report = chaos.settle()
     assert report.gaps == [0] * kills + [report.clients], report
+    assert report.covered < 0.2 * kills * LOAD.rate * LOAD.clients / LOAD.channels, "more than what was on its way when a router was killed"
     assert chaos.service.counts()["router_restarts"] == kills
     chaos.end()
 
