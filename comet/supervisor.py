@@ -50,14 +50,14 @@ BANKS = 3
 died. Each has slots of the board of its own."""
 
 FIRST_DELAY, MOST_DELAY = 0.5, 10.0
-"""Seconds before something that died again is started again: the first time at once, then so long,
-doubled each time, up to the most."""
-
-SETTLED = 30.0
-"""Seconds that a process has to live for its earlier deaths to be forgiven."""
+"""Seconds before something that died before it was ready is started again: the first time at once, then
+so long, doubled each time, up to the most."""
 
 MOST_DEATHS = 5
-"""Deaths in a row, each sooner than that, that are a crash loop: no restart will help."""
+"""Deaths in a row, each before it was ready, that are a crash loop: no restart will help."""
+
+LEAST_LIFE = 1.0
+"""Seconds between two starts, at least, of something that was ready before it died."""
 
 MARGIN = 3.0
 """Seconds beyond the grace time before a process that drains is killed; and before whoever should have
@@ -80,15 +80,24 @@ class CrashLoop(Exception):
 
 
 class Restarts:
-    """How long to wait before something that died is started again."""
+    """How long to wait before something that died is started again.
+
+    Only who dies before it is ready, again and again, is a crash loop: what it is started with is wrong. Who was
+    ready has served, and will again. To give up on it, whatever kills it (a request, the kernel short of memory, a
+    person), would end what the other processes serve; to wait long would keep those waiting whose connections
+    are in its queue. After two brief lives it is only not started more often than once in `LEAST_LIFE`.
+    """
 
     def __init__(self) -> None:
         self._deaths = 0
+        self._brief = False
 
-    def after(self, lived: float) -> float:
+    def after(self, lived: float, ready: bool) -> float:
         """It has died `lived` seconds after its start: the seconds to wait. Raises CrashLoop."""
-        if lived >= SETTLED:
+        again, self._brief = self._brief, lived < LEAST_LIFE
+        if ready:
             self._deaths = 0
+            return LEAST_LIFE - lived if again and self._brief else 0.0
         self._deaths += 1
         if self._deaths >= MOST_DEATHS:
             raise CrashLoop
@@ -416,11 +425,11 @@ class Supervisor:
     def _restart_generation(self, one: _Generation, why: str) -> None:
         self._counts["generation_restarts"] += 1
         try:
-            delay = self._generation_restarts.after(time.monotonic() - one.born)
+            delay = self._generation_restarts.after(time.monotonic() - one.born, one.ready)
         except CrashLoop:
             self._give_up(f"{one} {why}, as did {MOST_DEATHS - 1} before it; what is wrong should stand above")
             return
-        log.error("%s %s; starting another in %g s", one, why, delay)
+        log.error("%s %s; starting another in %.2g s", one, why, delay)
         self._later(delay, self._start_generation)
 
     def _reload_if_wanted(self) -> None:
@@ -531,11 +540,11 @@ class Supervisor:
             return
         self._counts["worker_restarts"] += 1
         try:
-            delay = one.restarts[number].after(time.monotonic() - worker.born)
+            delay = one.restarts[number].after(time.monotonic() - worker.born, worker.ready)
         except CrashLoop:
             self._give_up(f"worker {number} {describe(status)}, as it did {MOST_DEATHS - 1} times before; what is wrong should stand above")
             return
-        log.error("worker %d (process %d) %s; starting another in %g s", number, worker.pid, describe(status), delay)
+        log.error("worker %d (process %d) %s; starting another in %.2g s", number, worker.pid, describe(status), delay)
         self._later(delay, lambda: self._fork(one, number))
 
     # -- the router
@@ -555,6 +564,9 @@ class Supervisor:
         self._router_born = time.monotonic()
 
     def _router_died(self, status: int) -> None:
+        assert self._router is not None
+        said = self._board.look(ROUTER)
+        ready = said is not None and said.pid == self._router.pid
         self._router = None
         self._board.clear(ROUTER)
         if self._stopping:
@@ -563,11 +575,11 @@ class Supervisor:
             return
         self._counts["router_restarts"] += 1
         try:
-            delay = self._router_restarts.after(time.monotonic() - self._router_born)
+            delay = self._router_restarts.after(time.monotonic() - self._router_born, ready)
         except CrashLoop:
             self._give_up(f"the router {describe(status)}, as it did {MOST_DEATHS - 1} times before; what is wrong should stand above")
             return
-        log.error("the router %s; starting another in %g s", describe(status), delay)
+        log.error("the router %s; starting another in %.2g s", describe(status), delay)
         self._later(delay, self._start_router)
 
     def _stop_router(self) -> None:

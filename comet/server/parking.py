@@ -274,8 +274,6 @@ class Parking:
         descriptor = subscriber.descriptor
         self._rest(descriptor)
         subscriber.close()
-        if self._draining:
-            self._close(descriptor, "shutdown")
 
     def _rest(self, descriptor: int) -> None:
         """An answer is over: what stays is a kept-alive connection, perhaps with a request that came early."""
@@ -398,11 +396,16 @@ class Parking:
     # -- stopping
 
     def drain(self) -> None:
-        """Close what is idle; sleeping subscribers are ended by their hub, and close as they end."""
+        """Sleeping subscribers are about to be ended by their hub, and close as they end."""
         self._draining = True
+
+    def close_idle(self) -> None:
+        """Close what waits for a request; one that has just come is answered."""
         for descriptor, owner in enumerate(self._owners):
             if owner is IDLE:
-                self._close(descriptor, "shutdown")
+                self._request(descriptor, 0)
+                if self._owners[descriptor] is IDLE:
+                    self._close(descriptor, "shutdown")
 
     def evict(self) -> None:
         """Close what still sleeps."""
