@@ -40,7 +40,8 @@ ALLOWED: dict[str, set[str]] = {
     "comet.kernel.stock": set(),
     # the processes, which have no greenlets
     "comet.generation": PROCESSES,
-    "comet.supervisor": {*PROCESSES, "comet.generation", "comet.service"},
+    "comet.policy": {"comet.settings", "comet.kernel"},
+    "comet.supervisor": {*PROCESSES, "comet.generation", "comet.policy", "comet.service"},
     "comet.message": {"comet.errors"},
     # the way of a message
     "comet.framing": {"comet.message"},

@@ -5,8 +5,8 @@ import signal
 import pytest
 
 from comet.kernel.limits import RESERVE
+from comet.policy import LEAST_LIFE, MOST_DEATHS, CrashLoop, Restarts, describe, plan
 from comet.settings import AUTO
-from comet.supervisor import LEAST_LIFE, MOST_DEATHS, CrashLoop, Restarts, describe, plan
 
 PLENTY = 1 << 40
 
