@@ -1,5 +1,6 @@
 # make run    start the server on 127.0.0.1:8000 (flags: make run ARGS="--port 9000")
 # make test   run the tests
+# make chaos  kill, stop, reload and fill up what there is, under load, and count what clients get: nine minutes
 # make lint   ruff and mypy
 # make bench  what a client costs and how fast it is served, beside baselines, in one run of about six minutes
 # Each makes the virtual environment in .venv when it is missing or its requirements changed.
@@ -8,13 +9,16 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test lint bench clean
+.PHONY: run test chaos lint bench clean
 
 run: $(VENV)/.run
 	@exec $(BIN)/python app.py $(ARGS)
 
 test: $(VENV)/.run
 	$(BIN)/python -m pytest -n 4 --dist worksteal $(ARGS)
+
+chaos: $(VENV)/.run
+	COMET_CHAOS=full $(BIN)/python -m pytest -s tests/behaviour/test_chaos.py $(ARGS)
 
 bench: $(VENV)/.run
 	$(BIN)/python -m loadtest.bench $(ARGS)

@@ -16,7 +16,7 @@ from comet.errors import Refusal
 from comet.fanout import Fanout, Members
 from comet.framing import batches
 from comet.history import Joined
-from comet.message import ChannelInfo, Message, Publication, Receipt, Sent, Since
+from comet.message import ChannelInfo, Message, Position, Publication, Receipt, Sent, Since
 from comet.stats import Stats
 from comet.subscriber import Awake, Host, Subscriber, Wish
 
@@ -136,9 +136,13 @@ class Hub:
         try:
             for channel, position in list(subscriber.awake.offered.items()):
                 answer = self._backplane.read(channel, position)
-                if answer is None:  # deleted meanwhile: `dropped` has ended it, or is about to
+                if answer is None:  # deleted meanwhile: `dropped` has ended it; or else forgotten, and it would hold for ever
+                    subscriber.end("unreadable")
                     return
                 answers[channel] = answer
+                if subscriber.ended:
+                    return
+                subscriber.awake.answered(channel)
         except Exception:
             subscriber.end("unreadable")  # it would hold for ever; it resumes by its cursor
             raise
@@ -186,15 +190,18 @@ class Hub:
 
     def lost(self, answers: Mapping[str, Joined]) -> None:
         """Tell the subscribers of these channels one gap each, and go on with what is kept."""
-        theirs: dict[Subscriber, dict[str, Joined]] = {}
+        theirs: dict[Subscriber, dict[str, Position]] = {}
         for channel, answer in answers.items():
             present = self._channels.get(channel)
             if isinstance(present, Members):
                 self._fanout.finish(present)
             for subscriber in self._members(present):
-                theirs.setdefault(subscriber, {})[channel] = answer
-        for subscriber, those in theirs.items():
-            subscriber.skip(those)
+                theirs.setdefault(subscriber, {})[channel] = answer.position
+        for subscriber, places in theirs.items():
+            subscriber.skip(places)
+        for channel, answer in answers.items():
+            if answer.messages:
+                self._deliver(channel, answer.messages)
 
     @staticmethod
     def _members(present: Subscriber | Members[Subscriber] | None) -> list[Subscriber]:

@@ -8,7 +8,7 @@ place, `MemoryBackplane`; here stands only who is logged in where, and the links
 One thread, one epoll, no greenlets: every frame is handled at once, and what a turn of the loop has for
 a worker leaves in one write. What waits for a worker that does not read is bounded: beyond it its
 messages are dropped, and it is told of which channels, so that it reads them from history (`Missed`);
-its own calls are not read before it has taken their answers.
+its own calls are not handled before it has taken the answers.
 
 Started by `comet.supervisor`, as ``python -m comet.router``; ends when that is gone.
 """
@@ -21,7 +21,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -59,6 +59,8 @@ class Link:
         self.cutter = frames.Cutter()
         self.channels: dict[str, int] = {}
         self.missed: dict[str, None] = {}
+        self.unread: Iterator[memoryview] | None = None
+        """Frames that came with others and wait until it has taken the answers to those."""
         self.watched = select.EPOLLIN
         """What the epoll tells of it: EPOLLOUT while its socket is full."""
         self._items: list[bytes] = []
@@ -70,6 +72,11 @@ class Link:
     def waiting(self) -> int:
         """Bytes that are to be sent."""
         return self._queued + len(self._rest)
+
+    @property
+    def full(self) -> bool:
+        """More waits than may."""
+        return self.waiting > MAX_WAITING
 
     def put(self, frame: bytes) -> None:
         """Send `frame`, behind all that waits."""
@@ -85,7 +92,7 @@ class Link:
 
     def takes(self, channel: str) -> bool:
         """Whether a message of the channel may be sent; if not, it is noted as missed."""
-        if self.waiting > MAX_WAITING or channel in self.missed:
+        if self.full or channel in self.missed:
             self.missed[channel] = None
             return False
         return True
@@ -152,12 +159,12 @@ class Router:
         """Wait for at most `timeout` seconds and do what there is to do; False when a watched descriptor
         says that it is over."""
         going = True
-        for descriptor, event in self._epoll.poll(timeout):
+        for descriptor, event in self._epoll.poll(0 if self._dirty else timeout):
             link = self.links.get(descriptor)
             if link is not None:
+                self._dirty.add(link)
                 if event & select.EPOLLOUT:
                     self._watch(link, link.watched & ~select.EPOLLOUT)
-                    self._dirty.add(link)
                 if event & ~select.EPOLLOUT:
                     self._serve(link)
             elif descriptor == self._listener.fileno():
@@ -183,32 +190,42 @@ class Router:
         self._epoll.register(sock.fileno(), select.EPOLLIN)
 
     def _serve(self, link: Link) -> None:
-        self._dirty.add(link)
         try:
-            data = link.sock.recv(READ_SIZE)
-            for body in link.cutter.feed(data):
+            if link.unread is None:
+                data = link.sock.recv(READ_SIZE)
+                if not data:
+                    self._end(link)
+                    return
+                link.unread = link.cutter.feed(data)
+            for body in link.unread:
                 asked = _asked.decode(body)
                 self._handle[type(asked)](link, asked)
+                if link.full:
+                    return
+            link.unread = None
         except OSError:
-            data = b""
+            self._end(link)
         except Exception:
             log.exception("a worker's frame failed; its link is closed, and it makes another")
-            data = b""
-        if not data:
             self._end(link)
 
     def _flush(self) -> None:
         dirty, self._dirty = self._dirty, set()
         for link in dirty:
-            if link.sock.fileno() < 0 or link.watched & select.EPOLLOUT:
-                continue  # ended meanwhile; full, and the epoll will tell
+            if link.sock.fileno() < 0:
+                continue  # ended meanwhile
             try:
-                done = link.flush()
+                # where the socket is full, the epoll will tell
+                done = not link.watched & select.EPOLLOUT and link.flush()
+                if link.unread is not None and not link.full:
+                    self._dirty.add(link)
+                    self._serve(link)
             except OSError:
                 self._end(link)
+            if link.sock.fileno() < 0:
                 continue
             # who lets too much wait is not read from: each call would add to it
-            reads = select.EPOLLIN if link.waiting <= MAX_WAITING else 0
+            reads = 0 if link.full else select.EPOLLIN
             self._watch(link, reads if done else reads | select.EPOLLOUT)
 
     def _watch(self, link: Link, events: int) -> None:
@@ -222,10 +239,11 @@ class Router:
         self._dirty.discard(link)
         self._epoll.unregister(link.sock.fileno())
         link.sock.close()
-        for channel, count in link.channels.items():
+        channels, link.channels = link.channels, {}
+        for channel in channels:
             self._part(link, channel)
+        for channel, count in channels.items():  # with nobody there a channel rests, and then another may lapse
             self._change(channel, -count)
-        link.channels = {}
 
     # -- who is logged in where
 

@@ -35,6 +35,9 @@ OF_WORKERS = ("worker", "generation", "pid", "connections", "draining", "age")
 TOTALS = ("channels", "messages_kept", "history_bytes", "idempotency_keys")
 """What the backplane counts, for all."""
 
+TELLING = 1000
+"""Connections from which on the memory of one can be told from what a process takes to get going."""
+
 RESTARTS = ("worker_restarts", "router_restarts", "generation_restarts", "reloads", "failed_reloads", "hung")
 
 
@@ -59,8 +62,8 @@ def summary(workers: Iterable[Document], totals: Document, supervisor: Document,
         add(document, worker, (*LASTING, *PRESENT))
     document["gc_longest_seconds"] = max((one.get("gc_longest_seconds", 0.0) for one in (*workers, totals)), default=0.0)
     document |= {name: totals.get(name, 0) for name in TOTALS}
-    connections = document.get("connections", 0)
-    document["bytes_a_connection"] = document.pop("growth_bytes", 0) // connections if connections else 0
+    connections, growth = document.get("connections", 0), document.pop("growth_bytes", 0)
+    document["bytes_a_connection"] = growth // connections if connections >= TELLING else None
     document["sockets"] = kernel
     document["restarts"] = {name: supervisor.get(name, 0) for name in RESTARTS}
     document["workers"] = [{name: worker[name] for name in OF_WORKERS if name in worker} for worker in workers]

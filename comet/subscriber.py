@@ -54,7 +54,7 @@ class Host(Protocol):
     """Who acts for a subscriber now."""
 
     def deliver(self, subscriber: "Subscriber", batch: Batch) -> None: ...
-    def skip(self, subscriber: "Subscriber", answers: Mapping[str, Joined]) -> None: ...
+    def skip(self, subscriber: "Subscriber", places: Mapping[str, Position]) -> None: ...
     def end(self, subscriber: "Subscriber", reason: str) -> None: ...
 
 
@@ -91,21 +91,22 @@ class Subscriber:
     def join(self, answers: Mapping[str, Joined]) -> None:
         """Queue the replay, one answer a channel, then what was held meanwhile."""
         awake = self.awake
-        starts = [answer.position for answer in answers.values()]
         if not awake.offered:
+            starts = [answer.position for answer in answers.values()]
             if len(starts) == 1:
                 self.epoch, self.offset = starts[0]
             else:
                 self.places = Cursor(list(answers), starts)
-        awake.join(self, answers, starts)
+        awake.join(self, answers)
 
     def deliver(self, batch: Batch) -> None:
         """Messages of one of its channels."""
         self.host.deliver(self, batch)
 
-    def skip(self, answers: Mapping[str, Joined]) -> None:
-        """Messages of these channels are lost to it: it is told a gap, and goes on with the answers."""
-        self.host.skip(self, answers)
+    def skip(self, places: Mapping[str, Position]) -> None:
+        """Messages of these channels before these places are gone: unless it is past them, it is told a gap,
+        and goes on from there."""
+        self.host.skip(self, places)
 
     def end(self, reason: str) -> None:
         """Nothing more is delivered; what waits is still written, and the answer finished."""
@@ -146,10 +147,11 @@ class Subscriber:
                 self.epoch, self.offset = position
         return pieces
 
-    def gap(self, answers: Mapping[str, Joined]) -> Sequence[bytes] | None:
-        """The bytes that tell a gap after which nothing is kept; None where something is."""
-        items = lost(self.cursor.positions, answers)
-        return self.encode(items) if len(items) == 1 else None
+    def gap(self, places: Mapping[str, Position]) -> Sequence[bytes]:
+        """The bytes that tell it a gap, up to those of `places` that it has not passed; none if it has passed all."""
+        positions = self.cursor.positions
+        ahead = _ahead(positions, places)
+        return self.encode([Gap(list({**positions, **ahead}.values()))]) if ahead else []
 
     def wires(self, items: Sequence[Item], date: bytes) -> Iterator[bytes]:
         """The bytes of `items` on the wire, a portion at a time; of a poll the first portion: what does not
@@ -222,37 +224,44 @@ class Awake:
         """Called once, when there is something to take or it has ended."""
         self._queue: list[Item] = []
         self._held: list[Message] | None = None if offered else []
-        self._skipped: dict[str, Joined] = {}
+        self._skipped: dict[str, Position] = {}
 
-    def join(self, subscriber: Subscriber, answers: Mapping[str, Joined], starts: Sequence[Position]) -> None:
+    def join(self, subscriber: Subscriber, answers: Mapping[str, Joined]) -> None:
         """See `Subscriber.join`."""
+        skipped, self._skipped = self._skipped, {}
+        if skipped:
+            answers = {**answers, **{channel: Joined(place, (), True) for channel, place in skipped.items()}}
         if any(answer.gap for answer in answers.values()):
-            self._queue.append(Gap(starts))
+            self._queue.append(Gap([answer.position for answer in answers.values()]))
         for channel, (position, messages, _) in answers.items():
             self._queue.extend(messages)
             self.offered[channel] = messages[-1].position if messages else position
         held, self._held = self._held or (), None
         self._bytes -= sum(map(_size, held))  # offered again below, and charged then
-        skipped, self._skipped = self._skipped, {}
-        for channel, answer in skipped.items():
-            epoch, offset = self.offered[channel]
-            if epoch != answer.position.epoch or offset < answer.position.offset:  # it was joined before the loss
-                self.skip(subscriber, skipped)
-                break
         for message in held:
-            self._offer(subscriber, message)
+            if message.epoch == self.offered[message.channel].epoch:  # else of the log before: the next one comes with `skip`
+                self._offer(subscriber, message)
         if self._queue:
             self.notify()
 
-    def skip(self, subscriber: Subscriber, answers: Mapping[str, Joined]) -> None:
-        """See `Subscriber.skip`. An answer that is still to come may tell the gap by itself."""
+    def answered(self, channel: str) -> None:
+        """One of the answers that `join` will have is there."""
+        self._skipped.pop(channel, None)
+
+    def skip(self, subscriber: Subscriber, places: Mapping[str, Position]) -> None:
+        """See `Subscriber.skip`. What was held of these channels is from before the loss. An answer that is still to
+        come is from behind it, and tells the gap by itself (`answered`)."""
         if self._held is not None:
-            self._skipped = dict(answers)
+            if self.offered:
+                self._skipped.update(places)
+            self._bytes -= sum(_size(message) for message in self._held if message.channel in places)
+            self._held = [message for message in self._held if message.channel not in places]
             return
-        self._queue += lost(self.offered, answers)
-        for channel, (position, messages, _) in answers.items():
-            self.offered[channel] = messages[-1].position if messages else position
-        self.notify()
+        ahead = _ahead(self.offered, places)
+        if ahead:
+            self.offered.update(ahead)
+            self._queue.append(Gap(list(self.offered.values())))
+            self.notify()
 
     def deliver(self, subscriber: Subscriber, batch: Batch) -> None:
         """Take note of messages; never blocks."""
@@ -323,10 +332,13 @@ class Awake:
         return items if items or self.reason is None else None
 
 
-def lost(stand: Mapping[str, Position], answers: Mapping[str, Joined]) -> list[Item]:
-    """What follows for somebody who stands there and has lost messages of some channels."""
-    gap = Gap([answers[channel].position if channel in answers else position for channel, position in stand.items()])
-    return [gap, *(message for answer in answers.values() for message in answer.messages)]
+def _ahead(positions: Mapping[str, Position], places: Mapping[str, Position]) -> dict[str, Position]:
+    """Those of `places` that somebody at `positions` has not passed."""
+    return {
+        channel: place
+        for channel, place in places.items()
+        if channel in positions and (positions[channel].epoch != place.epoch or positions[channel].offset < place.offset)
+    }
 
 
 def _size(message: Message) -> int:
@@ -339,7 +351,7 @@ class _Ended:
     def deliver(self, subscriber: Subscriber, batch: Batch) -> None:
         """Nobody is there."""
 
-    def skip(self, subscriber: Subscriber, answers: Mapping[str, Joined]) -> None:
+    def skip(self, subscriber: Subscriber, places: Mapping[str, Position]) -> None:
         """Nobody is there."""
 
     def end(self, subscriber: Subscriber, reason: str) -> None:

@@ -33,31 +33,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from comet import generation, service
 from comet.board import FIRST_WORKER, ROUTER, SUPERVISOR, Board
 from comet.kernel import check, limits, sockets
 from comet.kernel.processes import adopt_orphans, waitpid
-from comet.settings import AUTO, Settings
-
-FILL = 0.85
-"""Of its capacity that a service is planned for: the kernel spreads connections over the workers by a
-hash, so the fullest has more than its share."""
+from comet.policy import MOST_DEATHS, CrashLoop, Plan, Restarts, describe, plan
+from comet.settings import Settings
 
 BANKS = 3
 """Generations that may have processes at a time: one serves or comes up, one drains, and one may have
 died. Each has slots of the board of its own."""
-
-FIRST_DELAY, MOST_DELAY = 0.5, 10.0
-"""Seconds before something that died again is started again: the first time at once, then so long,
-doubled each time, up to the most."""
-
-SETTLED = 30.0
-"""Seconds that a process has to live for its earlier deaths to be forgiven."""
-
-MOST_DEATHS = 5
-"""Deaths in a row, each sooner than that, that are a crash loop: no restart will help."""
 
 MARGIN = 3.0
 """Seconds beyond the grace time before a process that drains is killed; and before whoever should have
@@ -70,83 +57,6 @@ Greet = Callable[[Settings, Any, int], None]
 """Says once that the service is ready: its settings, its address, how many clients it is planned for."""
 
 log = logging.getLogger("comet.supervisor")
-
-
-# -- policy: pure
-
-
-class CrashLoop(Exception):
-    """It dies as soon as it is started, again and again."""
-
-
-class Restarts:
-    """How long to wait before something that died is started again."""
-
-    def __init__(self) -> None:
-        self._deaths = 0
-
-    def after(self, lived: float) -> float:
-        """It has died `lived` seconds after its start: the seconds to wait. Raises CrashLoop."""
-        if lived >= SETTLED:
-            self._deaths = 0
-        self._deaths += 1
-        if self._deaths >= MOST_DEATHS:
-            raise CrashLoop
-        return 0.0 if self._deaths == 1 else min(MOST_DELAY, FIRST_DELAY * 2.0 ** (self._deaths - 2))
-
-
-class Plan(NamedTuple):
-    """How many `workers`, how many connections `each` holds, how many clients to plan for in all, and what
-    an operator should know, a sentence each."""
-
-    workers: int
-    each: int
-    clients: int
-    warnings: list[str]
-
-
-def plan(workers: int, clients: int, max_connections: int, file_limit: int, system_files: int, cores: int) -> Plan:
-    """`workers` as asked for (or AUTO), `clients` the service shall hold (0: not said); `file_limit` is a
-    process's, `system_files` that of all together."""
-    warnings = []
-    allowed = max(1, file_limit - limits.RESERVE)
-    each = min(allowed, max_connections or allowed)
-    if max_connections > allowed:
-        warnings.append(
-            f"{max_connections} connections a worker were asked for; the limit of {file_limit} open files allows {allowed}: "
-            "raise it (ulimit -n, LimitNOFILE)."
-        )
-    needed = math.ceil(clients / (FILL * each))
-    if workers == AUTO:
-        workers = max(cores, needed)
-    fits = int(workers * each * FILL)
-    if fits < clients:
-        more = math.ceil(clients / (FILL * workers))
-        capped = 0 < max_connections < allowed
-        what = f"--max-connections to {more}" if capped else f"the limit on open files (ulimit -Hn, LimitNOFILE) to {more + limits.RESERVE}"
-        warnings.append(
-            f"{clients} clients were asked for; {workers} workers of {each} connections are good for {fits}: "
-            f"set --workers {needed} (or auto), or raise {what}."
-        )
-    if min(fits, clients or fits) > system_files:
-        warnings.append(
-            f"the system's limit of {system_files} open files is less than the {min(fits, clients or fits)} clients: "
-            "raise it (sysctl fs.file-max)."
-        )
-    return Plan(workers, each, min(fits, system_files), warnings)
-
-
-def describe(status: int) -> str:
-    """An exit status in words."""
-    if status >= 0:
-        return f"exited with status {status}"
-    try:
-        return f"was ended by {signal.Signals(-status).name}"
-    except ValueError:
-        return f"was ended by signal {-status}"
-
-
-# -- what it watches
 
 
 @dataclass(slots=True, eq=False)
@@ -416,11 +326,11 @@ class Supervisor:
     def _restart_generation(self, one: _Generation, why: str) -> None:
         self._counts["generation_restarts"] += 1
         try:
-            delay = self._generation_restarts.after(time.monotonic() - one.born)
+            delay = self._generation_restarts.after(time.monotonic() - one.born, one.ready)
         except CrashLoop:
             self._give_up(f"{one} {why}, as did {MOST_DEATHS - 1} before it; what is wrong should stand above")
             return
-        log.error("%s %s; starting another in %g s", one, why, delay)
+        log.error("%s %s; starting another in %.2g s", one, why, delay)
         self._later(delay, self._start_generation)
 
     def _reload_if_wanted(self) -> None:
@@ -531,11 +441,11 @@ class Supervisor:
             return
         self._counts["worker_restarts"] += 1
         try:
-            delay = one.restarts[number].after(time.monotonic() - worker.born)
+            delay = one.restarts[number].after(time.monotonic() - worker.born, worker.ready)
         except CrashLoop:
             self._give_up(f"worker {number} {describe(status)}, as it did {MOST_DEATHS - 1} times before; what is wrong should stand above")
             return
-        log.error("worker %d (process %d) %s; starting another in %g s", number, worker.pid, describe(status), delay)
+        log.error("worker %d (process %d) %s; starting another in %.2g s", number, worker.pid, describe(status), delay)
         self._later(delay, lambda: self._fork(one, number))
 
     # -- the router
@@ -555,6 +465,9 @@ class Supervisor:
         self._router_born = time.monotonic()
 
     def _router_died(self, status: int) -> None:
+        assert self._router is not None
+        said = self._board.look(ROUTER)
+        ready = said is not None and said.pid == self._router.pid
         self._router = None
         self._board.clear(ROUTER)
         if self._stopping:
@@ -563,11 +476,11 @@ class Supervisor:
             return
         self._counts["router_restarts"] += 1
         try:
-            delay = self._router_restarts.after(time.monotonic() - self._router_born)
+            delay = self._router_restarts.after(time.monotonic() - self._router_born, ready)
         except CrashLoop:
             self._give_up(f"the router {describe(status)}, as it did {MOST_DEATHS - 1} times before; what is wrong should stand above")
             return
-        log.error("the router %s; starting another in %g s", describe(status), delay)
+        log.error("the router %s; starting another in %.2g s", describe(status), delay)
         self._later(delay, self._start_router)
 
     def _stop_router(self) -> None:

@@ -56,6 +56,7 @@ def size(number: float) -> str:
 def screen(document: Mapping[str, Any], url: str) -> Group:
     """What is shown."""
     sockets, restarts = document["sockets"], document["restarts"]
+    each = document["bytes_a_connection"]
     facts = Table.grid(padding=(0, 3))
     clients = ", ".join(f"{name} {number:,}" for name, number in sorted(document["clients"].items()) if number) or "none"
     rows = [
@@ -63,7 +64,7 @@ def screen(document: Mapping[str, Any], url: str) -> Group:
         ("messages/s", f"{document['messages_a_second']:,.0f}", "deliveries/s", f"{document['deliveries_a_second']:,.0f}"),
         ("channels", f"{document.get('channels', 0):,}", "history", f"{size(document.get('history_bytes', 0))} in "
             f"{document.get('messages_kept', 0):,} messages"),
-        ("memory", f"{size(document['resident_bytes'])}, {document['bytes_a_connection']:,} bytes a connection", "kernel's sockets",
+        ("memory", size(document["resident_bytes"]) + (f", {each:,} bytes a connection" if each else ""), "kernel's sockets",
             f"{size(sockets['memory_bytes'])} of {size(sockets['memory_limit_bytes'])}, {sockets['in_use']:,} in use"),
         ("closed", _counts(document["closed"]), "refused", _counts(document["refused"])),
         ("restarts", _counts(restarts), "errors", f"{document['errors']:,}"),

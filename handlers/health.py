@@ -1,7 +1,5 @@
 """Is it alive, is it ready, what has it done."""
 
-import os
-
 from bottle import HTTPResponse
 
 from comet.errors import Refusal
@@ -9,8 +7,8 @@ from handlers.params import Context, answer
 
 
 def alive(context: Context) -> HTTPResponse:
-    """GET /healthz: the process answers; which, of several behind one address, is its `pid`."""
-    return answer({"status": "alive", "pid": os.getpid()})
+    """GET /healthz: the process answers; `worker` says which, of several behind one address."""
+    return answer({"status": "alive", "worker": context.worker})
 
 
 def ready(context: Context) -> HTTPResponse:

@@ -40,13 +40,14 @@ class Asked(NamedTuple):
 
 
 class Context(NamedTuple):
-    """What handlers work with; `service` answers what `/stats` says."""
+    """What handlers work with; `service` answers what `/stats` says, `worker` is this process's number."""
 
     hub: Hub
     subscriptions: Subscriptions
     settings: Settings
     stats: Stats
     service: Callable[[], Mapping[str, Any]]
+    worker: int = 0
 
 
 def answer(document: Any, status: int = 200) -> HTTPResponse:

@@ -1,6 +1,6 @@
 """Part of make bench: several workers behind one address, and what the router between them costs.
 
-Connections are spread by the kernel; `/healthz` says which worker (by its pid) one has come to, and the
+Connections are spread by the kernel; `/healthz` says which worker one has come to, and the
 next request on the same connection comes there too. So a publisher on one worker and a subscriber on
 another can be had.
 """
@@ -15,7 +15,7 @@ from typing import Any
 
 from loadtest.generator import MARK, body
 from loadtest.process import cpu, descendants, memory, server, worker
-from loadtest.publisher import pid_of
+from loadtest.publisher import worker_of
 from loadtest.service import SETTLE, Figure, Service, comet
 
 LINES = 500
@@ -39,10 +39,10 @@ def _connected(port: int) -> Iterator[tuple[http.client.HTTPConnection, http.cli
         for _ in range(200):
             connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
             opened.append(connection)
-            pid = pid_of(connection)
+            number = worker_of(connection)
             if first is None:
-                first = pid, connection
-            elif first[0] != pid:
+                first = number, connection
+            elif first[0] != number:
                 yield first[1], connection
                 return
         raise RuntimeError("all connections came to one worker")
@@ -66,7 +66,7 @@ def _batches(service: Service, batches: int = 100) -> Figure:
         pids = descendants(service.pid)
         before = sum(map(cpu, pids))
         began = time.monotonic()
-        load.tell(do="publish", pid=pid_of(publisher), channel="across", lines=LINES, batches=batches, connections=PUBLISHERS)
+        load.tell(do="publish", number=worker_of(publisher), channel="across", lines=LINES, batches=batches, connections=PUBLISHERS)
         _read(subscriber.sock, total)
         seconds = time.monotonic() - began
         spent = sum(map(cpu, pids)) - before

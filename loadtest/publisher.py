@@ -1,7 +1,7 @@
 """Publishes batches as fast as they are taken, in a process of its own.
 
 `loadtest.bench_workers` orders ``publish``: `batches` times `lines` messages to `channel`, on each of
-`connections` connections to the worker whose process is `pid`. Answers when all are acknowledged.
+`connections` connections to worker `number`. Answers when all are acknowledged.
 """
 
 import http.client
@@ -14,24 +14,24 @@ from typing import Any
 from loadtest.generator import body
 
 
-def pid_of(connection: http.client.HTTPConnection) -> int:
-    """The process that a kept-alive connection has come to."""
+def worker_of(connection: http.client.HTTPConnection) -> int:
+    """The worker that a kept-alive connection has come to."""
     connection.request("GET", "/healthz")
-    pid: int = json.loads(connection.getresponse().read())["pid"]
-    return pid
+    number: int = json.loads(connection.getresponse().read())["worker"]
+    return number
 
 
-def connect(port: int, pid: int) -> http.client.HTTPConnection:
-    """A connection to this process: the kernel spreads them. Raises RuntimeError after many tries."""
+def connect(port: int, number: int) -> http.client.HTTPConnection:
+    """A connection to this worker: the kernel spreads them. Raises RuntimeError after many tries."""
     for _ in range(200):
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-        if pid_of(connection) == pid:
+        if worker_of(connection) == number:
             return connection
         connection.close()
-    raise RuntimeError(f"no connection comes to process {pid}")
+    raise RuntimeError(f"no connection comes to worker {number}")
 
 
-def publish(port: int, pid: int, channel: str, lines: int, batches: int, connections: int) -> dict[str, Any]:
+def publish(port: int, number: int, channel: str, lines: int, batches: int, connections: int) -> dict[str, Any]:
     """See the module."""
     line = json.dumps({"channel": channel, "data": body().decode()}).encode()
     data = b"\n".join([line] * lines)
@@ -47,7 +47,7 @@ def publish(port: int, pid: int, channel: str, lines: int, batches: int, connect
                     failures.append(content[:300])
                     return
 
-    threads = [threading.Thread(target=work, args=(connect(port, pid),)) for _ in range(connections)]
+    threads = [threading.Thread(target=work, args=(connect(port, number),)) for _ in range(connections)]
     for thread in threads:
         thread.start()
     for thread in threads:

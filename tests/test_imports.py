@@ -42,7 +42,8 @@ ALLOWED: dict[str, set[str]] = {
     "comet.kernel.stock": set(),
     # the processes, which have no greenlets
     "comet.generation": PROCESSES,
-    "comet.supervisor": {*PROCESSES, "comet.generation", "comet.service"},
+    "comet.policy": {"comet.settings", "comet.kernel"},
+    "comet.supervisor": {*PROCESSES, "comet.generation", "comet.policy", "comet.service"},
     "comet.message": {"comet.errors"},
     # the way of a message
     "comet.framing": {"comet.message"},
@@ -64,7 +65,8 @@ ALLOWED: dict[str, set[str]] = {
     "comet.hub": HUB,
     "comet.backplane": {*SPOKEN, "comet.history"},
     "comet.backplane.frames": {*SPOKEN},
-    "comet.backplane.router": {*SPOKEN, "comet.history", "comet.backplane", "comet.backplane.frames"},
+    "comet.backplane.link": {*SPOKEN, "comet.backplane.frames"},
+    "comet.backplane.router": {*SPOKEN, "comet.history", "comet.backplane", "comet.backplane.frames", "comet.backplane.link"},
     "comet.backplane.memory": {*SPOKEN, "comet.history", "comet.backplane"},
     # the server, which knows a subscriber only by its small interface
     "comet.server": set(),

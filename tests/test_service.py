@@ -43,9 +43,9 @@ def test_what_ended_workers_counted_stays_but_their_clients_do_not() -> None:
 
 
 def test_memory_a_connection_is_what_was_added_since_the_start() -> None:
-    workers = [worker(0, connections=10, growth_bytes=4000), worker(1, connections=30, growth_bytes=8000)]
+    workers = [worker(0, connections=1000, growth_bytes=400_000), worker(1, connections=3000, growth_bytes=800_000)]
     assert summary(workers, {}, {}, {})["bytes_a_connection"] == 300
-    assert summary([worker(0, growth_bytes=5)], {}, {}, {})["bytes_a_connection"] == 0
+    assert summary([worker(0, connections=999, growth_bytes=5)], {}, {}, {})["bytes_a_connection"] is None
 
 
 def test_rates_are_taken_over_the_last_seconds() -> None:

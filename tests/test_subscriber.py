@@ -117,6 +117,66 @@ def test_several_channels_are_held_and_replayed_each_by_its_own_position() -> No
     assert client.subscriber.awake.offered == {"a": Position(EPOCH, 3), "b": Position(9, 3)}
 
 
+# -- losses
+
+
+def test_a_loss_is_one_gap_after_what_waits() -> None:
+    client, messages = Client().join_now(), log(2)
+    client.offer(messages[0])
+    client.subscriber.skip({"a": Position(7, 3)})
+    assert client.taken() == ["1", "GAP@7-3"]
+    client.subscriber.skip({"a": Position(7, 3)})  # it stands there already
+    assert client.taken() == []
+
+
+def test_who_has_passed_a_loss_is_not_told() -> None:
+    client, messages = Client().join_now(), log(3)
+    client.offer(*messages)
+    client.subscriber.skip({"a": Position(EPOCH, 2), "elsewhere": Position(1, 1)})
+    assert client.taken() == ["1", "2", "3"]
+
+
+def test_a_loss_on_one_of_several_channels_leaves_the_others_where_they_are() -> None:
+    client = Client("a", "b").join_now()
+    client.offer(*log(2, "b"))
+    client.subscriber.skip({"a": Position(7, 0)})
+    assert client.taken() == ["1", "2", "GAP@7-0,5-2"]
+
+
+def test_a_loss_before_the_first_answer_is_in_that_answer() -> None:
+    client, messages = Client(), log(2)
+    client.offer(messages[0])
+    client.subscriber.skip({"a": Position(7, 0)})
+    client.offer(*log(1, epoch=7))
+    client.join([Joined(Position(7, 0), log(1, epoch=7), True)])
+    assert client.taken() == ["GAP@7-0", "1"]
+    assert not client.resyncs
+
+
+@pytest.mark.parametrize("answered", [False, True])
+def test_a_loss_while_history_is_read_is_one_gap(answered: bool) -> None:
+    client, messages = Client("a", "b").join_now(), log(3)
+    client.offer(messages[2])
+    assert client.resyncs == [client.subscriber]
+    old, new = Joined(NOW, messages[:2], False), Joined(Position(7, 1), log(2, epoch=7)[1:], True)
+    if answered:  # by the log before; then what it says is of no use
+        client.subscriber.awake.answered("a")
+    client.subscriber.skip({"a": Position(7, 1)})
+    client.offer(log(2, epoch=7)[1])
+    if not answered:
+        client.subscriber.awake.answered("a")
+    client.join([old if answered else new, Joined(NOW, [], False)])
+    assert client.taken() == ["GAP@7-1,5-0", "2"]
+    assert len(client.resyncs) == 1
+
+
+def test_asleep_a_loss_is_a_gap_and_what_is_past_it_is_nothing() -> None:
+    client = Client("a", "b").join_now()
+    subscriber = client.subscriber
+    assert [json.loads(piece)["cursor"] for piece in subscriber.gap({"b": Position(7, 0)})] == ["5-0.7-0"]
+    assert not subscriber.gap({"b": Position(7, 0), "a": NOW})
+
+
 # -- skips
 
 
@@ -369,7 +429,7 @@ class Bed:
     def deliver(self, subscriber: Subscriber, batch: Batch) -> None:
         self.delivered.append(batch)
 
-    def skip(self, subscriber: Subscriber, answers: Mapping[str, Joined]) -> None:
+    def skip(self, subscriber: Subscriber, places: Mapping[str, Position]) -> None:
         raise AssertionError("nothing is lost here")
 
     def end(self, subscriber: Subscriber, reason: str) -> None:

@@ -1,6 +1,6 @@
 """What router and workers say to each other over their Unix socket: length-prefixed msgpack frames.
 
-Neighbours: `comet.router` and `comet.backplane.router`. Both trust each other (one user, one machine,
+Neighbours: `comet.router` and `comet.backplane.link`. Both trust each other (one user, one machine,
 one version of the code), so a frame that can't be read is a bug: it raises, and the link is made anew.
 
 A worker calls and is answered (`Answer` carries the number of the call); all else is told one way.
@@ -201,7 +201,7 @@ class Cutter:
         self._have += len(data)
         if self._have < self._need:
             return
-        view = memoryview(b"".join(self._pieces) if len(self._pieces) > 1 else data)
+        view = memoryview(data if len(self._pieces) == 1 else b"".join(self._pieces))
         at, end = 0, len(view)
         self._need = _LENGTH
         while at + _LENGTH <= end:
@@ -214,5 +214,5 @@ class Cutter:
                 break
             yield view[at + _LENGTH : stop]
             at = stop
-        self._pieces = [bytes(view[at:])]
+        self._pieces = [bytes(view[at:])] if at < end else []
         self._have = end - at

@@ -55,6 +55,7 @@ class Owner(Protocol):
     shortcut: Shortcut
     hibernate: bool
     draining: bool
+    closing: bool
     awake: set["Connection"]
     idle: set["Connection"]
     refusing: int
@@ -184,7 +185,7 @@ class Connection(WSGIHandler):
         server = self.server
         while True:
             if not self.fresh and not self.buffer:
-                if server.draining:
+                if server.closing:
                     return False
                 if server.hibernate:
                     server.parking.idle(self._detach(), self.network)
@@ -262,8 +263,8 @@ class Connection(WSGIHandler):
                 raise Refusal("header-timeout", "The request's headers did not arrive in time; send them faster.") from None
             finally:
                 self.server.idle.discard(self)
-            if not data or (not began and self.server.draining):
-                return None
+            if not data or (not began and self.server.closing):
+                return None  # what came as it was cut can't be answered
             if not began:
                 wish = self.server.shortcut.read(data)
                 if wish is not None:

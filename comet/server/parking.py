@@ -76,8 +76,7 @@ class Sleeper(Protocol):
     def wake(self, patience: float | None) -> None: ...
     def sleep(self, bed: Any, descriptor: int) -> None: ...
     def deliver(self, batch: Any) -> None: ...
-    def skip(self, answers: Any) -> None: ...
-    def gap(self, answers: Any) -> Any: ...
+    def gap(self, places: Any) -> Any: ...
     def end(self, reason: str) -> None: ...
     def close(self, reason: str | None = None) -> None: ...
     def __iter__(self) -> Iterator[bytes]: ...
@@ -248,13 +247,10 @@ class Parking:
         self._rouse(subscriber, b"")  # a skip: it has to read history, which takes a greenlet
         subscriber.deliver(batch)
 
-    def skip(self, subscriber: Sleeper, answers: Any) -> None:
-        """Tell a sleeper that it has lost messages; if others follow, in a greenlet."""
-        gap = subscriber.gap(answers)
-        if gap is None:
-            self._rouse(subscriber, b"")
-            subscriber.skip(answers)
-        elif gap:
+    def skip(self, subscriber: Sleeper, places: Any) -> None:
+        """Tell a sleeper that it has lost messages, unless it has passed these places."""
+        gap = subscriber.gap(places)
+        if gap:
             self.write(subscriber, subscriber.framing.wire(gap, self._date()))
 
     def write(self, subscriber: Sleeper, data: bytes) -> None:
@@ -278,8 +274,6 @@ class Parking:
         descriptor = subscriber.descriptor
         self._rest(descriptor)
         subscriber.close()
-        if self._draining:
-            self._close(descriptor, "shutdown")
 
     def _rest(self, descriptor: int) -> None:
         """An answer is over: what stays is a kept-alive connection, perhaps with a request that came early."""
@@ -402,11 +396,16 @@ class Parking:
     # -- stopping
 
     def drain(self) -> None:
-        """Close what is idle; sleeping subscribers are ended by their hub, and close as they end."""
+        """Sleeping subscribers are about to be ended by their hub, and close as they end."""
         self._draining = True
+
+    def close_idle(self) -> None:
+        """Close what waits for a request; one that has just come is answered."""
         for descriptor, owner in enumerate(self._owners):
             if owner is IDLE:
-                self._close(descriptor, "shutdown")
+                self._request(descriptor, 0)
+                if self._owners[descriptor] is IDLE:
+                    self._close(descriptor, "shutdown")
 
     def evict(self) -> None:
         """Close what still sleeps."""

@@ -36,6 +36,10 @@ MAX_STARTING = 16
 FIRST_REQUEST = 0.5
 """Seconds that a drain waits for the first requests of new connections: about the longest way there is."""
 
+NEXT_REQUEST = 0.5
+"""Seconds that a drain leaves idle connections open: the next request of who was just answered is on its way, and
+would meet a closed door. Pollers do that all the time."""
+
 log = logging.getLogger("comet.server")
 
 
@@ -70,6 +74,9 @@ class CometServer(WSGIServer):
         self.capacity = capacity
         self.hibernate = settings.hibernate
         self.draining = False
+        """Each answer is the last of its connection."""
+        self.closing = False
+        """Who waits for a request is closed."""
         self.parking = Parking(self, settings.idle_timeout, settings.heartbeat, self.date)
         self.awake: set[Connection] = set()
         """Connections that have a greenlet."""
@@ -176,13 +183,11 @@ class CometServer(WSGIServer):
     # -- stopping
 
     def drain(self) -> None:
-        """Take no more connections, and close each as soon as its answer is out; those that wait for a
-        request have nothing to finish."""
+        """Take no more connections, and close each as soon as its answer is out; `join` closes those that wait
+        for a request."""
         self.close()
         self._let_in()
         self.draining = True
-        for connection in list(self.idle):
-            connection.cut()
         self.parking.drain()
         self._empty.clear()
         if not self.stats.connections:
@@ -198,7 +203,12 @@ class CometServer(WSGIServer):
     def join(self, timeout: float) -> int:
         """Wait for the last connection after `drain`; what is still open after `timeout` seconds is cut
         off. Answers how many were."""
-        self._empty.wait(timeout)
+        if not self._empty.wait(min(timeout, NEXT_REQUEST)):
+            self.closing = True
+            for connection in list(self.idle):
+                connection.cut()
+            self.parking.close_idle()
+            self._empty.wait(max(0.0, timeout - NEXT_REQUEST))
         late: int = self.stats.connections
         for connection in list(self.awake):
             connection.cut()

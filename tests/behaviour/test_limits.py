@@ -451,7 +451,7 @@ def test_http_1_0_may_keep_its_connection_where_the_length_is_known(server: Serv
 
 def test_head_and_body_leave_in_one_write(server: Server) -> None:
     for request, ends in (
-        (HEALTH, b'{"status":"alive"}\n'),
+        (HEALTH, b'{"status":"alive","worker":0}\n'),
         (b"GET /poll/single?timeout=0 HTTP/1.1\r\nHost: h\r\n\r\n", b'"messages":[]}'),
         (b"GET /stream/single HTTP/1.1\r\nHost: h\r\n\r\n", b"\r\n\r\n1\r\n\n\r\n"),
         (b"GET /nothing HTTP/1.1\r\nHost: h\r\n\r\n", b"}\n"),
@@ -500,7 +500,7 @@ def test_curl_that_offers_http_2_is_answered_in_http_1(server: Server) -> None:
         capture_output=True,
         check=True,
     )
-    assert run.stdout == b'{"status":"alive"}\n200 1.1'
+    assert run.stdout == b'{"status":"alive","worker":0}\n200 1.1'
 
 
 def test_head_has_the_headers_of_get_and_no_body(server: Server) -> None:

@@ -348,7 +348,7 @@ def test_a_connection_wakes_for_whatever_comes_next(server: Server, wait: str) -
             client.ask("GET", f"/poll/wakes-{wait}?since={cursor}")
             server.publish(f"wakes-{wait}", str(number))
             assert data_of(client.read()) == [str(number)]
-        assert client.request("GET", "/healthz").json == {"status": "alive"}
+        assert client.request("GET", "/healthz").json == {"status": "alive", "worker": 0}
         assert client.request("POST", "/publish/elsewhere", b"x" * 50_000).status == 201
         assert client.request("POST", "/publish/elsewhere", b"", {"Expect": "100-continue"}).status == 201
         assert client.request("HEAD", "/healthz").status == 200
@@ -421,7 +421,7 @@ def test_a_request_that_comes_while_a_poll_sleeps_is_answered_after_it(server: S
         assert data_of(answer) == [str(number)]
         cursor = answer.json["cursor"]
         for _ in range(early):
-            assert client.read().json == {"status": "alive"}
+            assert client.read().json == {"status": "alive", "worker": 0}
     server.assert_healthy()
 
 
@@ -444,7 +444,7 @@ def test_input_on_a_stream_waits_until_it_is_over(server: Server) -> None:
     assert server.request("DELETE", "/channels/user:input").status == 200
     reader.read()
     assert reader.ended
-    assert reader.client.at_end() or b'{"status":"alive"}' in reader.client.buffer  # the connection may go on or end
+    assert reader.client.at_end() or b'{"status":"alive","worker":0}' in reader.client.buffer  # the connection may go on or end
 
 
 @pytest.mark.parametrize("path", ["/poll/body?timeout=0", "/poll/body?timeout=1", "/stream/body"])

@@ -195,6 +195,25 @@ def test_a_request_under_way_is_finished(start: Start) -> None:
     assert (ended.status, ended.seconds < 2) == (0, True)
 
 
+def test_who_was_just_answered_may_ask_once_more(start: Start) -> None:
+    """Its next request may have been on its way."""
+    server = start("--grace", "5")
+    with server.client() as polls, server.client() as publishes, server.client() as idles:
+        cursor = polls.request("GET", "/poll/a?timeout=0").json["cursor"]
+        for client in (publishes, idles):
+            assert client.request("GET", "/healthz").status == 200
+        stopping = Stopping(server).begun()
+        refused = polls.request("GET", f"/poll/a?since={cursor}")
+        published = publishes.request("POST", "/publish/a", b"last")
+        assert (refused.status, refused.json["error"], published.status) == (503, "draining", 201)
+        for client, answer in ((polls, refused), (publishes, published)):
+            assert answer.headers["connection"] == "close"
+            assert client.at_end()
+        assert idles.at_end()
+    ended = stopping.wait()
+    assert (ended.status, ended.seconds < 2) == (0, True)
+
+
 def test_a_subscriber_that_comes_while_it_stops_is_refused_with_a_reason(start: Start) -> None:
     server = start("--grace", "5")
     with server.client() as late, server.client() as asks:

@@ -19,7 +19,7 @@ import pytest
 from gevent import subprocess as green
 
 from comet.board import Board, Slot
-from comet.supervisor import MOST_DEATHS
+from comet.policy import MOST_DEATHS
 from tests.harness import ROOT, TIMEOUT, Client, Events, Server, wait_until
 
 AnyClient = TypeVar("AnyClient", bound=Client)

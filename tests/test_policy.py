@@ -5,30 +5,31 @@ import signal
 import pytest
 
 from comet.kernel.limits import RESERVE
+from comet.policy import LEAST_LIFE, MOST_DEATHS, CrashLoop, Restarts, describe, plan
 from comet.settings import AUTO
-from comet.supervisor import MOST_DEATHS, SETTLED, CrashLoop, Restarts, describe, plan
 
 PLENTY = 1 << 40
 
 
 def test_the_first_death_is_mended_at_once_and_the_next_ones_later() -> None:
     restarts = Restarts()
-    assert [restarts.after(1) for _ in range(MOST_DEATHS - 1)] == [0, 0.5, 1, 2]
+    assert [restarts.after(1, ready=False) for _ in range(MOST_DEATHS - 1)] == [0, 0.5, 1, 2]
 
 
-def test_what_dies_again_and_again_is_given_up() -> None:
+def test_what_never_gets_ready_is_given_up() -> None:
     restarts = Restarts()
     for _ in range(MOST_DEATHS - 1):
-        restarts.after(SETTLED - 0.1)
+        restarts.after(100, ready=False)
     with pytest.raises(CrashLoop):
-        restarts.after(SETTLED - 0.1)
+        restarts.after(100, ready=False)
 
 
-def test_who_has_lived_is_forgiven() -> None:
+def test_who_was_ready_is_started_again_however_often_but_not_faster_than_that() -> None:
     restarts = Restarts()
     for _ in range(10):
-        for lived, delay in ((SETTLED, 0), (0, 0.5), (0, 1), (0, 2)):
-            assert restarts.after(lived) == delay
+        for lived, delay in ((100.0, 0.0), (0.25, 0.0), (0.25, LEAST_LIFE - 0.25), (0.0, LEAST_LIFE), (LEAST_LIFE, 0.0), (0.25, 0.0)):
+            assert restarts.after(lived, ready=True) == delay
+        assert restarts.after(0, ready=False) == 0
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,305 @@
+"""A worker's link to the router: the socket, what waits to be written to it, and the calls under way.
+
+Neighbours: `comet.backplane.router`, the `Worker` whose link it is, and `comet.backplane.frames`. Calls
+are numbered frames, written together with whatever else is ready at the end of the loop's turn. What
+comes is read by the loop itself, one piece a turn: a greenlet that reads from a socket does not yield
+while there is more, and a busy router would have the worker to itself.
+
+Who asked goes on at the very place of the answer in the stream: what the router says behind it is taken
+afterwards, so nothing comes between an answer and its use.
+
+When the link breaks another is made. What was asked and not answered is asked again on it, but for
+publications: of those nobody knows whether they were ordered, and their publishers are told so
+(``unconfirmed``).
+"""
+
+import logging
+import os
+import random
+import socket
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import gevent
+import msgspec
+from gevent import get_hub
+from gevent.event import Event
+from gevent.hub import Waiter
+
+from comet.backplane import frames
+from comet.errors import Refusal
+
+MAX_WAITING = 64 << 20
+"""Bytes of calls that wait for the router, or on their way to it: beyond it they are refused."""
+
+READ_SIZE = 1 << 16
+"""Bytes taken in one turn of the loop: a few milliseconds of deliveries, and then the clients' sockets have theirs."""
+_READ, _WRITE = 1, 2
+
+log = logging.getLogger("comet.backplane")
+
+_told = msgspec.msgpack.Decoder(frames.Told)
+
+
+class Worker(Protocol):
+    """Whose link it is. Nothing here may block."""
+
+    def linked(self) -> None:
+        """There is a new link: what is sent now comes first on it, before what was asked earlier."""
+
+    def unlinked(self) -> None:
+        """There is none any more."""
+
+    def ahead(self) -> bytes:
+        """What has to be sent before anything else, b"" for nothing."""
+
+    def told(self, told: frames.Told) -> None:
+        """The router said this; answers to calls go to whoever asked."""
+
+
+def _nothing() -> None:
+    """What there is to undo about most calls."""
+
+
+class _Call:
+    """A question under way. `arrived` takes the answer, at its place among the deliveries; `again` says that
+    it may be asked a second time; `undo` is None while somebody waits, then what follows a late answer."""
+
+    __slots__ = ("again", "arrived", "frame", "sent", "undo", "waiter")
+
+    def __init__(self, frame: bytes, arrived: Callable[[msgspec.Raw], Any], again: bool) -> None:
+        self.frame = frame
+        self.arrived = arrived
+        self.again = again
+        self.sent = False
+        self.undo: Callable[[], None] | None = None
+        self.waiter: Any = None
+
+
+class Link:
+    """`path` is the router's socket; `timeout` is how many seconds a call waits for its answer. Made and
+    used in one process, after any fork."""
+
+    def __init__(self, path: str, timeout: float, worker: Worker) -> None:
+        self._path = path
+        self._timeout = timeout
+        self._worker = worker
+        self._calls: dict[int, _Call] = {}
+        self._last_call = 0
+        self._asked = 0
+        """Bytes of `_calls`."""
+        self._sock: socket.socket | None = None
+        self._cutter = frames.Cutter()
+        self._heard = False
+        """The router has said something on this link."""
+        self._broken = Event()
+        self._out: list[bytes] = []
+        self._queued = 0
+        self._rest = memoryview(b"")
+        self._flushing = False
+        self._loop = get_hub().loop
+        self._readable: Any = None
+        self._writable: Any = None
+        self._greenlet: Any = None
+
+    def start(self) -> None:
+        """Link up, and stay so until `close`."""
+        self._greenlet = gevent.spawn(self._run)
+
+    def close(self) -> None:
+        """End the link, for good."""
+        self._greenlet.kill()
+        self._end()
+
+    # -- calls
+
+    def ask(
+        self,
+        make: Callable[[int], frames.Asked],
+        arrived: Callable[[msgspec.Raw], Any],
+        again: bool = True,
+        undo: Callable[[], None] = _nothing,
+    ) -> Any:
+        """Call the router and wait; what `arrived` makes of the answer. `undo` is done when an answer has
+        arrived and nobody waits for it any more.
+
+        Raises Refusal ``backplane-busy``, ``backplane-away``, ``unconfirmed``."""
+        if max(self._asked, self._queued + len(self._rest)) > MAX_WAITING:
+            raise Refusal("backplane-busy", "Too much waits for the router of this service; send it again, a little later.")
+        number = self.call(make, arrived, again)
+        call = self._calls[number]
+        call.waiter = Waiter()
+        try:
+            with gevent.Timeout(self._timeout, False):
+                return call.waiter.get()
+        finally:
+            if number in self._calls:  # too late, or this greenlet is killed
+                if call.sent:
+                    call.undo = undo
+                else:
+                    self._forget(number)
+        if call.sent and not again:
+            raise unconfirmed()
+        raise Refusal("backplane-away", "The router of this service does not answer; send it again, a little later.")
+
+    def call(self, make: Callable[[int], frames.Asked], arrived: Callable[[msgspec.Raw], Any], again: bool = False) -> int:
+        """Call the router; `arrived` takes the answer. The call's number."""
+        self._last_call = number = self._last_call + 1
+        call = self._calls[number] = _Call(frames.frame(make(number)), arrived, again)
+        self._asked += len(call.frame)
+        if self._sock is not None:
+            self._post(call)
+        return number
+
+    def _post(self, call: _Call) -> None:
+        call.sent = True
+        self.put(call.frame)
+
+    def _forget(self, number: int) -> None:
+        call = self._calls.pop(number, None)
+        if call is not None:
+            self._asked -= len(call.frame)
+
+    def _answered(self, number: int, value: msgspec.Raw) -> None:
+        call = self._calls.get(number)
+        if call is None:  # it failed as the link before this one broke
+            return
+        answer = call.arrived(value)
+        self._forget(number)
+        if call.undo is not None:
+            call.undo()
+        elif call.waiter is not None:
+            call.waiter.switch(answer)
+
+    # -- writing
+
+    def put(self, frame: bytes) -> None:
+        """Send `frame`, behind all that waits, where there is a link."""
+        if self._sock is None:
+            return
+        self._append(self._worker.ahead())
+        self._append(frame)
+        if not self._flushing:
+            self._flushing = True
+            self._loop.run_callback(self.flush)
+
+    def _append(self, frame: bytes) -> None:
+        if frame:
+            self._out.append(frame)
+            self._queued += len(frame)
+
+    def flush(self) -> None:
+        """Write what there is, in one call. What the socket does not take waits for it."""
+        self._flushing = False
+        if self._sock is None or self._writable.active:
+            return
+        self._append(self._worker.ahead())
+        while self._rest or self._out:
+            if not self._rest:
+                self._rest = memoryview(b"".join(self._out))
+                self._out = []
+                self._queued = 0
+            try:
+                self._rest = self._rest[os.write(self._sock.fileno(), self._rest) :]
+            except BlockingIOError:
+                self._writable.start(self._on_writable)
+                return
+            except OSError:  # whoever reads finds the end as well, and everything that came before it
+                return
+
+    def _on_writable(self) -> None:
+        self._writable.stop()
+        self.flush()
+
+    # -- reading
+
+    def _on_readable(self) -> None:
+        assert self._sock is not None
+        try:
+            data = os.read(self._sock.fileno(), READ_SIZE)
+            for body in self._cutter.feed(data):
+                told = _told.decode(body)
+                if isinstance(told, frames.Answer):
+                    self._answered(told.call, told.value)
+                    if self._sock is None:  # whoever got the answer has closed it
+                        return
+                else:
+                    self._worker.told(told)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            log.warning("the link to the router broke (%s); making another", error)
+        except Exception:
+            log.exception("the link to the router failed; making another")
+        else:
+            if data:
+                self._heard = True
+                return
+            log.warning("the router has closed the link; making another")
+        self._end()
+
+    # -- making and breaking
+
+    def _run(self) -> None:
+        wait = 0.0
+        while True:
+            gevent.sleep(wait * random.uniform(0.5, 1.0))
+            sock = socket.socket(socket.AF_UNIX)
+            sock.setblocking(False)
+            try:
+                sock.connect(self._path)  # which for a Unix socket is done at once, or not at all
+            except OSError as error:
+                sock.close()
+                if not wait:
+                    log.warning("the router can't be reached (%s); trying on", error)
+                wait = min(1.0, 2 * wait + 0.01)
+                continue
+            try:
+                self._begin(sock)
+                self._broken.wait()
+            except Exception:
+                log.exception("the link to the router failed; making another")
+                self._end()
+            wait = 0.01 if self._heard else min(1.0, 2 * wait + 0.01)
+
+    def _begin(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._cutter = frames.Cutter()
+        self._heard = False
+        self._broken.clear()
+        self._readable = self._loop.io(sock.fileno(), _READ)
+        self._writable = self._loop.io(sock.fileno(), _WRITE)
+        earlier = list(self._calls.values())
+        self._worker.linked()
+        for call in earlier:
+            self._post(call)
+        self._readable.start(self._on_readable)
+
+    def _end(self) -> None:
+        if self._sock is None:
+            return
+        for watcher in (self._readable, self._writable):
+            watcher.stop()
+            watcher.close()
+        self._sock.close()
+        self._sock = None
+        self._out = []
+        self._queued = 0
+        self._rest = memoryview(b"")
+        for number, call in list(self._calls.items()):
+            if call.undo is not None:  # nobody waits, and what the router has done went with the link
+                self._forget(number)
+            elif call.sent and not call.again:
+                self._forget(number)
+                if call.waiter is not None:
+                    self._loop.run_callback(call.waiter.throw, unconfirmed())
+            call.sent = False
+        self._worker.unlinked()
+        self._broken.set()
+
+
+def unconfirmed() -> Refusal:
+    """What the publisher is told whose message may have been ordered, or not."""
+    return Refusal(
+        "unconfirmed", "The router ended before it confirmed this: it may have been published; send it again if twice is better than never."
+    )

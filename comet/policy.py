@@ -1,0 +1,103 @@
+"""What the supervisor decides, without its processes: how many workers there are, and when what died is
+started again. Pure; `comet.supervisor` does what is decided here.
+"""
+
+import math
+import signal
+from typing import NamedTuple
+
+from comet.kernel import limits
+from comet.settings import AUTO
+
+FILL = limits.FILL / 100
+"""Of its capacity that a service is planned for."""
+
+FIRST_DELAY, MOST_DELAY = 0.5, 10.0
+"""Seconds before something that died before it was ready is started again: the first time at once, then
+so long, doubled each time, up to the most."""
+
+MOST_DEATHS = 5
+"""Deaths in a row, each before it was ready, that are a crash loop: no restart will help."""
+
+LEAST_LIFE = 1.0
+"""Seconds between two starts, at least, of something that was ready before it died."""
+
+
+class CrashLoop(Exception):
+    """It dies as soon as it is started, again and again."""
+
+
+class Restarts:
+    """How long to wait before something that died is started again.
+
+    Only who dies before it is ready, again and again, is a crash loop: what it is started with is wrong. Who was
+    ready has served, and will again. To give up on it, whatever kills it (a request, the kernel short of memory, a
+    person), would end what the other processes serve; to wait long would keep those waiting whose connections
+    are in its queue. After two brief lives it is only not started more often than once in `LEAST_LIFE`.
+    """
+
+    def __init__(self) -> None:
+        self._deaths = 0
+        self._brief = False
+
+    def after(self, lived: float, ready: bool) -> float:
+        """It has died `lived` seconds after its start: the seconds to wait. Raises CrashLoop."""
+        again, self._brief = self._brief, lived < LEAST_LIFE
+        if ready:
+            self._deaths = 0
+            return LEAST_LIFE - lived if again and self._brief else 0.0
+        self._deaths += 1
+        if self._deaths >= MOST_DEATHS:
+            raise CrashLoop
+        return 0.0 if self._deaths == 1 else min(MOST_DELAY, FIRST_DELAY * 2.0 ** (self._deaths - 2))
+
+
+class Plan(NamedTuple):
+    """How many `workers`, how many connections `each` holds, how many clients to plan for in all, and what
+    an operator should know, a sentence each."""
+
+    workers: int
+    each: int
+    clients: int
+    warnings: list[str]
+
+
+def plan(workers: int, clients: int, max_connections: int, file_limit: int, system_files: int, cores: int) -> Plan:
+    """`workers` as asked for (or AUTO), `clients` the service shall hold (0: not said); `file_limit` is a
+    process's, `system_files` that of all together."""
+    warnings = []
+    allowed = max(1, file_limit - limits.RESERVE)
+    each = min(allowed, max_connections or allowed)
+    if max_connections > allowed:
+        warnings.append(
+            f"{max_connections} connections a worker were asked for; the limit of {file_limit} open files allows {allowed}: "
+            "raise it (ulimit -n, LimitNOFILE)."
+        )
+    needed = math.ceil(clients / (FILL * each))
+    if workers == AUTO:
+        workers = max(cores, needed)
+    fits = int(workers * each * FILL)
+    if fits < clients:
+        more = math.ceil(clients / (FILL * workers))
+        capped = 0 < max_connections < allowed
+        what = f"--max-connections to {more}" if capped else f"the limit on open files (ulimit -Hn, LimitNOFILE) to {more + limits.RESERVE}"
+        warnings.append(
+            f"{clients} clients were asked for; {workers} workers of {each} connections are good for {fits}: "
+            f"set --workers {needed} (or auto), or raise {what}."
+        )
+    if min(fits, clients or fits) > system_files:
+        warnings.append(
+            f"the system's limit of {system_files} open files is less than the {min(fits, clients or fits)} clients: "
+            "raise it (sysctl fs.file-max)."
+        )
+    return Plan(workers, each, min(fits, system_files), warnings)
+
+
+def describe(status: int) -> str:
+    """An exit status in words."""
+    if status >= 0:
+        return f"exited with status {status}"
+    try:
+        return f"was ended by {signal.Signals(-status).name}"
+    except ValueError:
+        return f"was ended by signal {-status}"

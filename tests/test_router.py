@@ -1,0 +1,230 @@
+"""The router at the level of frames: a worker here is a bare socket that says what it likes."""
+
+import logging
+import socket
+import tracemalloc
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from comet import router as router_module
+from comet.backplane import frames
+from comet.backplane.memory import Bounds
+from comet.message import Position, Publication
+from comet.router import Router
+from tests.contracts.suite import Clock
+
+_told = msgspec.msgpack.Decoder(frames.Told)
+
+
+class Peer:
+    """A worker's end of a link."""
+
+    def __init__(self, path: str) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.connect(path)
+        self.sock.setblocking(False)
+        self.cutter = frames.Cutter()
+
+    def say(self, *bodies: Any) -> None:
+        self.sock.sendall(b"".join(map(frames.frame, bodies)))
+
+    def heard(self) -> list[frames.Told]:
+        """All that has come; raises EOFError at the end of the link."""
+        told: list[frames.Told] = []
+        while True:
+            try:
+                data = self.sock.recv(1 << 16)
+            except BlockingIOError:
+                return told
+            if not data:
+                raise EOFError
+            told += [_told.decode(body) for body in self.cutter.feed(data)]
+
+    def answer(self) -> Any:
+        """What the last answer that has come says."""
+        *_, last = [one for one in self.heard() if isinstance(one, frames.Answer)]
+        return msgspec.msgpack.decode(last.value)
+
+
+class Served:
+    """A router, and the way to it."""
+
+    def __init__(self, folder: Path, **bounds: Any) -> None:
+        self.path = str(folder / "router")
+        self.listener = socket.socket(socket.AF_UNIX)
+        self.listener.bind(self.path)
+        self.listener.listen()
+        self.clock = Clock()
+        self.router = Router(self.listener, Bounds(**bounds), self.clock)
+        self.peers: list[Peer] = []
+
+    def peer(self) -> Peer:
+        self.peers.append(Peer(self.path))
+        self.turn()
+        return self.peers[-1]
+
+    def turn(self, count: int = 4) -> None:
+        for _ in range(count):
+            assert self.router.turn(0)
+
+    def close(self) -> None:
+        for peer in self.peers:
+            peer.sock.close()
+        self.router.close()
+        self.listener.close()
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[Served]:
+    service = Served(tmp_path, linger=10.0)
+    yield service
+    service.close()
+
+
+SAID: list[frames.Asked] = [
+    frames.Subscribe(1, ["a", "b"], [None, "oldest"]),
+    frames.Publish(2, [Publication("a", b"1"), Publication("b", b"2", "kind", "key")]),
+    frames.Send(3, ["a", "b"], "message", b"3", None),
+    frames.Info(4, "a"),
+    frames.Resume(5, [("c", 2, Position(1, 7))]),
+    frames.Read(6, "a", "oldest", 1),
+    frames.Totals(7),
+]
+
+
+def test_frames_may_be_cut_anywhere(served: Served) -> None:
+    wire = b"".join(map(frames.frame, SAID))
+    for cut in range(1, len(wire)):
+        peer = served.peer()
+        peer.sock.sendall(wire[:cut])
+        served.turn(1)
+        peer.sock.sendall(wire[cut:])
+        served.turn(2)
+        assert [one.call for one in peer.heard() if isinstance(one, frames.Answer)] == [1, 2, 3, 4, 5, 6, 7], cut
+        peer.sock.close()
+        served.turn(1)
+    assert not served.router.links
+    assert not served.router._interest
+
+
+def test_what_is_sent_byte_by_byte_is_whole_in_the_end() -> None:
+    wire = b"".join(map(frames.frame, SAID))
+    for size in (1, 2, 3, 5, 64):
+        cutter = frames.Cutter()
+        bodies = [bytes(body) for start in range(0, len(wire), size) for body in cutter.feed(wire[start : start + size])]
+        assert bodies == [frames.encode(one) for one in SAID]
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [b"\xff" * 64, b"\0" * 8, frames.frame(frames.Info(1, "a"))[:-1] + b"\xc1", b"\x03\0\0\0\x91\x63\x00"],
+)
+def test_garbage_closes_that_link_only_and_is_logged(served: Served, garbage: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    good, bad = served.peer(), served.peer()
+    for peer in (good, bad):
+        peer.say(frames.Subscribe(1, ["a"], [None]))
+    served.turn()
+    bad.heard()
+    bad.sock.sendall(garbage)
+    served.turn()
+    with pytest.raises((EOFError, ConnectionResetError)):
+        bad.heard()
+    assert [record.levelno for record in caplog.records] == [logging.ERROR]
+    good.say(frames.Info(2, "a"))
+    served.turn()
+    assert good.answer()[0] == 1
+
+
+def test_a_link_that_ends_in_the_middle_of_a_frame_is_over(served: Served, caplog: pytest.LogCaptureFixture) -> None:
+    one, other = served.peer(), served.peer()
+    one.say(frames.Subscribe(1, ["a"], [None]))
+    one.sock.sendall(frames.frame(frames.Totals(2))[:3])
+    served.turn()
+    one.sock.close()
+    served.turn()
+    assert not caplog.records
+    other.say(frames.Info(1, "a"))
+    served.turn()
+    assert other.answer()[0] == 0
+    served.clock.now += 11
+    served.router.backplane.expire()
+    assert served.router.backplane.totals()["channels"] == 0
+
+
+def test_answers_to_a_worker_that_does_not_take_them_are_bounded(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(router_module, "MAX_WAITING", 1 << 20)
+    peer = served.peer()
+    peer.say(frames.Publish(0, [Publication("a", b"x" * 100_000)]))
+    served.turn()
+    peer.heard()
+    peer.say(*(frames.Read(number, "a", "oldest", None) for number in range(1, 1001)))  # which come in one piece
+    most = 0
+    for _ in range(10):
+        served.turn()
+        (link,) = served.router.links.values()
+        most = max(most, link.waiting)
+    assert most < 1_400_000
+    answered: list[int] = []
+    for _ in range(10_000):
+        answered += [one.call for one in peer.heard() if isinstance(one, frames.Answer)]
+        if len(answered) == 1000:
+            break
+        served.turn(1)
+    assert answered == list(range(1, 1001))
+    peer.say(frames.Totals(2000))
+    served.turn()
+    assert peer.answer()["channels"] == 1
+
+
+def test_a_link_that_ends_where_channels_rest_at_the_bound_harms_nothing(tmp_path: Path) -> None:
+    service = Served(tmp_path, max_idle=2)
+    one, other = service.peer(), service.peer()
+    one.say(frames.Subscribe(1, [f"c{number}" for number in range(10)], [None] * 10))
+    other.say(frames.Subscribe(1, ["c0", "d"], [None] * 2))
+    service.turn()
+    one.sock.close()
+    service.turn()
+    other.say(frames.Totals(2))
+    service.turn()
+    assert other.answer()["channels"] == 4  # two held, two at rest
+    service.close()
+
+
+def test_counts_are_of_the_log_they_were_said_for(served: Served) -> None:
+    one, other = served.peer(), served.peer()
+    one.say(frames.Subscribe(1, ["a"], [None]))
+    served.turn()
+    epoch = one.answer()[0][0][0]
+    other.say(frames.Delete(1, "a"))
+    served.turn()
+    one.say(frames.Interest([("a", epoch, 5)]), frames.Subscribe(2, ["a"], [None]), frames.Interest([("a", epoch, 5)]), frames.Info(3, "a"))
+    served.turn()
+    assert one.answer()[0] == 1
+    one.say(frames.Logout(["a"]), frames.Publish(4, [Publication("a", b"1")]))  # it has subscribed again: no logout
+    served.turn()
+    assert any(isinstance(told, frames.Deliver) for told in one.heard())
+
+
+def test_a_channel_with_one_subscriber_costs_little(served: Served) -> None:
+    peer = served.peer()
+    count = 20_000
+    wires = [
+        frames.frame(frames.Subscribe(start, [f"user:{number:07}" for number in range(start, start + 50)], [None] * 50))
+        for start in range(0, count, 50)
+    ]
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        for wire in wires:
+            peer.sock.sendall(wire)
+            served.turn(1)
+            peer.heard()
+        cost = (tracemalloc.get_traced_memory()[0] - before) / count
+    finally:
+        tracemalloc.stop()
+    assert served.router.backplane.totals()["channels"] == count
+    assert cost < 500, cost
