@@ -9,13 +9,19 @@ this once and forks the workers. A worker does what one process alone does: `ser
 
 import logging
 import os
+import socket
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
-from comet import database, generation
+from comet import database, generation, systemd
+from comet import log as logs
 from comet import settings as knobs
 from comet.settings import Settings
+
+STOPPING = 5.0
+"""Seconds beyond the grace time that an end takes at most."""
 
 SPREAD = 0.8
 """Of the grace time over which a drain ends the streams; the rest is for what is still to be written to them."""
@@ -23,18 +29,30 @@ SPREAD = 0.8
 log = logging.getLogger("comet")
 
 
-def prepare(arguments: list[str]) -> Settings:
-    """Settings that may be served with, and a log. Exits with status 2 and a sentence otherwise."""
+def prepare(arguments: list[str], listeners: Sequence[socket.socket] = ()) -> Settings:
+    """Settings that may be served with, on these listeners where some were passed on, and a log. Exits with status 2
+    and a sentence otherwise."""
     settings = knobs.parse(arguments)
-    who = " [%(process)d]" if settings.workers else ""
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format=f"%(asctime)s{who} %(levelname)s %(name)s: %(message)s")
-    objection = knobs.objection(settings)
+    logs.set_up(settings.log, pid=settings.workers != 0)
+    try:
+        settings = knobs.with_key(settings)
+        objection = knobs.objection(settings, [listener.getsockname()[0] for listener in listeners])
+    except knobs.Unreadable as error:
+        objection = str(error)
     if objection is not None:
         log.error("%s", objection)
         sys.exit(2)
     if settings.data:
         prepare_data(Path(settings.data), whole=orders is None)
     return settings
+
+
+def take_over() -> tuple[list[socket.socket], systemd.Notifier]:
+    """What a service manager has given to this process alone. Exits with status 2 and a sentence if it can't be used."""
+    try:
+        return systemd.take_sockets(os.environ), systemd.Notifier.take(os.environ)
+    except systemd.Unusable as error:
+        sys.exit(f"comet: {error}")
 
 
 def prepare_data(folder: Path, *, whole: bool) -> None:
@@ -48,10 +66,14 @@ def prepare_data(folder: Path, *, whole: bool) -> None:
 
 
 def greet(settings: Settings, address: tuple[str, int], clients: int) -> None:
-    """Say where to connect, on standard output: whoever started this may wait for the line."""
+    """Say where to connect, on standard output: whoever started this may wait for the line. A log of JSON is to be
+    nothing else, so there it is a line of the log."""
     host = f"[{address[0]}]" if ":" in address[0] else address[0]
     local = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(host, host)  # noqa: S104 - who listens everywhere is also here
     url = f"http://{local}:{address[1]}"
+    if settings.log == "json":
+        log.info("comet listens on %s for up to %d connections", url, clients)
+        return
     key = ' -H "Authorization: Bearer $COMET_PUBLISH_KEY"' if settings.publish_key else ""
     print(
         f"comet listens on {url} for up to {clients} connections. Try it, in two terminals:\n"
@@ -65,14 +87,15 @@ orders = generation.Orders.take(os.environ) if __name__ == "__main__" else None
 if __name__ == "__main__" and orders is None and knobs.parse(sys.argv[1:]).workers:
     from comet import supervisor
 
-    sys.exit(supervisor.run(prepare(sys.argv[1:]), [sys.executable, *sys.orig_argv[1:]], sys.argv[1:], greet))
+    passed, notifier = take_over()
+    settings = prepare(sys.argv[1:], passed)
+    sys.exit(supervisor.run(settings, [sys.executable, *sys.orig_argv[1:]], sys.argv[1:], greet, passed, notifier))
 
 from gevent import monkey  # noqa: E402
 
 monkey.patch_all()
 
 import signal  # noqa: E402 - after the patch, like everything else that may make a lock or a socket
-import socket  # noqa: E402
 import time  # noqa: E402
 from collections.abc import Callable  # noqa: E402
 from functools import partial  # noqa: E402
@@ -92,6 +115,7 @@ from comet.board import ROUTER, SUPERVISOR  # noqa: E402
 from comet.generation import ORPHANED_GRACE, Place  # noqa: E402
 from comet.hub import Hub  # noqa: E402
 from comet.kernel import check, limits, memory, processes, sockets  # noqa: E402
+from comet.kernel.stock import stock  # noqa: E402
 from comet.server.wsgi import CometServer  # noqa: E402
 from comet.stats import Stats  # noqa: E402
 from comet.subscriptions import Subscriptions  # noqa: E402
@@ -100,20 +124,34 @@ from handlers.params import Context  # noqa: E402
 
 def main(arguments: list[str]) -> int:
     """Run the service in this process alone, until SIGTERM or SIGINT; the exit status."""
-    settings = prepare(arguments)
+    passed, notifier = take_over()
+    settings = prepare(arguments, passed)
     limits.raise_file_limit()
-    try:
-        listener = sockets.listen(settings.host, settings.port, settings.send_buffer, settings.send_timeout)
-    except OSError as error:
-        log.error("can't listen on %s port %d: %s. Choose another with --host and --port.", settings.host, settings.port, error)
+    listener = _listener(settings, passed)
+    if listener is None:
         return 1
     planned = settings.max_connections or min(capacity_of(settings), check.UNPLANNED)
-    for sentence in check.warnings(check.Plan(planned, settings.port, hibernate=settings.hibernate)):
+    for sentence in check.warnings(check.Plan(planned, listener.getsockname()[1], hibernate=settings.hibernate)):
         log.warning("%s", sentence)
     with tempfile.TemporaryDirectory(prefix="comet-", ignore_cleanup_errors=True) as temporary:
         if not settings.data:
             prepare_data(Path(temporary), whole=False)
-        return serve(settings, listener, Path(settings.data or temporary), None)
+        return serve(settings, listener, Path(settings.data or temporary), None, notifier)
+
+
+def _listener(settings: Settings, passed: Sequence[socket.socket]) -> socket.socket | None:
+    """The one that was passed on, or one of our own; None, and a sentence in the log, where there can't be one."""
+    if len(passed) > 1:
+        log.error("%d sockets were passed on, and one process serves one: set --workers to %d or more", len(passed), len(passed))
+        return None
+    for listener in passed:
+        sockets.tune(listener, settings.send_buffer, settings.send_timeout)
+        return listener
+    try:
+        return sockets.listen(settings.host, settings.port, settings.send_buffer, settings.send_timeout)
+    except OSError as error:
+        log.error("can't listen on %s port %d: %s. Choose another with --host and --port.", settings.host, settings.port, error)
+        return None
 
 
 def capacity_of(settings: Settings) -> int:
@@ -121,9 +159,11 @@ def capacity_of(settings: Settings) -> int:
     return min(limits.capacity(), settings.max_connections or sys.maxsize)
 
 
-def serve(settings: Settings, listener: socket.socket, data: Path, place: Place | None) -> int:
+def serve(settings: Settings, listener: socket.socket, data: Path, place: Place | None, notifier: systemd.Notifier) -> int:
     """Build the server on a bound listener and run it until it is told to stop. `data` is a prepared folder
-    (`prepare_data`); `place` is a worker's in its service, None where there is one process alone. The exit status."""
+    (`prepare_data`); `place` is a worker's in its service, None where there is one process alone, which speaks to the
+    service manager by itself. The exit status."""
+    get_hub().print_exception = logs.failed_outside
     capacity = capacity_of(settings)
     stats = Stats()
     backplane = MemoryBackplane(Bounds.of(settings)) if place is None else RouterBackplane(place.router, settings.backplane_timeout)
@@ -156,6 +196,7 @@ def serve(settings: Settings, listener: socket.socket, data: Path, place: Place 
         backplane.start()
     if place is None:
         greet(settings, listener.getsockname(), capacity)
+        _speak(notifier, stats, capacity)
     else:
 
         def abandoned() -> None:
@@ -175,6 +216,7 @@ def serve(settings: Settings, listener: socket.socket, data: Path, place: Place 
     stopping.wait()
 
     log.info("stopping: %d connections", stats.connections)
+    notifier.stopping(grace + STOPPING)
     server.drain()
     hub.drain(SPREAD * grace)
     late = server.join(grace)
@@ -183,6 +225,30 @@ def serve(settings: Settings, listener: socket.socket, data: Path, place: Place 
         place.board.write(place.slot, own())  # the supervisor keeps what was counted
     log.info("stopped; cut off after %g s: %d", grace, late) if late else log.info("stopped")
     return 0
+
+
+def _speak(notifier: systemd.Notifier, stats: Stats, capacity: int) -> None:
+    """Tell the service manager, if there is one, that this process alone is ready, and how it is."""
+    if not notifier.active:
+        return
+
+    def status() -> str:
+        return f"one process, {sum(stats.clients.values()):,} of {capacity:,} clients"
+
+    def live() -> None:
+        while True:
+            gevent.sleep(min(1.0, notifier.watchdog / 3 or 1.0))
+            notifier.beat()
+            notifier.status(status())
+
+    def on_reload() -> None:
+        notifier.reloading()
+        log.warning("nothing to reload: one process alone is restarted; with --workers it would be reloaded")
+        notifier.ready(status())
+
+    gevent.signal_handler(signal.SIGHUP, on_reload)
+    notifier.ready(status())
+    gevent.spawn(live)
 
 
 def _own(place: Place | None, stats: Stats, hub: Hub, capacity: int) -> Callable[[], dict[str, Any]]:
@@ -226,10 +292,13 @@ def _every_second(work: Callable[[], None]) -> None:
 if __name__ == "__main__":
     if orders is None:
         sys.exit(main(sys.argv[1:]))
-    asked = prepare(sys.argv[1:])
+    inherited = [stock(socket, "socket")(fileno=os.dup(descriptor)) for descriptor in orders.listeners]
+    asked = prepare(sys.argv[1:], inherited)
+    for one in inherited:
+        one.close()
     _ = gevent.config.loop, gevent.config.resolver, gevent.config.threadpool  # these import what each worker would import for itself
     assert get_hub_if_exists() is None, "processes can't share an event loop"
     folder = Path(asked.data) if asked.data else Path(orders.router).parent  # the supervisor removes that one
     if not asked.data:
         prepare_data(folder, whole=False)
-    sys.exit(generation.run(orders, lambda place: serve(asked, place.listener, folder, place)))
+    sys.exit(generation.run(orders, lambda place: serve(asked, place.listener, folder, place, systemd.Notifier())))

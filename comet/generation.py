@@ -57,7 +57,8 @@ log = logging.getLogger("comet.generation")
 
 class Orders(NamedTuple):
     """What the supervisor tells a generation. All but `number`, `first_slot` (the board's, of worker 0) and
-    `router`, the path of the router's socket, are descriptors that it inherits."""
+    `router`, the path of the router's socket, are descriptors that it inherits. Where there are fewer `listeners`
+    than workers, some workers share one, with its queue."""
 
     number: int
     listeners: list[int]
@@ -202,9 +203,9 @@ class _Generation:
         nothing = os.open(os.devnull, os.O_RDONLY)
         os.dup2(nothing, 0)
         close(nothing)
-        listener = socket.socket(fileno=orders.listeners[worker])
-        for number, descriptor in enumerate(orders.listeners):
-            if number != worker:
+        listener = socket.socket(fileno=orders.listeners[worker % len(orders.listeners)])
+        for descriptor in orders.listeners:
+            if descriptor != listener.fileno():
                 close(descriptor)
         board = Board.open(orders.board)
         return Place(orders.number, worker, listener, board, orders.first_slot + worker, orders.lifeline, orders.router, orders.events)

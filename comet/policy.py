@@ -1,9 +1,10 @@
-"""What the supervisor decides, without its processes: how many workers there are, and when what died is
-started again. Pure; `comet.supervisor` does what is decided here.
+"""What the supervisor decides, without its processes: how many workers there are, when what died is started
+again, and whether the service as a whole is alive. Pure; `comet.supervisor` does what is decided here.
 """
 
 import math
 import signal
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from comet.kernel import limits
@@ -50,6 +51,25 @@ class Restarts:
         if self._deaths >= MOST_DEATHS:
             raise CrashLoop
         return 0.0 if self._deaths == 1 else min(MOST_DELAY, FIRST_DELAY * 2.0 ** (self._deaths - 2))
+
+
+class Vigil:
+    """Whether the supervisor still keeps the service alive, for whoever watches over the supervisor.
+
+    One process that dies or hangs is the supervisor's to replace, and no reason to restart all the others: only if one
+    place (the router's, a worker's) has had no sign of life from anybody for `patience` seconds, which is longer
+    than replacing whoever hangs takes, it has failed.
+    """
+
+    def __init__(self, patience: float) -> None:
+        self._patience = patience
+        self._signs: dict[int, float] = {}
+
+    def alive(self, now: float, beats: Mapping[int, float]) -> bool:
+        """`beats` are the last signs of life, by place, of those who live. A place is known from its first sign on."""
+        for place, beat in beats.items():
+            self._signs[place] = max(beat, self._signs.get(place, 0.0))
+        return all(now - sign <= self._patience for sign in self._signs.values())
 
 
 class Plan(NamedTuple):

@@ -27,6 +27,7 @@ from typing import Any
 import msgspec
 
 from comet import collector
+from comet import log as logs
 from comet import settings as knobs
 from comet.backplane import frames
 from comet.backplane.memory import Bounds, MemoryBackplane
@@ -394,7 +395,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("rest", nargs="*", help="the service's own flags")
     options = parser.parse_args(arguments)
     settings = knobs.parse(options.rest)
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logs.set_up(settings.log, pid=True)
     board = Board.open(options.board_fd)
     router = Router(socket.socket(fileno=options.listener_fd), Bounds.of(settings))
     stats = Stats()

@@ -9,6 +9,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 AUTO = -1
@@ -27,6 +28,11 @@ class Settings:
     host: str = _knob("127.0.0.1", "name or address", "Where to listen. Beyond loopback a publish key is asked for, or --open.")
     port: int = _knob(8000, "port", "0 takes a free one and prints it.", most=65535)
     publish_key: str = _knob("", "secret", "Bearer key for POST, PUT, DELETE and /stats. Better in COMET_PUBLISH_KEY: flags show in ps.")
+    publish_key_file: str = _knob(
+        "",
+        "file",
+        "Holds the publish key instead: a file of the service's own, such as a credential of systemd (deploy/). Read at a reload too.",
+    )
     open: bool = _knob(False, "switch", "Allow listening beyond loopback without a publish key.")
     origins: str = _knob(
         "", "origins, comma-separated", "Web origins whose pages may read and publish (CORS), such as https://example.org; * is all."
@@ -76,6 +82,8 @@ class Settings:
         1 << 20, "bytes", "Messages that may wait for one client; beyond it is closed and resumes by its cursor.", least=1024
     )
 
+    log: str = _knob("plain", "plain or json", "json is an object a line, tracebacks included.")
+
     history_size: int = _knob(1000, "messages a channel", "What a client that comes back can catch up on.")
     history_age: float = _knob(300.0, "seconds", "Kept no longer than this.")
     history_bytes: int = _knob(256 << 20, "bytes in all", "Beyond it the channel least recently used forgets its oldest first.")
@@ -98,12 +106,35 @@ class Settings:
     retry: int = _knob(2000, "milliseconds", "What an EventSource is told to wait before it reconnects.")
 
 
-def objection(settings: Settings) -> str | None:
-    """Why a service must not run with these, or None."""
-    loopback = settings.host in ("localhost", "::1") or settings.host.startswith("127.")
-    if not settings.publish_key and not settings.open and not loopback:
-        return f"{settings.host} is not loopback: anybody there could publish. Set COMET_PUBLISH_KEY, or say --open."
+def objection(settings: Settings, hosts: Sequence[str] = ()) -> str | None:
+    """Why a service must not run with these, or None. `hosts` are the addresses that it listens on where those are
+    not `settings.host`."""
+    if settings.log not in ("plain", "json"):
+        return f"--log is plain or json, not {settings.log}."
+    for host in hosts or (settings.host,):
+        loopback = host in ("localhost", "::1") or host.startswith("127.")
+        if not settings.publish_key and not settings.open and not loopback:
+            return f"{host} is not loopback: anybody there could publish. Set COMET_PUBLISH_KEY or --publish-key-file, or say --open."
     return None
+
+
+class Unreadable(Exception):
+    """A file that a setting names has not what it should have; a sentence says what."""
+
+
+def with_key(settings: Settings) -> Settings:
+    """With the publish key from its file, if it is in one. Raises Unreadable."""
+    if not settings.publish_key_file:
+        return settings
+    if settings.publish_key:
+        raise Unreadable("there is a publish key and a file for it: set --publish-key or --publish-key-file, not both.")
+    try:
+        key = Path(settings.publish_key_file).read_text().strip()
+    except (OSError, ValueError) as error:
+        raise Unreadable(f"the publish key can't be read: {error}. --publish-key-file names a file that the service may read.") from None
+    if not key or not key.isascii() or not key.isprintable() or " " in key:
+        raise Unreadable(f"{settings.publish_key_file} holds no publish key: it has to be one line of printable ASCII without spaces.")
+    return dataclasses.replace(settings, publish_key=key)
 
 
 def parse(arguments: Sequence[str], environ: Mapping[str, str] = os.environ) -> Settings:

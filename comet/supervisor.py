@@ -4,7 +4,7 @@ Standard library only, no greenlets, no threads: it must outlive everything that
 others. It owns what may never be lost, hands it on as descriptors, and decides what is restarted:
 
 - the listeners, one a worker, bound before anything is executed: what waits in the queue of a worker
-  that died is served by the next one;
+  that died is served by the next one. Or those that a service manager passed on, and no others;
 - the router's Unix socket, the board (`comet.board`), and the *lifeline*, a pipe that nobody writes to:
   it ends when this process does, and then so do all the others;
 - the router process (`comet.router`) and a generation of workers (`comet.generation`).
@@ -13,7 +13,8 @@ A new generation (SIGHUP) is the program executed anew: new code. Until it is re
 then the old one drains. Should the process that forks a generation die, the kernel gives its workers
 to this process as children, and they go on until the next generation is ready.
 
-All happens in one loop, `Supervisor.run`: signals, what generations say, and what is due.
+All happens in one loop, `Supervisor.run`: signals, what generations say, and what is due. It alone speaks to the
+service manager, if there is one (`comet.systemd`).
 """
 
 import heapq
@@ -35,11 +36,11 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from comet import generation, service
+from comet import generation, service, systemd
 from comet.board import FIRST_WORKER, ROUTER, SUPERVISOR, Board
 from comet.kernel import check, limits, sockets
 from comet.kernel.processes import adopt_orphans, waitpid
-from comet.policy import MOST_DEATHS, CrashLoop, Plan, Restarts, describe, plan
+from comet.policy import MOST_DEATHS, CrashLoop, Plan, Restarts, Vigil, describe, plan
 from comet.settings import Settings
 
 BANKS = 3
@@ -98,17 +99,27 @@ class _Generation:
 
 class Supervisor:
     """`program` is how this very program was started: the generations are started the same way.
-    `arguments` are its own, for the router."""
+    `arguments` are its own, for the router. `passed` are listeners that were passed on, if any were."""
 
     def __init__(
-        self, settings: Settings, program: Sequence[str], arguments: Sequence[str], greet: Callable[[Settings, Any, int], None]
+        self,
+        settings: Settings,
+        program: Sequence[str],
+        arguments: Sequence[str],
+        greet: Greet,
+        passed: Sequence[socket.socket],
+        notifier: systemd.Notifier,
     ) -> None:
         self._settings = settings
         self._program = program
         self._arguments = arguments
         self._greet = greet
         self._plan = Plan(0, 0, 0, [])
-        self._listeners: list[socket.socket] = []
+        self._listeners = list(passed)
+        self._notifier = notifier
+        self._vigil = Vigil(2 * (settings.hang_limit + MARGIN))
+        self._told = False
+        """The manager knows that the service is ready."""
         self._generations: list[_Generation] = []
         self._numbers = count(1)
         self._router: subprocess.Popen[bytes] | None = None
@@ -116,7 +127,7 @@ class Supervisor:
         self._router_restarts = Restarts()
         self._generation_restarts = Restarts()
         self._greeted = False
-        self._reload_wanted = False
+        self._reload_wanted = self._reload_failed = False
         self._stopping = False
         self._finished = False
         self._status = 0
@@ -138,19 +149,15 @@ class Supervisor:
         self._plan = plan(
             settings.workers, settings.clients, settings.max_connections, file_limit, limits.system_files(), limits.cores()
         )  # fmt: skip
-        asked = check.Plan(self._plan.clients, settings.port, self._plan.workers, settings.hibernate)
+        port = self._listeners[0].getsockname()[1] if self._listeners else settings.port
+        asked = check.Plan(self._plan.clients, port, self._plan.workers, settings.hibernate)
         for warning in (*self._plan.warnings, *check.warnings(asked)):
             log.warning("%s", warning)
         adopt_orphans()
         self._open()  # signals are kept from here on: one that comes early must not leave the folder behind
-        try:
-            self._listeners = sockets.listen_together(
-                settings.host, settings.port, self._plan.workers, settings.send_buffer, settings.send_timeout
-            )
-        except OSError as error:
-            log.error("can't listen on %s port %d: %s. Choose another with --host and --port.", settings.host, settings.port, error)
+        if not self._listen():
             return 1
-        folder = Path(tempfile.mkdtemp(prefix="comet-"))
+        folder = Path(tempfile.mkdtemp(prefix="comet-", dir=systemd.runtime_folder(os.environ)))
         try:
             path = folder / "router"
             try:
@@ -167,6 +174,7 @@ class Supervisor:
                 self._start_router()
                 self._start_generation()
                 self._later(LOOK, self._look)
+                self._sign()
                 while not self._finished:
                     self._step()
             finally:
@@ -174,6 +182,26 @@ class Supervisor:
         finally:
             shutil.rmtree(folder, ignore_errors=True)  # who noticed the end first may have removed it
         return self._status
+
+    def _listen(self) -> bool:
+        """On what was passed on, or on an address of our own; whether that can be."""
+        settings, count = self._settings, len(self._listeners)
+        if count > self._plan.workers:
+            log.error("%d sockets were passed on to %d workers: set --workers to %d or more", count, self._plan.workers, count)
+            return False
+        for listener in self._listeners:
+            sockets.tune(listener, settings.send_buffer, settings.send_timeout)
+        if count:
+            log.info("%d workers accept on the %d sockets that were passed on", self._plan.workers, count)
+            return True
+        try:
+            self._listeners = sockets.listen_together(
+                settings.host, settings.port, self._plan.workers, settings.send_buffer, settings.send_timeout
+            )
+        except OSError as error:
+            log.error("can't listen on %s port %d: %s. Choose another with --host and --port.", settings.host, settings.port, error)
+            return False
+        return True
 
     def _open(self) -> None:
         """What the loop waits on, and what the others inherit."""
@@ -303,6 +331,8 @@ class Supervisor:
             self._greeted = True
             self._greet(self._settings, self._listeners[0].getsockname(), self._plan.clients)
         log.info("%s is ready after %.1f s", one, time.monotonic() - one.born)
+        if self._told:
+            self._notifier.ready(self._said_in_short())  # a reload is over
         for other in list(self._generations):
             if other is not one:
                 self._leave(other)
@@ -316,6 +346,8 @@ class Supervisor:
         if any(other.ready and not other.leaving and not other.orphaned for other in self._generations):
             self._counts["failed_reloads"] += 1
             log.error("the reload failed: %s %s. The old one goes on; see above for what is wrong with the new.", one, why)
+            self._reload_failed = True
+            self._notifier.ready(self._said_in_short())
             self._discard(one)
         elif not self._greeted:
             self._give_up(f"{one}, the first, {why}; what is wrong should stand above")
@@ -341,6 +373,8 @@ class Supervisor:
                 return  # the next generation is on its way, and will be as new
             self._counts["reloads"] += 1
             log.info("reloading: starting a new generation")
+            self._reload_failed = False
+            self._notifier.reloading()
             self._start_generation()
 
     def _leave(self, one: _Generation) -> None:
@@ -551,6 +585,37 @@ class Supervisor:
             log.error("the router showed no sign of life for %g s: killing it", limit)
             self._router.kill()
         self._board.write(SUPERVISOR, self._document())
+        if self._told and not self._stopping and all(one.ready for one in self._generations):
+            self._notifier.status(self._said_in_short())
+
+    # -- the service manager
+
+    def _sign(self) -> None:
+        """Tell it once that the service is ready: its listeners are bound, router and workers are up. And from then on
+        that it lives."""
+        if not self._told:
+            self._later(LOOK / 10, self._sign)
+        elif self._notifier.watchdog:
+            self._later(min(LOOK, self._notifier.watchdog / 3), self._sign)
+        said = self._board.look(ROUTER)
+        beats = {} if said is None else {ROUTER: said.beat}
+        for one in self._generations:
+            for worker in one.workers.values():
+                place = FIRST_WORKER + worker.number
+                beat = self._beat(self._slot(one, worker.number), worker.pid)
+                if beat:
+                    beats[place] = max(beats.get(place, 0.0), beat)
+        if not self._told and self._greeted and said is not None and not self._stopping:
+            self._told = True
+            self._notifier.ready(self._said_in_short())
+        if self._vigil.alive(time.monotonic(), beats) or self._stopping:
+            self._notifier.beat()
+
+    def _said_in_short(self) -> str:
+        """A line for a person."""
+        clients = sum(sum(said.document.get("clients", {}).values()) for said in self._board.read() if said.slot >= FIRST_WORKER)
+        failed = "; the last reload failed, its log says why" if self._reload_failed else ""
+        return f"{self._plan.workers} workers, {clients:,} of {self._plan.clients:,} clients{failed}"
 
     def _beat(self, slot: int, pid: int) -> float:
         """When it was last alive, as far as can be held against it."""
@@ -588,10 +653,12 @@ class Supervisor:
         if not self._stopping:
             log.critical("giving up: %s. No restart will help; stopping everything.", why)
             self._status = 1
-            self._stop()
+            self._stop(f"giving up: {why}")
 
-    def _stop(self) -> None:
+    def _stop(self, status: str = "stopping") -> None:
         self._stopping = True
+        # drained, killed where it can't end, its process too, and the router last
+        self._notifier.stopping(self._settings.grace + 4 * MARGIN, status)
         for one in list(self._generations):
             if one.ready:
                 self._leave(one)
@@ -640,6 +707,13 @@ class Supervisor:
                     pass  # who has died is not ours any more, and who is ready is killed too
 
 
-def run(settings: Settings, program: Sequence[str], arguments: Sequence[str], greet: Greet) -> int:
+def run(
+    settings: Settings,
+    program: Sequence[str],
+    arguments: Sequence[str],
+    greet: Greet,
+    passed: Sequence[socket.socket] = (),
+    notifier: systemd.Notifier | None = None,
+) -> int:
     """See `Supervisor`."""
-    return Supervisor(settings, program, arguments, greet).run()
+    return Supervisor(settings, program, arguments, greet, passed, notifier or systemd.Notifier()).run()

@@ -27,6 +27,8 @@ ALLOWED: dict[str, set[str]] = {
     "comet.loading": {*SPOKEN, "comet.database"},
     "comet.top": set(),
     "comet.service": set(),
+    "comet.log": set(),
+    "comet.systemd": {"comet.kernel.stock"},
     "comet.database": set(),
     "comet.errors": set(),
     "comet.settings": set(),
@@ -43,7 +45,7 @@ ALLOWED: dict[str, set[str]] = {
     # the processes, which have no greenlets
     "comet.generation": PROCESSES,
     "comet.policy": {"comet.settings", "comet.kernel"},
-    "comet.supervisor": {*PROCESSES, "comet.generation", "comet.policy", "comet.service"},
+    "comet.supervisor": {*PROCESSES, "comet.generation", "comet.policy", "comet.service", "comet.systemd"},
     "comet.message": {"comet.errors"},
     # the way of a message
     "comet.framing": {"comet.message"},
@@ -57,6 +59,7 @@ ALLOWED: dict[str, set[str]] = {
         "comet.settings",
         "comet.stats",
         "comet.collector",
+        "comet.log",
         "comet.board",
         "comet.backplane.frames",
         "comet.backplane.memory",

@@ -17,32 +17,39 @@ epoll = stock(select, "epoll")
 def listen(host: str, port: int, send_buffer: int = 0, unacknowledged: float = 0.0, reuse_port: bool = False) -> socket.socket:
     """A listening TCP socket on `host` (a name or an address, IPv4 or IPv6) and `port` (0: any).
 
-    Accepted sockets inherit its options, which saves system calls a connection: TCP_NODELAY; a small
-    send buffer (`send_buffer` bytes, 0: the kernel's), so that a client that reads nothing costs little;
-    an end of peers that acknowledge nothing for `unacknowledged` seconds; keepalive probes, after two
-    minutes of silence, which find those that died while nothing was sent. With `reuse_port` others of
-    this user may listen on the same port, and the kernel spreads connections over them. Raises OSError.
+    `send_buffer` and `unacknowledged`: see `tune`. With `reuse_port` others of this user may listen on the same
+    port, and the kernel spreads connections over them. Raises OSError.
     """
     family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
     listener = socket.socket(family, kind, proto)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 120)
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 30)
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4)
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(unacknowledged * 1000))
+        tune(listener, send_buffer, unacknowledged)
         if reuse_port:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        if send_buffer:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
         listener.bind(address)
         listener.listen(BACKLOG)
     except OSError:
         listener.close()
         raise
     return listener
+
+
+def tune(listener: socket.socket, send_buffer: int = 0, unacknowledged: float = 0.0) -> None:
+    """Set what accepted sockets inherit, which saves system calls a connection; also on a listener that somebody else
+    has bound. TCP_NODELAY; a small send buffer (`send_buffer` bytes, 0: the kernel's), so that a client that reads
+    nothing costs little; an end of peers that acknowledge nothing for `unacknowledged` seconds; keepalive probes,
+    after two minutes of silence, which find those that died while nothing was sent. It does not block from now on,
+    in all processes that have it: one that shares its queue may find that another was faster."""
+    listener.setblocking(False)
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 120)
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 30)
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4)
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(unacknowledged * 1000))
+    if send_buffer:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
 
 
 def listen_together(host: str, port: int, count: int, send_buffer: int = 0, unacknowledged: float = 0.0) -> list[socket.socket]:

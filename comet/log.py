@@ -1,0 +1,124 @@
+"""The log: one line an event, plain or JSON, the same for all processes of a service.
+
+What is logged is what a person has to know: starts, ends, failures; never a message or a request that went well. A
+failure says whose request it was (`Origin`: its id, the client's address, what was asked), so that it can be found
+again in the logs of the proxy in front. Refusals and the ends of subscribers are counters, and with
+``--log-clients`` a line each. Standard library only, since `comet.supervisor` is.
+"""
+
+import json
+import logging
+import os
+import re
+import sys
+import time
+import traceback
+from collections.abc import Mapping, MutableMapping
+from types import TracebackType
+from typing import Any, NamedTuple
+
+_PRIORITIES = {logging.CRITICAL: 2, logging.ERROR: 3, logging.WARNING: 4, logging.INFO: 6, logging.DEBUG: 7}
+"""Of syslog. In front of a line, as <3>, it is for the journal, which takes it off."""
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+
+FIELD = "comet"
+"""Under which a record carries its fields (`fields`)."""
+
+
+class Origin(NamedTuple):
+    """Where something that is logged came from."""
+
+    request: str
+    """The request's id."""
+    address: str
+    """The client's."""
+    asked: str
+    """Method and path."""
+
+    def fields(self, **more: Any) -> dict[str, Any]:
+        """For the `extra` of a log call."""
+        return fields(request=self.request, address=self.address, asked=self.asked, **more)
+
+
+def fields(**values: Any) -> dict[str, Any]:
+    """For the `extra` of a log call: what a JSON line has as members of their own, and a plain line behind its text."""
+    return {FIELD: values}
+
+
+class Plain(logging.Formatter):
+    """For people. In the journal, which has its own, without the time; each line with its priority."""
+
+    def __init__(self, *, journal: bool, pid: bool) -> None:
+        who = " [%(process)d]" if pid else ""
+        super().__init__("%(levelname)s %(name)s: %(message)s" if journal else f"%(asctime)s{who} %(levelname)s %(name)s: %(message)s")
+        self._journal = journal
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        more: Mapping[str, Any] = getattr(record, FIELD, {})
+        text = super().formatMessage(record) + "".join(f" {name}={_CONTROL.sub('?', str(value))}" for name, value in more.items())
+        return text if self._journal else text.replace("\n", "\n  ")
+
+    def format(self, record: logging.LogRecord) -> str:
+        return _marked(super().format(record), record) if self._journal else super().format(record)
+
+
+class Json(logging.Formatter):
+    """For machines: an object a line, a traceback included."""
+
+    def __init__(self, *, journal: bool) -> None:
+        super().__init__()
+        self._journal = journal
+
+    def format(self, record: logging.LogRecord) -> str:
+        when = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        said = {
+            "time": f"{when}.{int(record.msecs):03d}Z",
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "process": record.process,
+            "message": record.getMessage(),
+            **getattr(record, FIELD, {}),
+        }
+        if record.exc_info:
+            said["exception"] = "".join(traceback.format_exception(*record.exc_info)).rstrip()
+        text = json.dumps(said, default=str)
+        return _marked(text, record) if self._journal else text
+
+
+def _marked(text: str, record: logging.LogRecord) -> str:
+    mark = f"<{_PRIORITIES.get(record.levelno, 6)}>"
+    return mark + text.replace("\n", "\n" + mark)
+
+
+def to_journal(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether standard error is the very stream that systemd has connected to its journal (systemd.exec(5))."""
+    try:
+        status = os.fstat(sys.stderr.fileno())
+    except (OSError, ValueError):
+        return False
+    return environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+
+
+def set_up(form: str, *, pid: bool, environ: MutableMapping[str, str] = os.environ) -> None:
+    """Log to standard error in `form`: plain or json; `pid`: plain lines tell processes apart. What ends this process
+    is logged in it too."""
+    journal = to_journal(environ)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(Json(journal=journal) if form == "json" else Plain(journal=journal, pid=pid))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    logging.captureWarnings(True)
+    sys.excepthook = _uncaught
+
+
+def _uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, trace)
+    else:
+        logging.getLogger("comet").critical("the process ends by an exception", exc_info=(kind, error, trace))
+
+
+def failed_outside(context: Any, kind: Any, error: Any, trace: Any) -> None:
+    """For gevent's hub (`print_exception`): an exception that ended a greenlet or a callback."""
+    named = context if isinstance(context, str) else repr(context)
+    logging.getLogger("comet").error("%s failed", named if context is not None else "the event loop", exc_info=(kind, error, trace))

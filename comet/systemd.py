@@ -1,0 +1,128 @@
+"""What a service manager tells a service, and is told by it, in systemd's words, which others speak too.
+
+Only the process that systemd started speaks: the supervisor, or one process alone. So all this is taken *out* of
+the environment, and no worker inherits it. Where nobody listens (a terminal, a container), every call does nothing.
+
+- `Notifier`: sd_notify(3). Ready, reloading, stopping, a line of status, and signs of life for the watchdog.
+- `take_sockets`: sd_listen_fds(3). Sockets that the manager has bound, and holds while the service is away.
+- `runtime_folder`: RuntimeDirectory= of systemd.exec(5).
+
+Standard library only, since `comet.supervisor` is.
+"""
+
+import logging
+import os
+import socket
+import time
+from collections.abc import MutableMapping
+from typing import Self
+
+from comet.kernel.stock import stock
+
+FIRST_SOCKET = 3
+"""The descriptor of the first socket that is passed on (sd_listen_fds)."""
+
+PATIENCE = 1.0
+"""Seconds that a datagram may wait for a manager that does not read."""
+
+WHOLE_LINE = 400
+"""Characters of a status line that are sent."""
+
+log = logging.getLogger("comet.systemd")
+
+
+class Unusable(Exception):
+    """What was passed on can't be served with; a sentence says why."""
+
+
+class Notifier:
+    """`address` is the manager's socket ("" where there is none); `watchdog` is within how many seconds it wants
+    a sign of life, 0 if it does not."""
+
+    def __init__(self, address: str = "", watchdog: float = 0.0) -> None:
+        self.active = bool(address)
+        self.watchdog = watchdog if address else 0.0
+        self._address = "\0" + address[1:] if address.startswith("@") else address  # the abstract namespace
+        self._status = ""
+        self._failed = False
+
+    @classmethod
+    def take(cls, environ: MutableMapping[str, str]) -> Self:
+        """The one that the environment names, which names it no more afterwards."""
+        address = environ.pop("NOTIFY_SOCKET", "")
+        text, pid = environ.pop("WATCHDOG_USEC", ""), environ.pop("WATCHDOG_PID", "")
+        if address[:1] not in ("", "/", "@"):
+            log.warning("NOTIFY_SOCKET is %r, no socket of this machine: nobody is told how the service is", address)
+            address = ""
+        ours = text.isdigit() and pid in ("", str(os.getpid()))
+        return cls(address, int(text) / 1e6 if ours else 0.0)
+
+    def ready(self, status: str = "") -> None:
+        """The service serves; after `reloading`, the reload is over."""
+        self._tell("READY=1", *self._changed(status))
+
+    def reloading(self) -> None:
+        """A reload has begun; `ready` ends it."""
+        self._tell("RELOADING=1", f"MONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}", *self._changed("reloading"))
+
+    def stopping(self, seconds: float, status: str = "stopping") -> None:
+        """It ends, within so many seconds, however much shorter the unit's TimeoutStopSec= is."""
+        self._tell("STOPPING=1", f"EXTEND_TIMEOUT_USEC={int(seconds * 1e6)}", *self._changed(status))
+
+    def status(self, text: str) -> None:
+        """A line for a person, in `systemctl status`; told only when it has changed."""
+        if text != self._status:
+            self._tell(*self._changed(text))
+
+    def beat(self) -> None:
+        """A sign of life, if there is a watchdog."""
+        if self.watchdog:
+            self._tell("WATCHDOG=1")
+
+    def _changed(self, status: str) -> list[str]:
+        if not status:
+            return []
+        self._status = status
+        return ["STATUS=" + " ".join(status.split())[:WHOLE_LINE]]
+
+    def _tell(self, *assignments: str) -> None:
+        if not self.active:
+            return
+        try:
+            # gevent's would wait in its loop, and some of what is told is told where there is none
+            with stock(socket, "socket")(socket.AF_UNIX, socket.SOCK_DGRAM) as own:
+                own.settimeout(PATIENCE)
+                own.sendto("\n".join(assignments).encode(), self._address)
+            self._failed = False
+        except OSError as error:  # the manager decides what silence means; the service goes on
+            if not self._failed:
+                self._failed = True
+                log.warning("systemd can't be told %s: %s", assignments[0], error)
+
+
+def take_sockets(environ: MutableMapping[str, str]) -> list[socket.socket]:
+    """The listening sockets that were passed on to this process, which the environment names no more afterwards.
+    Raises Unusable for what is no listening TCP socket."""
+    count, pid, names = environ.pop("LISTEN_FDS", ""), environ.pop("LISTEN_PID", ""), environ.pop("LISTEN_FDNAMES", "")
+    if not count.isdigit() or pid != str(os.getpid()):
+        return []
+    named = names.split(":")
+    sockets = []
+    for number in range(int(count)):
+        descriptor = FIRST_SOCKET + number
+        name = named[number] if number < len(named) and named[number] else f"number {number + 1}"
+        try:
+            os.set_inheritable(descriptor, False)
+            one = socket.socket(fileno=descriptor)
+            listens = one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+        except OSError as error:
+            raise Unusable(f"the socket {name} that was passed on can't be used: {error}") from None
+        if one.family not in (socket.AF_INET, socket.AF_INET6) or one.type != socket.SOCK_STREAM or not listens:
+            raise Unusable(f"the socket {name} that was passed on is no listening TCP socket: give its unit ListenStream=[address:]port")
+        sockets.append(one)
+    return sockets
+
+
+def runtime_folder(environ: MutableMapping[str, str]) -> str | None:
+    """The folder that the unit's RuntimeDirectory= has made, the first of several; None where there is none."""
+    return environ.get("RUNTIME_DIRECTORY", "").partition(":")[0] or None
