@@ -66,12 +66,12 @@ def prepare_data(folder: Path, *, whole: bool) -> None:
 
 
 def greet(settings: Settings, address: tuple[str, int], clients: int) -> None:
-    """Say where to connect, on standard output: whoever started this may wait for the line. A log of JSON is to be
-    nothing else, so there it is a line of the log."""
+    """Say where to connect, on standard output: whoever started this may wait for the line. In the journal, or where
+    the log is JSON and to be nothing else, it is a line of the log."""
     host = f"[{address[0]}]" if ":" in address[0] else address[0]
     local = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(host, host)  # noqa: S104 - who listens everywhere is also here
     url = f"http://{local}:{address[1]}"
-    if settings.log == "json":
+    if settings.log == "json" or logs.to_journal():
         log.info("comet listens on %s for up to %d connections", url, clients)
         return
     key = ' -H "Authorization: Bearer $COMET_PUBLISH_KEY"' if settings.publish_key else ""
@@ -131,7 +131,8 @@ def main(arguments: list[str]) -> int:
     if listener is None:
         return 1
     planned = settings.max_connections or min(capacity_of(settings), check.UNPLANNED)
-    for sentence in check.warnings(check.Plan(planned, listener.getsockname()[1], hibernate=settings.hibernate)):
+    port = passed[0].getsockname()[1] if passed else settings.port
+    for sentence in check.warnings(check.Plan(planned, port, hibernate=settings.hibernate)):
         log.warning("%s", sentence)
     with tempfile.TemporaryDirectory(prefix="comet-", ignore_cleanup_errors=True) as temporary:
         if not settings.data:

@@ -192,7 +192,7 @@ class Supervisor:
         for listener in self._listeners:
             sockets.tune(listener, settings.send_buffer, settings.send_timeout)
         if count:
-            log.info("%d workers accept on the %d sockets that were passed on", self._plan.workers, count)
+            log.info("%d workers accept on what was passed on: %d socket%s", self._plan.workers, count, "s" if count > 1 else "")
             return True
         try:
             self._listeners = sockets.listen_together(

@@ -44,6 +44,9 @@ READ_SIZE = 1 << 18
 
 NAMES = errno.errorcode
 
+KEY = f"Authorization: Bearer {os.environ['COMET_PUBLISH_KEY']}\r\n" if "COMET_PUBLISH_KEY" in os.environ else ""
+"""The header that publishers need where the service has a key."""
+
 
 class Report(msgspec.Struct):
     """What came of it. Of `due` messages, those of the newest epochs, for all clients together, `lost` did not come."""
@@ -387,7 +390,7 @@ class Publisher(Peer):
         else:
             target, key = "/publish", ""
             body = b"".join(_json({"channel": one.channel, "data": one.data, "key": one.number}) + b"\n" for one in those)
-        return f"POST {target} HTTP/1.1\r\nHost: test\r\n{key}Content-Length: {len(body)}\r\n\r\n".encode() + body
+        return f"POST {target} HTTP/1.1\r\nHost: test\r\n{KEY}{key}Content-Length: {len(body)}\r\n\r\n".encode() + body
 
     def read(self) -> None:
         answer = self.answer()

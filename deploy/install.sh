@@ -1,0 +1,188 @@
+#!/bin/sh
+# Installs comet into /opt/comet and has systemd run it; run it again to update: what is right already is left alone, and a
+# running service is reloaded, or restarted where its unit or its packages changed. See README.md beside this file.
+#
+#   install.sh [--dry-run] [--wheels DIR]     DIR: packages from there, and from no index (a machine without network)
+#   install.sh --uninstall [--purge]          --purge: settings, key and subscriptions too
+#
+# Needs root, systemd, and Python 3.11 or newer with venv (Debian: python3-venv). Which index the packages come from is pip's
+# own configuration.
+set -eu
+
+SOURCE=$(cd "$(dirname "$0")/.." && pwd)
+TARGET=/opt/comet
+SETTINGS=/etc/comet
+UNITS=/etc/systemd/system
+DRY=
+WHEELS=
+UNINSTALL=
+PURGE=
+DONE=0
+
+say() { printf '%s\n' "$*"; }
+fail() { printf 'install.sh: %s\n' "$*" >&2; exit 1; }
+
+# Something that changes the machine: said, and done unless this is a dry run.
+do_it() {
+    DONE=$((DONE + 1))
+    say "${DRY:+would: }$*"
+    [ -n "$DRY" ] || "$@"
+}
+
+# SOURCE TARGET MODE: a file, where it is missing or differs; whether it was
+put() {
+    if [ -f "$2" ] && cmp -s "$1" "$2"; then return 1; fi
+    do_it install -D -m "$3" "$1" "$2"
+}
+
+# NAME: a folder or file of the code, whole, swapped in; whether it had changed
+put_code() {
+    if [ -e "$TARGET/$1" ] && diff -rq -x __pycache__ "$SOURCE/$1" "$TARGET/$1" >/dev/null 2>&1; then return 1; fi
+    do_it swap_in "$1"
+}
+
+swap_in() {
+    rm -rf "$TARGET/.new" "$TARGET/.old"
+    mkdir -p "$TARGET/.new" "$TARGET/.old"
+    cp -R "$SOURCE/$1" "$TARGET/.new/"
+    find "$TARGET/.new" -name __pycache__ -prune -exec rm -rf {} +
+    chmod -R u=rwX,go=rX "$TARGET/.new/$1"
+    [ ! -e "$TARGET/$1" ] || mv "$TARGET/$1" "$TARGET/.old/"
+    mv "$TARGET/.new/$1" "$TARGET/$1"
+    rm -rf "$TARGET/.new" "$TARGET/.old"
+}
+
+make_environment() {
+    # anew: what is gone from the requirements must go too, and one of another Python can't be mended
+    rm -rf "$TARGET/venv"
+    "$PYTHON" -m venv "$TARGET/venv"
+    "$TARGET/venv/bin/python" -m pip install --quiet --disable-pip-version-check ${WHEELS:+--no-index --find-links "$WHEELS"} \
+        -r "$TARGET/deploy/requirements.txt"
+    cp "$TARGET/deploy/requirements.txt" "$TARGET/venv/.made-of"
+}
+
+make_key() {
+    install -d -m 0755 "$SETTINGS"
+    (umask 077 && od -An -N32 -tx1 /dev/urandom | tr -d ' \n' >"$SETTINGS/publish-key" && echo >>"$SETTINGS/publish-key")
+}
+
+# Without tcp_mem where the kernel's own is larger already: it must not be made less.
+sysctl_file() {
+    have=$(cut -f3 /proc/sys/net/ipv4/tcp_mem 2>/dev/null || echo 0)
+    if [ "${have:-0}" -gt 1000000 ] && [ ! -f /etc/sysctl.d/90-comet.conf ]; then
+        sed 's/^net.ipv4.tcp_mem/# (not set: here it is more) &/' "$SOURCE/deploy/90-comet.conf"
+    elif [ -f /etc/sysctl.d/90-comet.conf ] && grep -q '^# (not set' /etc/sysctl.d/90-comet.conf; then
+        sed 's/^net.ipv4.tcp_mem/# (not set: here it is more) &/' "$SOURCE/deploy/90-comet.conf"
+    else
+        cat "$SOURCE/deploy/90-comet.conf"
+    fi
+}
+
+apply_sysctl() {
+    # a container may not set some of them: they are its host's
+    sysctl --quiet --load /etc/sysctl.d/90-comet.conf || say "  some kernel settings could not be set here (a container?): set them on the host"
+}
+
+install_all() {
+    PYTHON=$(command -v python3) || fail "python3 is missing: apt-get install python3-venv"
+    "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || fail "comet needs Python 3.11 or newer; $PYTHON is older"
+    "$PYTHON" -c 'import venv, ensurepip' 2>/dev/null || fail "this Python has no venv: apt-get install python3-venv"
+    command -v systemctl >/dev/null || fail "there is no systemd here; deploy/Dockerfile is for containers"
+    [ -n "$DRY" ] || [ "$(id -u)" = 0 ] || fail "this changes the machine: run it as root, or with --dry-run"
+
+    code='' units='' packages=''
+    if [ "$SOURCE" = "$TARGET" ]; then
+        say "run from $TARGET itself: the code is as it is"
+    else
+        for name in app.py comet handlers deploy README.md CHANGELOG.md LICENSE; do
+            if put_code "$name"; then code=1; fi
+        done
+    fi
+    if ! cmp -s "$SOURCE/deploy/requirements.txt" "$TARGET/venv/.made-of" || ! "$TARGET/venv/bin/python" -c '' 2>/dev/null; then
+        do_it make_environment
+        packages=1
+    fi
+    # now: the service itself may not write there
+    if [ -n "$code$packages" ]; then do_it "$TARGET/venv/bin/python" -m compileall -q "$TARGET/app.py" "$TARGET/comet" "$TARGET/handlers"; fi
+
+    [ -s "$SETTINGS/publish-key" ] || do_it make_key
+    [ -f "$SETTINGS/comet.env" ] || do_it install -D -m 0644 "$SOURCE/deploy/comet.env" "$SETTINGS/comet.env"
+
+    for unit in comet.service comet.socket; do
+        if put "$SOURCE/deploy/$unit" "$UNITS/$unit" 0644; then units=1; fi
+    done
+    version=$(systemctl --version | sed -n '1s/^systemd \([0-9]*\).*/\1/p')
+    if [ "${version:-0}" -ge 254 ]; then
+        if put "$SOURCE/deploy/back-off.conf" "$UNITS/comet.service.d/back-off.conf" 0644; then units=1; fi
+    fi
+    if [ -x /usr/sbin/nft ]; then
+        if put "$SOURCE/deploy/comet.nft" "$SETTINGS/comet.nft" 0644; then units=1; fi
+        if put "$SOURCE/deploy/comet-notrack.service" "$UNITS/comet-notrack.service" 0644; then units=1; fi
+    else
+        say "there is no nft: connections to comet are tracked if anything on this machine tracks (apt-get install nftables)"
+    fi
+    kernel=$(mktemp)
+    sysctl_file >"$kernel"
+    if put "$kernel" /etc/sysctl.d/90-comet.conf 0644; then do_it apply_sysctl; fi
+    rm -f "$kernel"
+
+    [ -z "$units" ] || do_it systemctl daemon-reload
+    if [ -x /usr/sbin/nft ] && { [ -n "$units" ] || ! systemctl --quiet is-active comet-notrack.service; }; then
+        do_it systemctl --quiet enable comet-notrack.service
+        do_it systemctl restart comet-notrack.service
+    fi
+    systemctl --quiet is-enabled comet.socket comet.service 2>/dev/null || do_it systemctl --quiet enable comet.socket comet.service
+    if ! systemctl --quiet is-active comet.service; then
+        do_it systemctl start comet.socket comet.service
+    elif [ -n "$units$packages" ]; then
+        do_it systemctl restart comet.service
+    elif [ -n "$code" ]; then
+        do_it systemctl reload comet.service
+    fi
+
+    if [ "$DONE" = 0 ]; then say "nothing to do: comet is installed, as it is here"; return; fi
+    [ -z "$DRY" ] || { say "nothing was changed"; return; }
+    say
+    say "comet is installed. It listens where $UNITS/comet.socket says (127.0.0.1:8000); the next steps are in $TARGET/deploy/README.md"
+    say "  its state      systemctl status comet; journalctl -u comet"
+    say "  settings       $SETTINGS/comet.env"
+    say "  publish key    $SETTINGS/publish-key"
+    say "  what this machine allows   cd $TARGET && venv/bin/python -m comet check --clients 1000000"
+}
+
+uninstall_all() {
+    [ -n "$DRY" ] || [ "$(id -u)" = 0 ] || fail "this changes the machine: run it as root, or with --dry-run"
+    for unit in comet.socket comet.service comet-notrack.service; do
+        if [ -e "$UNITS/$unit" ]; then do_it systemctl --quiet disable --now "$unit"; fi
+    done
+    for path in "$UNITS/comet.service" "$UNITS/comet.socket" "$UNITS/comet-notrack.service" "$UNITS/comet.service.d/back-off.conf" \
+        "$SETTINGS/comet.nft" /etc/sysctl.d/90-comet.conf "$TARGET"; do
+        if [ -e "$path" ]; then do_it rm -rf "$path"; fi
+    done
+    if [ "$DONE" != 0 ]; then do_it systemctl daemon-reload; fi
+    if [ -n "$PURGE" ]; then
+        for path in "$SETTINGS" /var/lib/comet /var/lib/private/comet; do
+            if [ -e "$path" ] || [ -L "$path" ]; then do_it rm -rf "$path"; fi
+        done
+    fi
+    if [ "$DONE" = 0 ]; then say "nothing to do: comet is not installed"; return; fi
+    [ -z "$DRY" ] || { say "nothing was changed"; return; }
+    [ -n "$PURGE" ] || say "kept: $SETTINGS (settings, key), /var/lib/comet (subscriptions); --purge removes them"
+    say "kernel settings stay as they are until the machine restarts"
+}
+
+while [ $# -gt 0 ]; do
+    case $1 in
+        --dry-run) DRY=1 ;;
+        --uninstall) UNINSTALL=1 ;;
+        --purge) PURGE=1 ;;
+        --wheels)
+            [ $# -ge 2 ] && [ -d "$2" ] || fail "--wheels needs a folder of packages"
+            WHEELS=$(cd "$2" && pwd)
+            shift ;;
+        *) sed -n '2,10s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
+    esac
+    shift
+done
+[ -z "$PURGE" ] || [ -n "$UNINSTALL" ] || fail "--purge goes with --uninstall"
+if [ -n "$UNINSTALL" ]; then uninstall_all; else install_all; fi
