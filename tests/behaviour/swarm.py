@@ -484,8 +484,8 @@ class Swarm:
                 self._measure()
                 self._wait(lambda: not self.peers, lambda: self.judge(ended=True))
 
-    def _begin(self, clients: int, channels: int, publishers: int, rate: float, size: int) -> None:
-        self.channels = [f"c{number}" for number in range(channels)]
+    def _begin(self, clients: int, channels: int, publishers: int, rate: float, size: int, prefix: str = "c") -> None:
+        self.channels = [f"{prefix}{number}" for number in range(channels)]
         self._log = {channel: {} for channel in self.channels}
         self._epochs = {channel: [] for channel in self.channels}
         self.clients = [(Poller, Events)[number // channels % 2](self, self.channels[number % channels]) for number in range(clients)]
