@@ -33,7 +33,7 @@ def prepare(arguments: list[str], listeners: Sequence[socket.socket] = ()) -> Se
     """Settings that may be served with, on these listeners where some were passed on, and a log. Exits with status 2
     and a sentence otherwise."""
     settings = knobs.parse(arguments)
-    logs.set_up(settings.log, pid=settings.workers != 0)
+    logs.set_up(settings.log, pid=settings.workers != 0, clients=settings.log_clients)
     try:
         settings = knobs.with_key(settings)
         objection = knobs.objection(settings, [listener.getsockname()[0] for listener in listeners])
@@ -176,7 +176,10 @@ def serve(settings: Settings, listener: socket.socket, data: Path, place: Place 
     subscriptions = Subscriptions(data)
     context = Context(hub, subscriptions, settings, stats, said, place.worker if place else 0)
     handlers.mount(application, context)
-    server = CometServer(listener, application, handlers.reader(application, context), hub, settings, stats, capacity)
+    roll = logs.Roll() if settings.log_clients else None
+    if roll is not None:
+        hub.left = roll.left
+    server = CometServer(listener, application, handlers.reader(application, context), hub, settings, stats, capacity, roll)
     stopping = Event()
     grace = settings.grace
 

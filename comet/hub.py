@@ -43,6 +43,8 @@ class Hub:
         # those whose backplane has not answered yet, and what was dropped meanwhile: (channel, epoch)
         self._joining: dict[Subscriber, set[tuple[str, int]]] = {}
         backplane.attach(self.deliver, self.dropped, self.lost)
+        self.left: Callable[[Subscriber, str], None] | None = None
+        """Is told of each subscriber that has ended, and why."""
 
     # -- subscribing
 
@@ -120,6 +122,8 @@ class Hub:
         """Called once by each subscriber, when it has ended."""
         self._stats.clients[subscriber.framing.name] -= 1
         self._stats.closed[reason] += 1
+        if self.left is not None:
+            self.left(subscriber, reason)
         for channel in subscriber.channels:
             self._unregister(channel)
         if subscriber.channels:

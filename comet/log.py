@@ -100,13 +100,42 @@ def to_journal(environ: Mapping[str, str] = os.environ) -> bool:
     return environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
 
 
-def set_up(form: str, *, pid: bool, environ: MutableMapping[str, str] = os.environ) -> None:
-    """Log to standard error in `form`: plain or json; `pid`: plain lines tell processes apart. What ends this process
-    is logged in it too."""
+_clients = logging.getLogger("comet.clients")
+"""Refusals, and subscribers that ended, with ``--log-clients``."""
+
+
+def refused(slug: str, origin: Origin) -> None:
+    """A request was turned down."""
+    if _clients.isEnabledFor(logging.INFO):
+        _clients.info("refused: %s", slug, extra=origin.fields())
+
+
+class Roll:
+    """Who waits, and whose request that was: kept with ``--log-clients`` alone, some 500 bytes a subscriber."""
+
+    def __init__(self) -> None:
+        self._origins: dict[Any, tuple[Origin, float]] = {}
+
+    def came(self, subscriber: Any, origin: Origin) -> None:
+        """A subscriber's answer begins."""
+        self._origins[subscriber] = origin, time.monotonic()
+
+    def left(self, subscriber: Any, reason: str) -> None:
+        """It has ended, for a reason of `comet.errors.CLOSINGS`."""
+        known = self._origins.pop(subscriber, None)
+        if known is not None:
+            origin, began = known
+            _clients.info("ended: %s", reason, extra=origin.fields(seconds=round(time.monotonic() - began, 3)))
+
+
+def set_up(form: str, *, pid: bool, clients: bool = False, environ: MutableMapping[str, str] = os.environ) -> None:
+    """Log to standard error in `form`: plain or json; `pid`: plain lines tell processes apart; `clients`: also who is
+    refused and who ends. What ends this process is logged too."""
     journal = to_journal(environ)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(Json(journal=journal) if form == "json" else Plain(journal=journal, pid=pid))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
+    _clients.setLevel(logging.INFO if clients else logging.WARNING)
     logging.captureWarnings(True)
     sys.excepthook = _uncaught
 

@@ -6,6 +6,7 @@ A leaf. Values come from flags (``--max-body 1000``) and, below them, from the e
 
 import argparse
 import dataclasses
+import ipaddress
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -65,7 +66,13 @@ class Settings:
 
     max_connections: int = _knob(0, "connections", "The process's limit; 0 takes what its limit on open files allows.")
     max_per_address: int = _knob(
-        5000, "connections", "One IPv4 address or IPv6 /64. Raise it behind a proxy, where all clients share one.", least=1
+        5000, "connections", "One IPv4 address or IPv6 /64. Behind a proxy set --trusted-proxies, or all clients share one.", least=1
+    )
+    trusted_proxies: str = _knob(
+        "",
+        "networks, comma-separated",
+        "Proxies whose X-Forwarded-For and X-Request-ID are believed, such as 127.0.0.1,10.0.0.0/8: the client is the right-most address "
+        "there that is none of them.",
     )
     max_header: int = _knob(16384, "bytes", "Request line and headers; browsers stay below 8 KiB.", least=512, most=1 << 20)
     max_body: int = _knob(65536, "bytes", "One message. Larger things are better pushed as a link.", least=1, most=1 << 26)
@@ -83,6 +90,9 @@ class Settings:
     )
 
     log: str = _knob("plain", "plain or json", "json is an object a line, tracebacks included.")
+    log_clients: bool = _knob(
+        False, "switch", "A line for each refusal and each subscriber that ends, with its request's id, address and reason."
+    )
 
     history_size: int = _knob(1000, "messages a channel", "What a client that comes back can catch up on.")
     history_age: float = _knob(300.0, "seconds", "Kept no longer than this.")
@@ -111,11 +121,23 @@ def objection(settings: Settings, hosts: Sequence[str] = ()) -> str | None:
     not `settings.host`."""
     if settings.log not in ("plain", "json"):
         return f"--log is plain or json, not {settings.log}."
+    try:
+        networks(settings.trusted_proxies)
+    except ValueError as error:
+        return f"--trusted-proxies are addresses and networks, separated by commas: {error}."
     for host in hosts or (settings.host,):
         loopback = host in ("localhost", "::1") or host.startswith("127.")
         if not settings.publish_key and not settings.open and not loopback:
             return f"{host} is not loopback: anybody there could publish. Set COMET_PUBLISH_KEY or --publish-key-file, or say --open."
     return None
+
+
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+
+def networks(text: str) -> tuple[Network, ...]:
+    """Of a list such as 127.0.0.1,10.0.0.0/8. Raises ValueError."""
+    return tuple(ipaddress.ip_network(one.strip()) for one in text.split(",") if one.strip())
 
 
 class Unreadable(Exception):

@@ -4,6 +4,7 @@
 origins, HEAD and OPTIONS, and refusals as JSON.
 """
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -52,6 +53,8 @@ ROUTES = (
 
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH", "TRACE"})
 """Every method that gets here; the server refuses the rest."""
+
+log = logging.getLogger("handlers")
 
 _SLUGS = {404: "not-found", 500: "internal"}
 _DETAILS = {
@@ -129,6 +132,15 @@ def _guarded(route: Route, context: Context) -> Handler:
             return handler(context, **arguments)
         except Refusal as refusal:
             return refuse(refusal, context.stats)
+        except HTTPResponse:
+            raise  # an answer, in bottle's way
+        except Exception:
+            origin = request.environ.get("comet.origin")
+            if origin is None:
+                raise  # another server's to log
+            context.stats.errors += 1
+            log.exception("a handler failed", extra=origin().fields())
+            return refuse(Refusal("internal", _DETAILS["internal"]), context.stats)
 
     return call
 
@@ -148,8 +160,8 @@ def _error(error: HTTPError, context: Context) -> bytes:
     if slug == "internal":
         context.stats.errors += 1  # bottle has written the traceback to wsgi.errors
     refused = refuse(Refusal(slug, _DETAILS[slug]), context.stats)
-    response.content_type = "application/json"
-    response.set_header("Cache-Control", "no-store")
+    for name, value in refused.headerlist:
+        response.set_header(name, value)
     body: bytes = refused.body
     return body
 
@@ -162,7 +174,7 @@ def _allow_origin(context: Context) -> None:
     if allowed is None:
         return
     response.set_header("Access-Control-Allow-Origin", allowed)
-    response.set_header("Access-Control-Expose-Headers", "Comet-Cursor, Retry-After")
+    response.set_header("Access-Control-Expose-Headers", "Comet-Cursor, Retry-After, X-Request-ID")
     if request.method == "OPTIONS":
         response.set_header("Access-Control-Allow-Methods", "GET, POST, PUT, DELETE")
         response.set_header("Access-Control-Allow-Headers", "Authorization, Content-Type, Idempotency-Key, Last-Event-ID")

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import msgspec
 from bottle import HTTPResponse, request, response
 
+from comet import log as logs
 from comet.errors import Refusal
 from comet.hub import Hub
 from comet.message import Since, parse_cursor
@@ -61,9 +62,13 @@ def answer_bytes(body: bytes, status: int = 200, content_type: str = "applicatio
 
 
 def refuse(refusal: Refusal, stats: Stats, **headers: str) -> HTTPResponse:
-    """The answer to a refused request; counts it."""
+    """The answer to a refused request; counts it. On comet's server it has the request's id."""
     stats.refused[refusal.slug] += 1
     refused = answer(refusal.document(), refusal.status)
+    origin = request.environ.get("comet.origin")
+    if origin is not None:
+        logs.refused(refusal.slug, origin())
+        refused.set_header("X-Request-ID", origin().request)
     for name, value in {**refusal.headers, **headers}.items():
         refused.set_header(name, value)
     return refused

@@ -11,12 +11,12 @@ import pytest
 from tests.harness import ROOT
 
 SPOKEN = {"comet.errors", "comet.message"}
-SERVER = {"comet.errors", "comet.settings", "comet.stats", "comet.kernel", "comet.server"}
+SERVER = {"comet.errors", "comet.log", "comet.settings", "comet.stats", "comet.kernel", "comet.server"}
 HUB = {*SPOKEN, "comet.backplane", "comet.fanout", "comet.framing", "comet.history", "comet.stats", "comet.subscriber"}
 PROCESSES = {"comet.board", "comet.kernel", "comet.settings"}
 HANDLER = {
     "comet.hub", "comet.message", "comet.framing", "comet.subscriber", "comet.stats", "comet.settings", "comet.errors",
-    "comet.subscriptions", "handlers.params",
+    "comet.subscriptions", "comet.log", "handlers.params",
 }  # fmt: skip
 """A handler speaks to the hub; it knows neither the backplane nor the server."""
 
@@ -77,6 +77,7 @@ ALLOWED: dict[str, set[str]] = {
     "comet.server.crew": SERVER,
     "comet.server.http": SERVER,
     "comet.server.parking": SERVER,
+    "comet.server.proxies": SERVER,
     "comet.server.short": SERVER,
     "comet.server.wsgi": SERVER,
     # the endpoints: none knows another

@@ -16,6 +16,7 @@ its greenlet ends. What wakes it calls `CometServer.resume` (`comet.server.wsgi`
 import io
 import json
 import logging
+import re
 import socket
 import time
 from collections.abc import Callable, Iterable
@@ -25,10 +26,13 @@ import gevent
 from gevent.pywsgi import WSGIHandler
 from gevent.socket import socket as GeventSocket
 
+from comet import log as logs
 from comet.errors import Refusal
+from comet.log import Origin, Roll
 from comet.server.http import ChunkedBody, Head, split_head
 from comet.server.parking import Parking, Sleeper, os_close, os_read, os_write
-from comet.server.short import Shortcut
+from comet.server.proxies import PROXY, Behind, Proxies
+from comet.server.short import LongWay, Shortcut
 from comet.settings import Settings
 from comet.stats import Stats
 
@@ -42,6 +46,8 @@ do so before it looks at sockets again."""
 
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 _NO_BODY = io.BytesIO()
+_ID = re.compile(r"[A-Za-z0-9._:+/=@-]{1,128}")
+"""An X-Request-ID that goes on into logs and answers."""
 
 log = logging.getLogger("comet.server")
 
@@ -52,7 +58,9 @@ class Owner(Protocol):
     settings: Settings
     stats: Stats
     parking: Parking
-    shortcut: Shortcut
+    shortcut: Shortcut | LongWay
+    proxies: Proxies | None
+    roll: Roll | None
     hibernate: bool
     draining: bool
     closing: bool
@@ -66,6 +74,9 @@ class Owner(Protocol):
 
     def date(self) -> bytes: ...
     def gone(self, network: str) -> None: ...
+    def lend(self, client: str) -> Behind: ...
+    def rested(self, network: str) -> str: ...
+    def new_id(self) -> str: ...
     def get_environ(self) -> dict[str, Any]: ...
 
 
@@ -155,6 +166,8 @@ class Connection(WSGIHandler):
         """Nothing was read from it yet."""
         self.parked: Sleeper | None = None
         """Whose answer is under way, when it is a subscriber's."""
+        self.command = self.path = ""
+        self._address = self._request_id = ""
 
     # -- the connection
 
@@ -335,6 +348,8 @@ class Connection(WSGIHandler):
     def answer_refusal(self, refusal: Refusal) -> None:
         """Answer, outside of any application, why this connection is closed."""
         self.server.stats.refused[refusal.slug] += 1
+        origin = self.origin()
+        logs.refused(refusal.slug, origin)
         body = json.dumps(refusal.document()).encode() + b"\n"
         lines = [
             f"HTTP/1.1 {refusal.status} {refusal.slug}",
@@ -342,6 +357,7 @@ class Connection(WSGIHandler):
             f"Content-Length: {len(body)}",
             "Cache-Control: no-store",
             "Connection: close",
+            f"X-Request-ID: {origin.request}",
             *(f"{name}: {value}" for name, value in refusal.headers.items()),
         ]
         self.send("\r\n".join(lines).encode() + b"\r\n\r\n" + body)
@@ -359,6 +375,14 @@ class Connection(WSGIHandler):
         self.response_length = 0
         settings = self.server.settings
         self._body = None if head.length == 0 else RequestBody(self, head, settings.body_timeout, settings.max_header)
+        self._request_id = ""
+        if self.server.proxies is not None and self.network == PROXY:
+            try:
+                self._borrow(head, self.server.proxies)
+            except Refusal as refusal:
+                self.close_connection = True
+                self.answer_refusal(refusal)
+                return
         self.environ = self._environ(head)
         self.application = self.server.application
         self._guard(self._run, None)
@@ -366,6 +390,20 @@ class Connection(WSGIHandler):
         self._release()
         if self._body_is_left:
             self.close_connection = True
+
+    def _borrow(self, head: Head, proxies: Proxies) -> None:
+        """This proxy's connection is a client's until the answer is over. Raises Refusal ``address-full``."""
+        self._address = proxies.client(self.socket.getpeername()[0], head.headers.get("x-forwarded-for", ""))
+        given = head.headers.get("x-request-id", "")
+        if _ID.fullmatch(given):
+            self._request_id = given
+        self.network = self.server.lend(self._address)
+
+    def origin(self) -> Origin:
+        """Whose request is under way, for the log and in answers to what went wrong: ``environ["comet.origin"]``."""
+        if not self._request_id:
+            self._request_id = self.server.new_id()
+        return Origin(self._request_id, self._address or self.network, f"{self.command} {self.path}".strip())
 
     @property
     def _body_is_left(self) -> bool:
@@ -386,7 +424,7 @@ class Connection(WSGIHandler):
             self._abandon("lost")
         except Exception:
             self.server.stats.errors += 1
-            log.exception("a request failed")
+            log.exception("a request failed", extra=self.origin().fields())
             self._abandon("lost")
             if not self.headers_sent:
                 self.answer_refusal(Refusal("internal", "The server failed at this request; its log says how."))
@@ -402,6 +440,8 @@ class Connection(WSGIHandler):
     def park(self, subscriber: Sleeper) -> Iterable[bytes]:
         """``environ["comet.park"]``: answer with what `subscriber` gets, in place of what is returned here."""
         self.parked = subscriber
+        if self.server.roll is not None:
+            self.server.roll.came(subscriber, self.origin())
         return []
 
     def _release(self) -> None:
@@ -412,6 +452,8 @@ class Connection(WSGIHandler):
                 self.close_connection = True  # a stream's connection ends with it: its client may not be reading
             self.parked.close()
         self.parked = None
+        if self.server.proxies is not None and self.descriptor >= 0:
+            self.network = self.server.rested(self.network)
 
     def process_result(self) -> None:
         """Called by pywsgi with the application's answer."""
@@ -513,6 +555,8 @@ class Connection(WSGIHandler):
         environ["QUERY_STRING"] = head.query
         environ["SERVER_PROTOCOL"] = head.version
         environ["REMOTE_ADDR"], environ["REMOTE_PORT"] = self.socket.getpeername()[:2]
+        if self._address:
+            environ["REMOTE_ADDR"] = self._address
         for name, value in head.headers.items():
             environ["HTTP_" + name.upper().replace("-", "_")] = value
         if (kind := environ.pop("HTTP_CONTENT_TYPE", None)) is not None:
@@ -524,6 +568,7 @@ class Connection(WSGIHandler):
             environ["comet.more_time"] = self._body.more_time
         environ["wsgi.input_terminated"] = True
         environ["comet.park"] = self.park
+        environ["comet.origin"] = self.origin
         return environ
 
     # -- writing, called by pywsgi

@@ -95,6 +95,9 @@ class Floor(Protocol):
     def gone(self, network: str) -> None:
         """A connection from `network` was closed here."""
 
+    def rested(self, network: str) -> str:
+        """An answer to `network` is over; the network that its connection is of from now on."""
+
 
 class _Idle:
     """The owner of a kept-alive connection between two requests."""
@@ -104,10 +107,12 @@ IDLE = _Idle()
 
 
 class Parking:
-    """`idle_timeout` and `heartbeat` in seconds; `date` answers the Date header's line."""
+    """`idle_timeout` and `heartbeat` in seconds; `date` answers the Date header's line. `proxied`: connections may
+    change their network from one request to the next."""
 
-    def __init__(self, floor: Floor, idle_timeout: float, heartbeat: float, date: Callable[[], bytes]) -> None:
+    def __init__(self, floor: Floor, idle_timeout: float, heartbeat: float, date: Callable[[], bytes], proxied: bool = False) -> None:
         self._floor = floor
+        self._proxied = proxied
         self._idle_timeout = int(idle_timeout * 1000)
         self._heartbeat = int(heartbeat * 1000)
         self._date = date
@@ -279,6 +284,8 @@ class Parking:
         """An answer is over: what stays is a kept-alive connection, perhaps with a request that came early."""
         self._owners[descriptor] = IDLE
         self._deadlines[descriptor] = self._now + self._idle_timeout
+        if self._proxied:
+            self._networks[descriptor] = self._floor.rested(self._networks[descriptor])
         if descriptor in self._early:  # its edge was told already and will not be told again
             self._early.discard(descriptor)
             self._loop.run_callback(self._look, descriptor)

@@ -78,3 +78,10 @@ class Shortcut:
             self._blocks.clear()
         self._blocks[block] = head.headers.get("last-event-id")
         return True
+
+
+class LongWay:
+    """Where every request takes the long way."""
+
+    def read(self, data: bytes) -> None:
+        """Nothing goes the short way."""

@@ -5,14 +5,13 @@ What is kept of pywsgi is its accept loop, and a greenlet a connection while it 
 (`comet.server.parking`) and greenlet, and `drain`, which ends it all in order.
 """
 
-import ipaddress
 import logging
 import os
 import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from functools import lru_cache
+from itertools import count
 from typing import Any, Protocol
 
 import gevent
@@ -20,11 +19,13 @@ from gevent.event import Event
 from gevent.pywsgi import WSGIServer, format_date_time
 
 from comet.errors import Refusal
+from comet.log import Roll
 from comet.server.connection import Connection
 from comet.server.crew import Crew
 from comet.server.parking import Parking, Sleeper
-from comet.server.short import Shortcut
-from comet.settings import Settings
+from comet.server.proxies import PROXY, Behind, Proxies, network_of
+from comet.server.short import LongWay, Shortcut
+from comet.settings import Settings, networks
 from comet.stats import Stats
 
 MAX_REFUSING = 100
@@ -55,7 +56,7 @@ class CometServer(WSGIServer):
 
     `wishes` is the application's short way for a GET that waits (see `Shortcut`), and `hub` answers a
     wish with a subscriber. `capacity` is how many connections the server holds at most; the rest are
-    told so and closed.
+    told so and closed. `roll` keeps who waits, with ``--log-clients``.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class CometServer(WSGIServer):
         settings: Settings,
         stats: Stats,
         capacity: int,
+        roll: Roll | None = None,
     ) -> None:
         super().__init__(listener, application, log=None, error_log=log)
         self.settings = settings
@@ -77,12 +79,15 @@ class CometServer(WSGIServer):
         """Each answer is the last of its connection."""
         self.closing = False
         """Who waits for a request is closed."""
-        self.parking = Parking(self, settings.idle_timeout, settings.heartbeat, self.date)
+        self.roll = roll
+        self.proxies = Proxies(networks(settings.trusted_proxies)) if settings.trusted_proxies else None
+        self.parking = Parking(self, settings.idle_timeout, settings.heartbeat, self.date, self.proxies is not None)
         self.awake: set[Connection] = set()
         """Connections that have a greenlet."""
         self.idle: set[Connection] = set()
         """Those of them that wait for a request to begin."""
-        self.shortcut = Shortcut(wishes, settings.max_header)
+        # it reads of a request only what is wished: not whose it is, nor what it is called
+        self.shortcut = Shortcut(wishes, settings.max_header) if self.proxies is None and roll is None else LongWay()
         self.subscribe = hub.subscribe
         self.subscribe_asleep = hub.subscribe_asleep
         self._crew = Crew()
@@ -91,6 +96,8 @@ class CometServer(WSGIServer):
         """Connections that are being turned away."""
         self._empty = Event()
         self._date = (0, b"")
+        random = os.urandom(6).hex()
+        self._ids = (f"{random}-{number:x}" for number in count(1))
 
     def date(self) -> bytes:
         """The Date header's line, made once a second."""
@@ -119,7 +126,7 @@ class CometServer(WSGIServer):
 
     def do_handle(self, descriptor: int, address: Any) -> None:
         """Serve a new connection in a greenlet of its own, or say why not."""
-        network = _network(address)
+        network = PROXY if self.proxies is not None and self.proxies.trusts(address[0]) else network_of(address[0])
         refusal = self._refusal(network)
         connection = Connection(descriptor, self, network)
         if refusal is None:
@@ -135,6 +142,27 @@ class CometServer(WSGIServer):
             self.stats.refused[refusal.slug] += 1
             connection.close()
 
+    def lend(self, client: str) -> Behind:
+        """A request of `client` has come through a proxy. The network that its connection is of, until `rested`.
+        Raises Refusal ``address-full``."""
+        network = Behind(network_of(client))
+        refusal = self._address_full(network)
+        if refusal is not None:
+            raise refusal
+        self._networks[network] += 1
+        return network
+
+    def rested(self, network: str) -> str:
+        """An answer is over: the network that its connection is of between two requests."""
+        if not isinstance(network, Behind):
+            return network
+        self._count_down(network)
+        return PROXY
+
+    def new_id(self) -> str:
+        """Of a request that was given none."""
+        return next(self._ids)
+
     def _refusal(self, network: str) -> Refusal | None:
         if self.draining:
             return Refusal("draining", "This server is stopping; connect again, to another one or a little later.")
@@ -142,6 +170,9 @@ class CometServer(WSGIServer):
             return Refusal(
                 "worker-full", f"This process holds its {self.capacity} connections; try again later, or start more (--max-connections)."
             )
+        return None if network == PROXY else self._address_full(network)
+
+    def _address_full(self, network: str) -> Refusal | None:
         most = self.settings.max_per_address
         if self._networks[network] >= most:
             return Refusal("address-full", f"{network} has {most} connections open; close some (--max-per-address is the limit).")
@@ -149,12 +180,15 @@ class CometServer(WSGIServer):
 
     def gone(self, network: str) -> None:
         """A connection that was let in has been closed."""
-        self._networks[network] -= 1
-        if not self._networks[network]:
-            del self._networks[network]
+        self._count_down(self.rested(network))
         self.stats.connections -= 1
         if not self.stats.connections:
             self._empty.set()
+
+    def _count_down(self, network: str) -> None:
+        self._networks[network] -= 1
+        if not self._networks[network]:
+            del self._networks[network]
 
     # -- between sleep and greenlet
 
@@ -216,19 +250,3 @@ class CometServer(WSGIServer):
         self._empty.wait(1.0)
         self.parking.close()
         return late
-
-
-@lru_cache(maxsize=4096)
-def _network_of(host: str) -> str:
-    if ":" not in host:
-        return host
-    parsed = ipaddress.IPv6Address(host.partition("%")[0])
-    if parsed.ipv4_mapped:
-        return str(parsed.ipv4_mapped)
-    return str(ipaddress.IPv6Network((int(parsed) >> 64 << 64, 64)))
-
-
-def _network(address: Any) -> str:
-    """What counts as one address: an IPv4 address, or an IPv6 /64, which is what one user is given. One
-    string for all its connections."""
-    return _network_of(address[0])

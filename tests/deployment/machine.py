@@ -26,7 +26,6 @@ WHEELS = "/root/wheels"
 
 MASKED = (
     "systemd-networkd-wait-online",
-    "nginx",
     "redis-server",
     "postgresql",
     "postgresql@15-main",

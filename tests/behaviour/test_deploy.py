@@ -1,0 +1,119 @@
+"""deploy/: booted for real where that can be (`deploy/verify`), and its files held against the code."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from comet.kernel import check
+from comet.kernel.machine import Machine
+from comet.settings import Settings
+from handlers import poll
+from tests.deployment.machine import verify_units
+from tests.harness import ROOT
+
+DEPLOY = ROOT / "deploy"
+MILLION = check.Plan(1_000_000, 8000, workers=2)
+
+
+def test_verify_finds_nothing_wrong() -> None:
+    """Everything that is asked of a deployment, on a machine that systemd has booted: see tests/deployment."""
+    done = subprocess.run(
+        [DEPLOY / "verify"], cwd=ROOT, env={**os.environ, "PYTHON": sys.executable}, capture_output=True, text=True, timeout=300
+    )
+    if done.returncode == 3:
+        pytest.skip(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="no systemd-analyze: apt-get install systemd")
+def test_the_sandbox_scores_2_or_better() -> None:
+    command = ["systemd-analyze", "security", "--offline=true", "--threshold=20", str(DEPLOY / "comet.service")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    found = re.search(r"exposure level for comet.service: ([\d.]+)", done.stdout)
+    assert done.returncode == 0 and found and float(found[1]) <= 2.0, done.stdout + done.stderr
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="no systemd-analyze: apt-get install systemd")
+def test_systemd_understands_every_line_of_the_units() -> None:
+    assert verify_units()
+
+
+def settings_of(path: Path) -> dict[str, str]:
+    """The lines ``name = value`` of a file; one that stands there twice is a mistake."""
+    found = re.findall(r"^(\S+?) ?= ?(.+)$", path.read_text(), re.MULTILINE)
+    assert len(dict(found)) == len(found)
+    return dict(found)
+
+
+def test_the_kernel_settings_are_enough_for_a_million_clients() -> None:
+    """By `comet.kernel.check`, on a machine of 24 GiB that has them and nothing else."""
+    files = {f"/proc/sys/{name.replace('.', '/')}": value for name, value in settings_of(DEPLOY / "90-comet.conf").items()}
+    limit = re.search(r"^LimitNOFILE=(\d+)$", (DEPLOY / "comet.service").read_text(), re.MULTILINE)
+    assert limit
+    files |= {
+        "/proc/self/limits": f"Max open files            1024                 {limit[1]}              files\n",
+        "/proc/meminfo": "MemTotal:       24684000 kB\nMemAvailable:   24000000 kB\n",
+        "/proc/sys/fs/file-nr": "5000 0 4000000",
+        "/proc/sys/net/netfilter/nf_conntrack_max": "262144",
+        "/proc/sys/net/netfilter/nf_conntrack_count": "100",
+        "/proc/net/snmp": "Tcp: 1 200 120000 -1 1 1 1 1 1000 9 9\n",
+    }
+    nft = (DEPLOY / "comet.nft").read_text()
+    ports = re.search(r"^define ports = (\{.*?\})", nft, re.MULTILINE)
+    assert ports
+    machine = Machine(lambda path: files[path] if path in files else _missing(path), lambda: nft.replace("$ports", ports[1]))
+    rows = check.rows(MILLION, machine)
+    unmet = [row for row in rows if row.verdict != "ok"]
+    assert not unmet, unmet
+    off = check.rows(check.Plan(1_000_000, 8000, workers=2, hibernate=False), machine)
+    assert [row.verdict for row in off if row.name == "vm.max_map_count"] == ["ok"]
+
+
+def _missing(path: str) -> str:
+    raise FileNotFoundError(path)
+
+
+def test_nginx_and_the_service_agree() -> None:
+    text = (DEPLOY / "nginx.conf").read_text()
+    upstream = re.search(r"upstream comet \{(.*?)\n    \}", text, re.DOTALL)
+    assert upstream
+    (kept,) = re.findall(r"keepalive_timeout (\d+)s", upstream[1])
+    assert int(kept) < Settings().idle_timeout
+    (read,) = re.findall(r"proxy_read_timeout (\d+)s", text)
+    assert int(read) > max(poll.MAX_TIMEOUT, Settings().heartbeat)
+    (send,) = re.findall(r"send_timeout (\d+)s", text)
+    assert int(send) > Settings().send_timeout
+    (body,) = re.findall(r"client_max_body_size (\d+)m", text)
+    assert int(body) << 20 == Settings().max_batch
+    (socket,) = re.findall(r"^ListenStream=(.+)$", (DEPLOY / "comet.socket").read_text(), re.MULTILINE)
+    assert f"server {socket} " in text
+
+
+def test_the_unit_gives_the_service_the_time_it_takes() -> None:
+    unit = dict(re.findall(r"^(\w+Sec)=(\d+)$", (DEPLOY / "comet.service").read_text(), re.MULTILINE))
+    settings = Settings()
+    assert int(unit["TimeoutStartSec"]) > 2 * settings.hang_limit
+    assert int(unit["TimeoutStopSec"]) > settings.grace + 4 * 3
+    assert int(unit["WatchdogSec"]) > 5
+
+
+def test_the_settings_file_names_settings() -> None:
+    names = {f"COMET_{name.upper()}" for name in Settings.__dataclass_fields__}
+    for name in re.findall(
+        r"\bCOMET_[A-Z_]+", "".join((DEPLOY / file).read_text() for file in ("comet.env", "comet.service", "Dockerfile", "README.md"))
+    ):
+        assert name in names, name
+
+
+def test_a_server_installs_what_it_imports_and_no_test_tools() -> None:
+    packages = set(re.findall(r"^(\w+)", (DEPLOY / "requirements.txt").read_text(), re.MULTILINE))
+    assert not packages & {"pytest", "locust", "pytest_xdist"}
+    files = [ROOT / "app.py", *(path for folder in ("comet", "handlers") for path in (ROOT / folder).rglob("*.py"))]
+    imported = {name for path in files for name in re.findall(r"^\s*(?:import|from) (\w+)", path.read_text(), re.MULTILINE)}
+    assert imported - set(sys.stdlib_module_names) - {"comet", "handlers"} <= packages
+    assert "-r deploy/requirements.txt" in (ROOT / "requirements.txt").read_text()
