@@ -615,7 +615,8 @@ class Supervisor:
         """A line for a person."""
         clients = sum(sum(said.document.get("clients", {}).values()) for said in self._board.read() if said.slot >= FIRST_WORKER)
         failed = "; the last reload failed, its log says why" if self._reload_failed else ""
-        return f"{self._plan.workers} workers, {clients:,} of {self._plan.clients:,} clients{failed}"
+        workers = f"{self._plan.workers} worker{'s' if self._plan.workers > 1 else ''}"
+        return f"{workers}, {clients:,} of {self._plan.clients:,} clients{failed}"
 
     def _beat(self, slot: int, pid: int) -> float:
         """When it was last alive, as far as can be held against it."""

@@ -1,11 +1,11 @@
-"""What the supervisor decides, without a process: how many workers, and when what died is started again."""
+"""What the supervisor decides, without a process: how many workers, when what died is started again, who is alive."""
 
 import signal
 
 import pytest
 
 from comet.kernel.limits import RESERVE
-from comet.policy import LEAST_LIFE, MOST_DEATHS, CrashLoop, Restarts, describe, plan
+from comet.policy import LEAST_LIFE, MOST_DEATHS, CrashLoop, Restarts, Vigil, describe, plan
 from comet.settings import AUTO
 
 PLENTY = 1 << 40
@@ -81,3 +81,21 @@ def test_statuses_are_told_in_words() -> None:
     assert describe(3) == "exited with status 3"
     assert describe(-signal.SIGKILL) == "was ended by SIGKILL"
     assert describe(-99) == "was ended by signal 99"
+
+
+def test_a_service_is_alive_while_every_place_has_a_sign_of_life_from_somebody() -> None:
+    vigil = Vigil(patience=60)
+    assert vigil.alive(0, {})  # nobody was there yet
+    assert vigil.alive(1, {1: 1.0, 2: 1.0, 3: 1.0})
+    assert vigil.alive(61, {1: 61.0, 2: 61.0, 3: 1.0})  # one hangs: it is replaced
+    assert vigil.alive(90, {1: 90.0, 2: 90.0, 3: 70.0})  # by another in its place
+    assert vigil.alive(130, {1: 130.0, 2: 130.0})  # it died, and may be started again for so long
+    assert not vigil.alive(131, {1: 131.0, 2: 131.0})  # it was not
+    assert vigil.alive(132, {1: 132.0, 2: 132.0, 3: 132.0})
+    assert not vigil.alive(193, {2: 193.0, 3: 193.0})  # nor may the router be away
+
+
+def test_who_was_stopped_and_goes_on_is_judged_by_what_is_said_now() -> None:
+    vigil = Vigil(patience=60)
+    assert vigil.alive(0, {1: 0.0, 2: 0.0})
+    assert vigil.alive(1000, {1: 999.5, 2: 999.5})

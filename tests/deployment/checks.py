@@ -65,6 +65,16 @@ class Deployed:
         wait_until(lambda: self.shown("ActiveState") == "active", 30)
 
     @contextmanager
+    def settings(self, *lines: str) -> Iterator[None]:
+        """The service with other settings for a while."""
+        self.run("cp /etc/comet/comet.env /tmp/comet.env && printf '%s\\n' " + " ".join(lines) + " >>/etc/comet/comet.env")
+        self.run("systemctl restart comet")
+        try:
+            yield
+        finally:
+            self.run("cp /tmp/comet.env /etc/comet/comet.env && systemctl restart comet")
+
+    @contextmanager
     def swarm(self) -> Iterator[Swarm]:
         """Resuming clients and publishers, all subscribed."""
         self._swarms += 1
@@ -307,6 +317,26 @@ def first_message(on: Deployed, version: str, kind: str, channel: str) -> float:
             client.kill()
 
 
+def a_refusal_names_the_request_and_a_limit_the_client(on: Deployed) -> str:
+    said = on.run("curl --silent --include --cacert /etc/comet/tls.crt https://localhost/nothing").stdout
+    found = re.search(r"^x-request-id: ([0-9a-f]{32})\r?$", said, re.MULTILINE | re.IGNORECASE)
+    assert said.startswith("HTTP/2 404") and found, said
+    # one worker: each counts for itself
+    with on.settings("COMET_LOG_CLIENTS=on", "COMET_MAX_PER_ADDRESS=1", "COMET_WORKERS=1"), curl(on, "2", "/events/limit") as client:
+        try:
+            wait_until(lambda: on.shown("StatusText").startswith("1 worker, 1 of "))
+            ask = "curl --silent --output /dev/null --write-out '%{http_code}' --cacert /etc/comet/tls.crt --resolve localhost:443:"
+            # curl comes from the loopback address that it goes to: two clients, behind one proxy
+            statuses = [on.run(f"{ask}{address} https://localhost/healthz").stdout for address in ("127.0.0.1", "[::1]")]
+        finally:
+            client.kill()
+        log = on.run("journalctl --no-pager -o cat -u comet").stdout
+    assert sorted(statuses) == ["200", "429"], statuses
+    refusal = re.search(r"refused: address-full request=[0-9a-f]{32} address=(127.0.0.1|::1) asked=GET /healthz", log)
+    assert refusal, log
+    return f"nginx's id comes back in the answer; of two clients behind it, {refusal[1]} alone is over its limit, and logged by its own address"
+
+
 def listeners(channel: str) -> int:
     """How many subscribers it has."""
     with Client(PORT) as client:
@@ -332,12 +362,11 @@ def the_journal_has_what_happened(on: Deployed) -> str:
     errors = [one for one in entries if one["PRIORITY"] == "3" and one["SYSLOG_IDENTIFIER"] == "python"]
     assert any("starting another in" in one["MESSAGE"] for one in errors), "a dead worker is not an error in the journal"
     assert len(entries) < 1000, "a line a request?"
-    on.run("cp /etc/comet/comet.env /tmp/comet.env && echo COMET_LOG=json >>/etc/comet/comet.env && systemctl restart comet")
-    since = on.shown("InvocationID")
-    lines = on.run(f"journalctl --no-pager -o cat _SYSTEMD_INVOCATION_ID={since} _COMM=python").stdout.splitlines()
+    with on.settings("COMET_LOG=json"):
+        since = on.shown("InvocationID")
+        lines = on.run(f"journalctl --no-pager -o cat _SYSTEMD_INVOCATION_ID={since} _COMM=python").stdout.splitlines()
     objects = [json.loads(line) for line in lines]
     assert any(one["message"].startswith("generation 1 is ready") for one in objects), lines
-    on.run("cp /tmp/comet.env /etc/comet/comet.env && systemctl restart comet")
     return f"{len(entries)} lines of all these restarts, failures as errors; with COMET_LOG=json each is an object"
 
 
@@ -360,6 +389,7 @@ CHECKS = (
     it_is_ready,
     the_sandbox_holds,
     messages_pass_through_nginx_at_once,
+    a_refusal_names_the_request_and_a_limit_the_client,
     a_worker_is_killed,
     it_is_reloaded,
     a_reload_that_fails_leaves_it_as_it_was,
