@@ -22,23 +22,24 @@ DONE=0
 say() { printf '%s\n' "$*"; }
 fail() { printf 'install.sh: %s\n' "$*" >&2; exit 1; }
 
-# Something that changes the machine: said, and done unless this is a dry run.
+# WHAT COMMAND...: something that changes the machine: said, and done unless this is a dry run.
 do_it() {
     DONE=$((DONE + 1))
-    say "${DRY:+would: }$*"
+    say "${DRY:+would: }$1"
+    shift
     [ -n "$DRY" ] || "$@"
 }
 
 # SOURCE TARGET MODE: a file, where it is missing or differs; whether it was
 put() {
     if [ -f "$2" ] && cmp -s "$1" "$2"; then return 1; fi
-    do_it install -D -m "$3" "$1" "$2"
+    do_it "write $2" install -D -m "$3" "$1" "$2"
 }
 
 # NAME: a folder or file of the code, whole, swapped in; whether it had changed
 put_code() {
     if [ -e "$TARGET/$1" ] && diff -rq -x __pycache__ "$SOURCE/$1" "$TARGET/$1" >/dev/null 2>&1; then return 1; fi
-    do_it swap_in "$1"
+    do_it "write $TARGET/$1" swap_in "$1"
 }
 
 swap_in() {
@@ -66,6 +67,22 @@ make_key() {
     (umask 077 && od -An -N32 -tx1 /dev/urandom | tr -d ' \n' >"$SETTINGS/publish-key" && echo >>"$SETTINGS/publish-key")
 }
 
+# A queue a worker, on the one port: COMET_WORKERS=auto is one worker a core at least.
+queue_file() {
+    address=$(sed -n 's/^ListenStream=//p' "$SOURCE/deploy/comet.socket")
+    say "# Written by install.sh: as many sockets as there are cores, on the one port, so that each worker has its own queue (see"
+    say "# comet.socket). Another address: systemctl edit comet.socket, as many lines."
+    say "[Socket]"
+    say "ReusePort=yes"
+    say "ListenStream="
+    for _ in $(seq "$(nproc)"); do say "ListenStream=$address"; done
+}
+
+load_notrack() {
+    systemctl --quiet enable comet-notrack.service
+    systemctl restart comet-notrack.service
+}
+
 # Without tcp_mem where the kernel's own is larger already: it must not be made less.
 sysctl_file() {
     have=$(cut -f3 /proc/sys/net/ipv4/tcp_mem 2>/dev/null || echo 0)
@@ -90,7 +107,7 @@ install_all() {
     command -v systemctl >/dev/null || fail "there is no systemd here; deploy/Dockerfile is for containers"
     [ -n "$DRY" ] || [ "$(id -u)" = 0 ] || fail "this changes the machine: run it as root, or with --dry-run"
 
-    code='' units='' packages=''
+    code='' units='' port='' packages=''
     if [ "$SOURCE" = "$TARGET" ]; then
         say "run from $TARGET itself: the code is as it is"
     else
@@ -99,18 +116,21 @@ install_all() {
         done
     fi
     if ! cmp -s "$SOURCE/deploy/requirements.txt" "$TARGET/venv/.made-of" || ! "$TARGET/venv/bin/python" -c '' 2>/dev/null; then
-        do_it make_environment
+        do_it "make a virtual environment, $TARGET/venv" make_environment
         packages=1
     fi
     # now: the service itself may not write there
-    if [ -n "$code$packages" ]; then do_it "$TARGET/venv/bin/python" -m compileall -q "$TARGET/app.py" "$TARGET/comet" "$TARGET/handlers"; fi
+    if [ -n "$code$packages" ]; then do_it "compile the code" "$TARGET/venv/bin/python" -m compileall -q "$TARGET/app.py" "$TARGET/comet" "$TARGET/handlers"; fi
 
-    [ -s "$SETTINGS/publish-key" ] || do_it make_key
-    [ -f "$SETTINGS/comet.env" ] || do_it install -D -m 0644 "$SOURCE/deploy/comet.env" "$SETTINGS/comet.env"
+    [ -s "$SETTINGS/publish-key" ] || do_it "make a publish key, $SETTINGS/publish-key" make_key
+    [ -f "$SETTINGS/comet.env" ] || do_it "write $SETTINGS/comet.env" install -D -m 0644 "$SOURCE/deploy/comet.env" "$SETTINGS/comet.env"
 
-    for unit in comet.service comet.socket; do
-        if put "$SOURCE/deploy/$unit" "$UNITS/$unit" 0644; then units=1; fi
-    done
+    if put "$SOURCE/deploy/comet.service" "$UNITS/comet.service" 0644; then units=1; fi
+    if put "$SOURCE/deploy/comet.socket" "$UNITS/comet.socket" 0644; then units=1 port=1; fi
+    queues=$(mktemp)
+    queue_file >"$queues"
+    if put "$queues" "$UNITS/comet.socket.d/10-workers.conf" 0644; then units=1 port=1; fi
+    rm -f "$queues"
     version=$(systemctl --version | sed -n '1s/^systemd \([0-9]*\).*/\1/p')
     if [ "${version:-0}" -ge 254 ]; then
         if put "$SOURCE/deploy/back-off.conf" "$UNITS/comet.service.d/back-off.conf" 0644; then units=1; fi
@@ -123,21 +143,25 @@ install_all() {
     fi
     kernel=$(mktemp)
     sysctl_file >"$kernel"
-    if put "$kernel" /etc/sysctl.d/90-comet.conf 0644; then do_it apply_sysctl; fi
+    if put "$kernel" /etc/sysctl.d/90-comet.conf 0644; then do_it "set the kernel settings of /etc/sysctl.d/90-comet.conf" apply_sysctl; fi
     rm -f "$kernel"
 
-    [ -z "$units" ] || do_it systemctl daemon-reload
+    [ -z "$units" ] || do_it "systemctl daemon-reload" systemctl daemon-reload
     if [ -x /usr/sbin/nft ] && { [ -n "$units" ] || ! systemctl --quiet is-active comet-notrack.service; }; then
-        do_it systemctl --quiet enable comet-notrack.service
-        do_it systemctl restart comet-notrack.service
+        do_it "enable and load comet-notrack.service" load_notrack
     fi
-    systemctl --quiet is-enabled comet.socket comet.service 2>/dev/null || do_it systemctl --quiet enable comet.socket comet.service
-    if ! systemctl --quiet is-active comet.service; then
-        do_it systemctl start comet.socket comet.service
+    if ! systemctl --quiet is-enabled comet.socket comet.service 2>/dev/null; then
+        do_it "enable comet.socket and comet.service" systemctl --quiet enable comet.socket comet.service
+    fi
+    if [ -n "$port" ] && systemctl --quiet is-active comet.socket; then
+        do_it "stop comet.socket and comet.service: the socket is to be another" systemctl stop comet.socket comet.service
+    fi
+    if [ -n "$port" ] || ! systemctl --quiet is-active comet.service; then
+        do_it "start comet.socket and comet.service" systemctl start comet.socket comet.service
     elif [ -n "$units$packages" ]; then
-        do_it systemctl restart comet.service
+        do_it "restart comet.service" systemctl restart comet.service
     elif [ -n "$code" ]; then
-        do_it systemctl reload comet.service
+        do_it "reload comet.service" systemctl reload comet.service
     fi
 
     if [ "$DONE" = 0 ]; then say "nothing to do: comet is installed, as it is here"; return; fi
@@ -153,16 +177,20 @@ install_all() {
 uninstall_all() {
     [ -n "$DRY" ] || [ "$(id -u)" = 0 ] || fail "this changes the machine: run it as root, or with --dry-run"
     for unit in comet.socket comet.service comet-notrack.service; do
-        if [ -e "$UNITS/$unit" ]; then do_it systemctl --quiet disable --now "$unit"; fi
+        if [ -e "$UNITS/$unit" ]; then do_it "stop and disable $unit" systemctl --quiet disable --now "$unit"; fi
     done
     for path in "$UNITS/comet.service" "$UNITS/comet.socket" "$UNITS/comet-notrack.service" "$UNITS/comet.service.d/back-off.conf" \
-        "$SETTINGS/comet.nft" /etc/sysctl.d/90-comet.conf "$TARGET"; do
-        if [ -e "$path" ]; then do_it rm -rf "$path"; fi
+        "$UNITS/comet.socket.d/10-workers.conf" "$SETTINGS/comet.nft" /etc/sysctl.d/90-comet.conf "$TARGET"; do
+        if [ -e "$path" ]; then do_it "remove $path" rm -rf "$path"; fi
     done
-    if [ "$DONE" != 0 ]; then do_it systemctl daemon-reload; fi
+    # what `systemctl edit` has put there is yours
+    for path in "$UNITS/comet.service.d" "$UNITS/comet.socket.d"; do
+        if [ -z "$DRY" ] && [ -d "$path" ]; then rmdir --ignore-fail-on-non-empty "$path"; fi
+    done
+    if [ "$DONE" != 0 ]; then do_it "systemctl daemon-reload" systemctl daemon-reload; fi
     if [ -n "$PURGE" ]; then
         for path in "$SETTINGS" /var/lib/comet /var/lib/private/comet; do
-            if [ -e "$path" ] || [ -L "$path" ]; then do_it rm -rf "$path"; fi
+            if [ -e "$path" ] || [ -L "$path" ]; then do_it "remove $path" rm -rf "$path"; fi
         done
     fi
     if [ "$DONE" = 0 ]; then say "nothing to do: comet is not installed"; return; fi
