@@ -152,7 +152,7 @@ class Fanout:
         """Serve the next few of a channel; whether it has more to do."""
         batch = members.batch
         if batch is None:
-            batch = members.batch = next(batches(members.pending))
+            batch = members.batch = next(iter(batches(members.pending)))
             members.pending = members.pending[len(batch.messages) :]
             members.waiting = sum(message.cost for message in members.pending)
             members.index = 0

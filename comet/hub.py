@@ -172,7 +172,7 @@ class Hub:
         else:
             self._stats.offered += len(messages)
             for batch in batches(messages):
-                present.deliver(batch)
+                present.host.deliver(present, batch)  # `present.deliver` would be the same, by one call more
 
     def dropped(self, channel: str, epoch: int) -> None:
         """The channel's log is gone: end its subscribers, who may come back to the next one. One that is
@@ -219,7 +219,7 @@ class Hub:
         self._stats.published += sum(isinstance(answer, Receipt) for answer in answers)
         return answers
 
-    def send(self, channels: Sequence[str], type: str, data: bytes, key: str | None) -> Sent:
+    def send(self, channels: str, type: str, data: bytes, key: str | None) -> Sent:
         """See `Backplane.send`."""
         sent = self._backplane.send(channels, type, data, key)
         self._stats.published += 1

