@@ -135,7 +135,8 @@ def serve(settings: Settings, listener: socket.socket, data: Path, place: Place 
     subscriptions = Subscriptions(data)
     context = Context(hub, subscriptions, settings, stats, said, place.worker if place else 0)
     handlers.mount(application, context)
-    server = CometServer(listener, application, handlers.reader(application, context), hub, settings, stats, capacity)
+    reader, caller = handlers.reader(application, context), handlers.caller(application, context)
+    server = CometServer(listener, application, reader, caller, hub, settings, stats, capacity)
     stopping = Event()
     grace = settings.grace
 

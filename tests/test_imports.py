@@ -74,6 +74,7 @@ ALLOWED: dict[str, set[str]] = {
     "comet.server.crew": SERVER,
     "comet.server.http": SERVER,
     "comet.server.parking": SERVER,
+    "comet.server.posts": SERVER,
     "comet.server.short": SERVER,
     "comet.server.wsgi": SERVER,
     # the endpoints: none knows another
