@@ -15,7 +15,7 @@ import random
 import sqlite3
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ class Lookups:
 
     def holds(self, users: int, times: int, star: str, stars: int) -> dict[str, Any]:
         """See the module."""
-        looking = gevent.spawn(self._look, users, times, star, stars)
+        looking = gevent.spawn(self._look, [str(self._numbers.randrange(users)) for _ in range(times)] + [star] * stars)
         clock = thread = 0.0
         turns = 0
         while not looking.ready():
@@ -62,8 +62,8 @@ class Lookups:
         assert turns >= times + stars, "each look-up is to be seen"
         return {"clock": clock, "thread": thread}
 
-    def _look(self, users: int, times: int, star: str, stars: int) -> None:
-        for user in [str(self._numbers.randrange(users)) for _ in range(times)] + [star] * stars:
+    def _look(self, users: Sequence[str]) -> None:
+        for user in users:
             self._known.get_subscribers(user)
             gevent.sleep(A_TURN)
 
