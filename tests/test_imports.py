@@ -11,11 +11,11 @@ import pytest
 from tests.harness import ROOT
 
 SPOKEN = {"comet.errors", "comet.message"}
-SERVER = {"comet.errors", "comet.settings", "comet.stats", "comet.kernel", "comet.server"}
-HUB = {*SPOKEN, "comet.backplane", "comet.fanout", "comet.framing", "comet.history", "comet.stats", "comet.subscriber"}
+SERVER = {"comet.errors", "comet.settings", "comet.stats", "comet.kernel", "comet.server", "comet.turn"}
+HUB = {*SPOKEN, "comet.backplane", "comet.fanout", "comet.framing", "comet.history", "comet.stats", "comet.subscriber", "comet.turn"}
 PROCESSES = {"comet.board", "comet.kernel", "comet.settings"}
 HANDLER = {
-    "comet.hub", "comet.message", "comet.framing", "comet.subscriber", "comet.stats", "comet.settings", "comet.errors",
+    "comet.hub", "comet.message", "comet.framing", "comet.subscriber", "comet.stats", "comet.settings", "comet.errors", "comet.turn",
     "handlers.params",
 }  # fmt: skip
 """A handler speaks to the hub; it knows neither the backplane nor the server."""
@@ -29,6 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "comet.errors": set(),
     "comet.settings": set(),
     "comet.stats": set(),
+    "comet.turn": set(),
     "comet.collector": {"comet.stats"},
     "comet.kernel": set(),
     "comet.kernel.check": {"comet.kernel"},
