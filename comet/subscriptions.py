@@ -27,15 +27,13 @@ from gevent.threadpool import ThreadPool
 
 from comet.database import TRANSACTION, Key, key, open_reader, open_writer, transaction
 from comet.errors import Refusal
+from comet.turn import give_way
 
 STEP: Final = 1000
 """Ids that one statement fetches: 0.2 ms, and as much again to take them apart."""
 
 SLICE: Final = 1000
 """Rows of a write that are made ready before others have a turn: about a millisecond."""
-
-A_TURN: Final = 1e-9
-"""Seconds to sleep for everything else to have its turn (see `comet.server.connection`)."""
 
 ENDING: Final = 2.0
 """Seconds that the thread has to end."""
@@ -130,7 +128,7 @@ class Subscriptions:
             yield text, count
             if count < STEP:
                 return
-            gevent.sleep(A_TURN)
+            give_way()
             text, last, count = self._row(direction.joined[1], given, last, STEP)
 
     def _row(self, statement: str, *values: Key) -> tuple[str, Key, int]:
@@ -173,7 +171,7 @@ class Subscriptions:
         parts = []
         for start in range(0, len(pairs), SLICE):
             if start:
-                gevent.sleep(A_TURN)
+                give_way()
             rows = [(key(followee), key(follower)) for follower, followee in pairs[start : start + SLICE]]
             parts.append(msgspec.json.encode(rows)[1:-1])
         return (b"[" + b",".join(parts) + b"]").decode()

@@ -23,9 +23,7 @@ from typing import IO, Any
 import gevent
 
 from comet.subscriptions import Subscriptions
-
-A_TURN = 1e-9
-"""Seconds to sleep for everything else to have its turn."""
+from comet.turn import give_way
 
 
 class Lookups:
@@ -55,7 +53,7 @@ class Lookups:
         with Path("/proc/thread-self/schedstat").open("rb", buffering=0) as schedstat:
             while not looking.ready():
                 waited, began = _waited(schedstat), time.perf_counter()
-                gevent.sleep(A_TURN)
+                give_way()
                 took = time.perf_counter() - began
                 clock = max(clock, took)
                 held = max(held, took - (_waited(schedstat) - waited))
@@ -67,7 +65,7 @@ class Lookups:
     def _look(self, users: Sequence[str]) -> None:
         for user in users:
             self._known.get_subscribers(user)
-            gevent.sleep(A_TURN)
+            give_way()
 
     def star(self) -> dict[str, Any]:
         """See the module."""
