@@ -31,7 +31,7 @@ MAX_PENDING = 16 << 20
 are let go: subscribers notice the skip and read them from history, or are told a gap."""
 
 AT_ONCE = 32
-"""Channels whose messages are handed out where they arrive: as `DIRECT`, but that most have a subscriber or none."""
+"""Channels whose messages are handed out where they arrive, in one turn of the loop: most have a subscriber or none."""
 
 STRIDE = 16
 """Subscribers between two looks at the clock."""
@@ -187,13 +187,21 @@ class Feeds:
         self._clock = clock
         self._waiting: OrderedDict[str, list[Message]] = OrderedDict()
         self._bytes = 0
+        self._left = AT_ONCE
         self._scheduled = False
 
     def deliver(self, messages: Sequence[Message]) -> None:
         """Send them on their way, behind those of their channels that are."""
-        if len(messages) == 1 and not self._waiting:
-            self._hand_out(messages[0].channel, messages)
-            return
+        if len(messages) == 1 and self._left and not self._waiting:
+            self._left -= 1
+            self._give(messages[0].channel, messages)
+        else:
+            self._spread(messages)
+        if not self._scheduled:
+            self._scheduled = True
+            self._schedule(self._slice)
+
+    def _spread(self, messages: Sequence[Message]) -> None:
         channels: dict[str, list[Message]] = {}
         for message in messages:
             those = channels.get(message.channel)
@@ -202,10 +210,13 @@ class Feeds:
             else:
                 those.append(message)
         waiting = self._waiting
+        at_once = len(channels) <= self._left
+        if at_once:
+            self._left -= len(channels)
         for channel, those in channels.items():
             before = waiting.get(channel)
-            if before is None and len(channels) <= AT_ONCE:
-                self._hand_out(channel, those)
+            if before is None and at_once:
+                self._give(channel, those)
                 continue
             if before is None:
                 waiting[channel] = those
@@ -214,9 +225,6 @@ class Feeds:
             self._bytes += sum(message.cost for message in those)
         while self._bytes > MAX_PENDING:  # then this takes its time, and who sends more is not read from
             self._next()
-        if waiting and not self._scheduled:
-            self._scheduled = True
-            self._schedule(self._slice)
 
     def finish(self, channel: str) -> None:
         """Hand out now what waits of a channel, whose subscribers are about to be ended."""
@@ -225,6 +233,8 @@ class Feeds:
             self._next()
 
     def _slice(self) -> None:
+        """Once in a turn of the loop in which there was something."""
+        self._left = AT_ONCE
         until = self._clock() + SLICE
         while self._waiting and self._clock() < until:
             self._next()
@@ -235,7 +245,13 @@ class Feeds:
     def _next(self) -> None:
         channel, messages = self._waiting.popitem(last=False)
         self._bytes -= sum(message.cost for message in messages)
-        self._hand_out(channel, messages)
+        self._give(channel, messages)
+
+    def _give(self, channel: str, messages: Sequence[Message]) -> None:
+        try:
+            self._hand_out(channel, messages)
+        except Exception:  # as in `_serve`
+            log.exception("messages of %s could not be delivered", channel)
 
 
 def _serve(those: Iterable[Receiver], batch: Batch) -> None:

@@ -64,7 +64,23 @@ def names(count: int) -> list[str]:
 def test_few_are_handed_out_where_they_arrive(world: World, count: int) -> None:
     world.send(*names(count))
     assert world.trace == names(count)
+    world.turn()
     assert not world.scheduled
+
+
+def test_what_is_handed_out_where_it_arrives_is_bounded_in_a_turn_of_the_loop(world: World) -> None:
+    """However many frames a read of the router's link has brought."""
+    for name in names(1000):
+        world.send(name)
+    assert world.trace == names(AT_ONCE)
+    turns = 0
+    while world.turn():
+        turns += 1
+    assert turns > 900 // 21
+    assert world.trace == names(1000)
+    world.send(*names(AT_ONCE))
+    assert len(world.trace) == 1000 + AT_ONCE
+    world.check()
 
 
 def test_many_go_in_slices_and_each_message_once(world: World) -> None:
@@ -120,6 +136,23 @@ def test_what_waits_is_bounded(world: World, monkeypatch: pytest.MonkeyPatch) ->
     while world.turn():
         pass
     world.check()
+
+
+def test_a_failure_keeps_nothing_from_the_others(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    def fail(channel: str, messages: Sequence[Message]) -> None:
+        if channel in ("user:7", "user:77"):
+            raise RuntimeError("a bug")
+        hand_out(channel, messages)
+
+    hand_out, world.feeds._hand_out = world.hand_out, fail
+    world.send(*names(8))
+    world.send(*names(100))
+    while world.turn():
+        pass
+    assert world.trace == names(7) + [name for name in names(100) if name not in ("user:7", "user:77")]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"messages of {name} could not be delivered" for name in ("user:7", "user:7", "user:77")
+    ]
 
 
 def test_order_holds_whatever_comes_when(world: World) -> None:
