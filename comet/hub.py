@@ -152,14 +152,16 @@ class Hub:
                     return
                 answer = self._backplane.read(channel, position)
                 if answer is None:  # deleted meanwhile: `dropped` has ended them; or else forgotten, and they would hold for ever
-                    self._end(behind, "unreadable")
+                    for subscriber in behind:
+                        subscriber.end("unreadable")
                     return
                 answers[channel] = answer
                 for subscriber in behind:  # at the answer's place in the stream, so before anything else is lost
                     if not subscriber.ended:
                         subscriber.awake.answered(channel)
         except Exception:
-            self._end(behind, "unreadable")  # they would hold for ever; they resume by their cursors
+            for subscriber in behind:
+                subscriber.end("unreadable")  # they would hold for ever; they resume by their cursors
             raise
         finally:
             del self._behind[places]
@@ -169,11 +171,6 @@ class Hub:
             for subscriber in behind[start : start + AT_ONCE]:
                 if not subscriber.ended:  # it may have left while the backplane read
                     subscriber.join(answers)
-
-    @staticmethod
-    def _end(those: Sequence[Subscriber], reason: str) -> None:
-        for subscriber in those:
-            subscriber.end(reason)
 
     # -- what the backplane calls
 
