@@ -99,6 +99,7 @@ def open_reader(folder: Path) -> sqlite3.Connection:
     """For look-ups; it never waits for a lock. The file must have been prepared."""
     database = _connect(path_in(folder), patience=0.0)
     database.execute("PRAGMA query_only = ON")
+    database.execute("SELECT 1 FROM follows LIMIT 1").fetchall()  # opens the log's files now, and not in a request
     return database
 
 
