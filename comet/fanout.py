@@ -30,7 +30,7 @@ MAX_PENDING = 16 << 20
 """Bytes (as `Message.cost` counts) that wait for a channel's next sweep. Beyond it all but the newest
 are let go: subscribers notice the skip and read them from history, or are told a gap."""
 
-AT_ONCE = 32
+AT_ONCE = 64
 """Channels whose messages are handed out where they arrive, in one turn of the loop: most have a subscriber or none."""
 
 STRIDE = 16
@@ -222,7 +222,7 @@ class Feeds:
                 waiting[channel] = those
             else:
                 before += those
-            self._bytes += sum(message.cost for message in those)
+            self._bytes += _cost(those)
         while self._bytes > MAX_PENDING:  # then this takes its time, and who sends more is not read from
             self._next()
 
@@ -244,7 +244,7 @@ class Feeds:
 
     def _next(self) -> None:
         channel, messages = self._waiting.popitem(last=False)
-        self._bytes -= sum(message.cost for message in messages)
+        self._bytes -= _cost(messages)
         self._give(channel, messages)
 
     def _give(self, channel: str, messages: Sequence[Message]) -> None:
@@ -252,6 +252,10 @@ class Feeds:
             self._hand_out(channel, messages)
         except Exception:  # as in `_serve`
             log.exception("messages of %s could not be delivered", channel)
+
+
+def _cost(messages: Sequence[Message]) -> int:
+    return messages[0].cost if len(messages) == 1 else sum(message.cost for message in messages)
 
 
 def _serve(those: Iterable[Receiver], batch: Batch) -> None:

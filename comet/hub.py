@@ -32,8 +32,8 @@ AT_ONCE = 100
 
 
 class Hub:
-    """`backlog` is the bytes of messages that may wait for one client; `schedule` runs a function soon
-    (see `Fanout`)."""
+    """`backlog` is the bytes of messages that may wait for one client; `schedule` runs a function soon,
+    of which several may wait (see `Fanout`, `Feeds`)."""
 
     def __init__(self, backplane: Backplane, stats: Stats, backlog: int, schedule: Callable[[Callable[[], None]], None]) -> None:
         self.backlog = backlog

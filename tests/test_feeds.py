@@ -130,8 +130,8 @@ def test_what_waits_of_a_channel_can_be_finished(world: World) -> None:
 
 def test_what_waits_is_bounded(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fanout, "MAX_PENDING", 100_000)
-    world.send(*names(60), data=b"x" * 1000)
-    waiting = 60 - len(world.trace)
+    world.send(*names(200), data=b"x" * 1000)
+    waiting = 200 - len(world.trace)
     assert 0 < waiting * 4000 <= 100_000
     while world.turn():
         pass
