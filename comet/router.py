@@ -304,9 +304,13 @@ class Router:
     def _feed(self, messages: Sequence[Message]) -> None:
         """One message for many channels: its data goes once to each worker."""
         places: dict[Link, list[tuple[str, int, int]]] = {}
+        look_up = self._interest.get
         for message in messages:
             channel = message.channel
-            for link in self._links(channel):
+            present = look_up(channel)
+            if present is None:
+                continue
+            for link in present if isinstance(present, list) else (present,):
                 if link.takes(channel):
                     those = places.get(link)
                     if those is None:

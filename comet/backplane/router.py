@@ -297,11 +297,11 @@ class RouterBackplane:
         self._arrived([Message(channel, (epoch, offset), told.kind, told.data) for channel, epoch, offset in told.places])
 
     def _arrived(self, messages: Sequence[Message]) -> None:
-        channels = self._channels
         if self._stale:
             messages = [message for message in messages if message.channel not in self._stale]
+        look_up = self._channels.get
         for message in messages:
-            known = channels.get(message.channel)
+            known = look_up(message.channel)
             if known is not None:
                 known.epoch = message.epoch
                 known.offset = message.offset
