@@ -119,6 +119,7 @@ from comet.kernel.stock import stock  # noqa: E402
 from comet.server.wsgi import CometServer  # noqa: E402
 from comet.stats import Stats  # noqa: E402
 from comet.subscriptions import Subscriptions  # noqa: E402
+from comet.turn import Soon  # noqa: E402
 from handlers.params import Context  # noqa: E402
 
 
@@ -168,8 +169,7 @@ def serve(settings: Settings, listener: socket.socket, data: Path, place: Place 
     capacity = capacity_of(settings)
     stats = Stats()
     backplane = MemoryBackplane(Bounds.of(settings)) if place is None else RouterBackplane(place.router, settings.backplane_timeout)
-    soon = get_hub().loop.timer(0)
-    hub = Hub(backplane, stats, settings.backlog, soon.start)
+    hub = Hub(backplane, stats, settings.backlog, Soon())
     own = _own(place, stats, hub, capacity)
     application = Bottle()
     said = _alone(own, hub) if place is None else partial(_together, place, own)
@@ -179,7 +179,8 @@ def serve(settings: Settings, listener: socket.socket, data: Path, place: Place 
     roll = logs.Roll() if settings.log_clients else None
     if roll is not None:
         hub.left = roll.left
-    server = CometServer(listener, application, handlers.reader(application, context), hub, settings, stats, capacity, roll)
+    reader, caller = handlers.reader(application, context), handlers.caller(application, context)
+    server = CometServer(listener, application, reader, caller, hub, settings, stats, capacity, roll)
     stopping = Event()
     grace = settings.grace
 

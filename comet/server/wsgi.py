@@ -23,6 +23,7 @@ from comet.log import Roll
 from comet.server.connection import Connection
 from comet.server.crew import Crew
 from comet.server.parking import Parking, Sleeper
+from comet.server.posts import Call, Posts
 from comet.server.proxies import PROXY, Behind, Proxies, network_of
 from comet.server.short import LongWay, Shortcut
 from comet.settings import Settings, networks
@@ -64,6 +65,7 @@ class CometServer(WSGIServer):
         listener: socket.socket,
         application: Callable[..., Iterable[bytes]],
         wishes: Callable[[str, Mapping[str, str], str | None], Any],
+        calls: Callable[[str, str, bytes], Call | None],
         hub: Subscribers,
         settings: Settings,
         stats: Stats,
@@ -86,8 +88,10 @@ class CometServer(WSGIServer):
         """Connections that have a greenlet."""
         self.idle: set[Connection] = set()
         """Those of them that wait for a request to begin."""
-        # it reads of a request only what is wished: not whose it is, nor what it is called
-        self.shortcut = Shortcut(wishes, settings.max_header) if self.proxies is None and roll is None else LongWay()
+        # these read of a request only what is asked for: not whose it is, nor what it is called
+        short = self.proxies is None and roll is None
+        self.shortcut = Shortcut(wishes, settings.max_header) if short else LongWay()
+        self.posts = Posts(calls, settings.max_header) if short else LongWay()
         self.subscribe = hub.subscribe
         self.subscribe_asleep = hub.subscribe_asleep
         self._crew = Crew()

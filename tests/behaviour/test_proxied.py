@@ -103,6 +103,16 @@ def test_every_refusal_has_an_id_of_its_own(start: Start) -> None:
     assert all(re.fullmatch(r"[0-9a-f]{12}-[0-9a-f]+", str(one)) for one in ids), ids
 
 
+def test_a_refusal_on_the_short_way_has_one_too(start: Start) -> None:
+    server = start("--publish-key", "secret")
+    with server.client() as client:
+        answers = [client.request("POST", "/send/1", b"x") for _ in range(3)]  # the first connection's first, then kept alive
+        assert [answer.status for answer in answers] == [401] * 3
+        assert len({answer.headers["x-request-id"] for answer in answers}) == 3
+        right = client.request("POST", "/send/1", b"x", {"Authorization": "Bearer secret"})
+        assert right.status == 200 and "x-request-id" not in right.headers
+
+
 def test_who_comes_and_goes_is_logged_where_that_is_asked_for(start: Start) -> None:
     server = start("--trusted-proxies", "127.0.0.2", "--log-clients")
     with via(server) as proxy:
