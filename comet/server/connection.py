@@ -213,6 +213,7 @@ class Connection(WSGIHandler):
                 self._respond(head)
             elif callable(head):
                 self._guard(self._call_shortly, head)
+                self._release()
             else:
                 self._guard(self._attend_shortly, head)
                 self._release()
