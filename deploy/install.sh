@@ -25,9 +25,10 @@ fail() { printf 'install.sh: %s\n' "$*" >&2; exit 1; }
 # WHAT COMMAND...: something that changes the machine: said, and done unless this is a dry run.
 do_it() {
     DONE=$((DONE + 1))
-    say "${DRY:+would: }$1"
+    what=$1
+    say "${DRY:+would: }$what"
     shift
-    [ -n "$DRY" ] || "$@"
+    [ -n "$DRY" ] || "$@" || fail "could not $what; what is wrong should stand above. Mend it and run this again."
 }
 
 # SOURCE TARGET MODE: a file, where it is missing or differs; whether it was
@@ -42,29 +43,35 @@ put_code() {
     do_it "write $TARGET/$1" swap_in "$1"
 }
 
+# (chains of &&, here and below: in a function whose success is asked for, set -e is off)
 swap_in() {
-    rm -rf "$TARGET/.new" "$TARGET/.old"
-    mkdir -p "$TARGET/.new" "$TARGET/.old"
-    cp -R "$SOURCE/$1" "$TARGET/.new/"
-    find "$TARGET/.new" -name __pycache__ -prune -exec rm -rf {} +
-    chmod -R u=rwX,go=rX "$TARGET/.new/$1"
-    [ ! -e "$TARGET/$1" ] || mv "$TARGET/$1" "$TARGET/.old/"
-    mv "$TARGET/.new/$1" "$TARGET/$1"
-    rm -rf "$TARGET/.new" "$TARGET/.old"
+    rm -rf "$TARGET/.new" "$TARGET/.old" &&
+        mkdir -p "$TARGET/.new" "$TARGET/.old" &&
+        cp -R "$SOURCE/$1" "$TARGET/.new/" &&
+        find "$TARGET/.new" -name __pycache__ -prune -exec rm -rf {} + &&
+        chmod -R u=rwX,go=rX "$TARGET/.new/$1" &&
+        { [ ! -e "$TARGET/$1" ] || mv "$TARGET/$1" "$TARGET/.old/"; } &&
+        mv "$TARGET/.new/$1" "$TARGET/$1" &&
+        rm -rf "$TARGET/.new" "$TARGET/.old"
 }
 
+# Anew, since what is gone from the requirements must go too, and one of another Python can't be mended; and aside, since a
+# service may be running in the old one. (Its scripts don't survive the move; `python -m` does.)
 make_environment() {
-    # anew: what is gone from the requirements must go too, and one of another Python can't be mended
-    rm -rf "$TARGET/venv"
-    "$PYTHON" -m venv "$TARGET/venv"
-    "$TARGET/venv/bin/python" -m pip install --quiet --disable-pip-version-check ${WHEELS:+--no-index --find-links "$WHEELS"} \
-        -r "$TARGET/deploy/requirements.txt"
-    cp "$TARGET/deploy/requirements.txt" "$TARGET/venv/.made-of"
+    rm -rf "$TARGET/.venv" &&
+        "$PYTHON" -m venv "$TARGET/.venv" &&
+        "$TARGET/.venv/bin/python" -m pip install --quiet --disable-pip-version-check ${WHEELS:+--no-index --find-links "$WHEELS"} \
+            -r "$TARGET/deploy/requirements.txt" &&
+        cp "$TARGET/deploy/requirements.txt" "$TARGET/.venv/.made-of" &&
+        rm -rf "$TARGET/venv" &&
+        mv "$TARGET/.venv" "$TARGET/venv"
 }
 
 make_key() {
-    install -d -m 0755 "$SETTINGS"
-    (umask 077 && od -An -N32 -tx1 /dev/urandom | tr -d ' \n' >"$SETTINGS/publish-key" && echo >>"$SETTINGS/publish-key")
+    install -d -m 0755 "$SETTINGS" &&
+        key=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n') &&
+        [ ${#key} = 64 ] &&
+        (umask 077 && printf '%s\n' "$key" >"$SETTINGS/publish-key")
 }
 
 # A queue a worker, on the one port: COMET_WORKERS=auto is one worker a core at least.
@@ -79,8 +86,7 @@ queue_file() {
 }
 
 load_notrack() {
-    systemctl --quiet enable comet-notrack.service
-    systemctl restart comet-notrack.service
+    systemctl --quiet enable comet-notrack.service && systemctl restart comet-notrack.service
 }
 
 # Without tcp_mem where the kernel's own is larger already: it must not be made less.
@@ -205,7 +211,7 @@ while [ $# -gt 0 ]; do
         --uninstall) UNINSTALL=1 ;;
         --purge) PURGE=1 ;;
         --wheels)
-            [ $# -ge 2 ] && [ -d "$2" ] || fail "--wheels needs a folder of packages"
+            if [ $# -lt 2 ] || [ ! -d "$2" ]; then fail "--wheels needs a folder of packages"; fi
             WHEELS=$(cd "$2" && pwd)
             shift ;;
         *) sed -n '2,10s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;

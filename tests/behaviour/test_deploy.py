@@ -1,5 +1,6 @@
 """deploy/: booted for real where that can be (`deploy/verify`), and its files held against the code."""
 
+import ast
 import os
 import re
 import shutil
@@ -114,6 +115,12 @@ def test_a_server_installs_what_it_imports_and_no_test_tools() -> None:
     packages = set(re.findall(r"^(\w+)", (DEPLOY / "requirements.txt").read_text(), re.MULTILINE))
     assert not packages & {"pytest", "locust", "pytest_xdist"}
     files = [ROOT / "app.py", *(path for folder in ("comet", "handlers") for path in (ROOT / folder).rglob("*.py"))]
-    imported = {name for path in files for name in re.findall(r"^\s*(?:import|from) (\w+)", path.read_text(), re.MULTILINE)}
+    imported = set()
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                imported.add(str(node.module).partition(".")[0])
     assert imported - set(sys.stdlib_module_names) - {"comet", "handlers"} <= packages
     assert "-r deploy/requirements.txt" in (ROOT / "requirements.txt").read_text()

@@ -276,6 +276,8 @@ def test_a_send_is_answered_alike_by_the_short_way_and_the_long(
             for _ in range(2):  # fresh, and kept alive
                 answer = client.request("POST", f"/send/{user}{query}", body)
                 answer.headers.pop("date")
+                assert ("x-request-id" in answer.headers) == (status >= 400)
+                answer.headers.pop("x-request-id", None)  # its own
                 closing = answer.headers.pop("connection", None)  # the long way, where it has not read the body
                 answers.append((answer.status, answer.headers, answer.body))
                 if closing:

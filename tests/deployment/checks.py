@@ -210,6 +210,30 @@ def a_reload_that_fails_leaves_it_as_it_was(on: Deployed) -> str:
     return "systemctl status says so, and the next one goes well"
 
 
+def an_update_is_a_reload(on: Deployed) -> str:
+    before, main = {one["pid"] for one in on.workers()}, on.main()
+    on.run("cp -R . /root/new && echo '# newer' >>/root/new/handlers/health.py")
+    with on.swarm() as swarm:
+        said = on.run("/root/new/deploy/install.sh").stdout
+        assert "reload comet.service" in said and "virtual environment" not in said, said
+        wait_until(lambda: not before & {one["pid"] for one in on.workers()}, 30)
+        assert on.main() == main
+        report = swarm.report("settle")
+    return told(report, gaps=0)
+
+
+def an_update_that_fails_says_so_and_stops_nothing(on: Deployed) -> str:
+    main = on.main()
+    on.run("echo no-such-package-as-this >>/root/new/deploy/requirements.txt")
+    done = on.run("/root/new/deploy/install.sh", check=False)
+    assert done.returncode == 1 and "install.sh: could not make a virtual environment" in done.stderr, done
+    assert on.main() == main
+    on.run("/opt/comet/venv/bin/python -c 'import gevent'")
+    on.run("deploy/install.sh && rm -r /root/new")
+    assert on.main() == main and on.run("deploy/install.sh").stdout.startswith("nothing to do")
+    return "the service goes on in its old environment, and the next installation mends the rest"
+
+
 def the_main_process_is_killed(on: Deployed) -> str:
     main, restarts = on.main(), int(on.shown("NRestarts"))
     with on.swarm() as swarm:
@@ -398,6 +422,8 @@ CHECKS = (
     a_worker_is_killed,
     it_is_reloaded,
     a_reload_that_fails_leaves_it_as_it_was,
+    an_update_is_a_reload,
+    an_update_that_fails_says_so_and_stops_nothing,
     the_main_process_is_killed,
     a_stuck_main_process_is_restarted,
     who_connects_while_it_is_away_is_served,
