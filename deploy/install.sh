@@ -107,9 +107,11 @@ apply_sysctl() {
 }
 
 install_all() {
-    PYTHON=$(command -v python3) || fail "python3 is missing: apt-get install python3-venv"
+    # the machine's own: one in somebody's home (pyenv) is hidden from the service
+    PYTHON=/usr/bin/python3
+    [ -x "$PYTHON" ] || fail "$PYTHON is missing: apt-get install python3-venv"
     "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || fail "comet needs Python 3.11 or newer; $PYTHON is older"
-    "$PYTHON" -c 'import venv, ensurepip' 2>/dev/null || fail "this Python has no venv: apt-get install python3-venv"
+    "$PYTHON" -c 'import venv, ensurepip' 2>/dev/null || fail "$PYTHON has no venv: apt-get install python3-venv"
     command -v systemctl >/dev/null || fail "there is no systemd here; deploy/Dockerfile is for containers"
     [ -n "$DRY" ] || [ "$(id -u)" = 0 ] || fail "this changes the machine: run it as root, or with --dry-run"
 
@@ -142,7 +144,8 @@ install_all() {
         if put "$SOURCE/deploy/back-off.conf" "$UNITS/comet.service.d/back-off.conf" 0644; then units=1; fi
     fi
     if [ -x /usr/sbin/nft ]; then
-        if put "$SOURCE/deploy/comet.nft" "$SETTINGS/comet.nft" 0644; then units=1; fi
+        # yours from then on, as comet.env: which ports it names is this machine's matter
+        [ -f "$SETTINGS/comet.nft" ] || do_it "write $SETTINGS/comet.nft" install -D -m 0644 "$SOURCE/deploy/comet.nft" "$SETTINGS/comet.nft"
         if put "$SOURCE/deploy/comet-notrack.service" "$UNITS/comet-notrack.service" 0644; then units=1; fi
     else
         say "there is no nft: connections to comet are tracked if anything on this machine tracks (apt-get install nftables)"
@@ -153,16 +156,16 @@ install_all() {
     rm -f "$kernel"
 
     [ -z "$units" ] || do_it "systemctl daemon-reload" systemctl daemon-reload
-    if [ -x /usr/sbin/nft ] && { [ -n "$units" ] || ! systemctl --quiet is-active comet-notrack.service; }; then
+    if [ -x /usr/sbin/nft ] && { [ -n "$units" ] || ! systemctl --quiet is-active comet-notrack.service 2>/dev/null; }; then
         do_it "enable and load comet-notrack.service" load_notrack
     fi
     if ! systemctl --quiet is-enabled comet.socket comet.service 2>/dev/null; then
         do_it "enable comet.socket and comet.service" systemctl --quiet enable comet.socket comet.service
     fi
-    if [ -n "$port" ] && systemctl --quiet is-active comet.socket; then
+    if [ -n "$port" ] && systemctl --quiet is-active comet.socket 2>/dev/null; then
         do_it "stop comet.socket and comet.service: the socket is to be another" systemctl stop comet.socket comet.service
     fi
-    if [ -n "$port" ] || ! systemctl --quiet is-active comet.service; then
+    if [ -n "$port" ] || ! systemctl --quiet is-active comet.service 2>/dev/null; then
         do_it "start comet.socket and comet.service" systemctl start comet.socket comet.service
     elif [ -n "$units$packages" ]; then
         do_it "restart comet.service" systemctl restart comet.service
