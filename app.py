@@ -87,6 +87,8 @@ from gevent.event import Event  # noqa: E402
 import handlers  # noqa: E402
 from comet import collector, service  # noqa: E402
 from comet.backplane.memory import Bounds, MemoryBackplane  # noqa: E402
+from comet.backplane.redis import RedisBackplane  # noqa: E402
+from comet.backplane.redis_dial import Denied  # noqa: E402
 from comet.backplane.router import RouterBackplane  # noqa: E402
 from comet.board import ROUTER, SUPERVISOR  # noqa: E402
 from comet.generation import ORPHANED_GRACE, Place  # noqa: E402
@@ -126,12 +128,16 @@ def serve(settings: Settings, listener: socket.socket, data: Path, place: Place 
     (`prepare_data`); `place` is a worker's in its service, None where there is one process alone. The exit status."""
     capacity = capacity_of(settings)
     stats = Stats()
-    backplane = MemoryBackplane(Bounds.of(settings)) if place is None else RouterBackplane(place.router, settings.backplane_timeout)
+    try:
+        backplane = _backplane(settings, place)
+    except (Denied, ValueError) as error:
+        log.error("%s", error)
+        return 1
     soon = get_hub().loop.timer(0)
     hub = Hub(backplane, stats, settings.backlog, soon.start)
     own = _own(place, stats, hub, capacity)
     application = Bottle()
-    said = _alone(own, hub) if place is None else partial(_together, place, own)
+    said = _alone(own, hub) if place is None else partial(_together, place, own, hub if settings.backplane else None)
     subscriptions = Subscriptions(data)
     context = Context(hub, subscriptions, settings, stats, said, place.worker if place else 0)
     handlers.mount(application, context)
@@ -179,10 +185,20 @@ def serve(settings: Settings, listener: socket.socket, data: Path, place: Place 
     hub.drain(SPREAD * grace)
     late = server.join(grace)
     subscriptions.close()
+    backplane.close()
     if place is not None:
         place.board.write(place.slot, own())  # the supervisor keeps what was counted
     log.info("stopped; cut off after %g s: %d", grace, late) if late else log.info("stopped")
     return 0
+
+
+def _backplane(settings: Settings, place: Place | None) -> MemoryBackplane | RouterBackplane | RedisBackplane:
+    """Raises Denied and ValueError, with a sentence, where there can't be one."""
+    if settings.backplane:
+        return RedisBackplane.of(settings)
+    if place is None:
+        return MemoryBackplane(Bounds.of(settings))
+    return RouterBackplane(place.router, settings.backplane_timeout)
 
 
 def _own(place: Place | None, stats: Stats, hub: Hub, capacity: int) -> Callable[[], dict[str, Any]]:
@@ -205,10 +221,10 @@ def _alone(own: Callable[[], dict[str, Any]], hub: Hub) -> Callable[[], dict[str
     return lambda: service.summary([own()], hub.totals(), {}, memory.sockets())
 
 
-def _together(place: Place, own: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The whole service, as its processes have said on the board."""
+def _together(place: Place, own: Callable[[], dict[str, Any]], hub: Hub | None) -> dict[str, Any]:
+    """The whole service, as its processes have said on the board; the `hub` is asked where there is no router."""
     said = {slot.slot: {**slot.document, "age": round(slot.age, 2)} for slot in place.board.read()}
-    supervisor, router = said.pop(SUPERVISOR, {}), said.pop(ROUTER, {})
+    supervisor, router = said.pop(SUPERVISOR, {}), hub.totals() if hub else said.pop(ROUTER, {})
     said[place.slot] = own()
     workers = [said[slot] for slot in sorted(said)]
     return service.summary(workers, router, supervisor, memory.sockets())

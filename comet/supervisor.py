@@ -7,7 +7,7 @@ others. It owns what may never be lost, hands it on as descriptors, and decides 
   that died is served by the next one;
 - the router's Unix socket, the board (`comet.board`), and the *lifeline*, a pipe that nobody writes to:
   it ends when this process does, and then so do all the others;
-- the router process (`comet.router`) and a generation of workers (`comet.generation`).
+- the router process (`comet.router`), where no Redis is in its place, and a generation of workers (`comet.generation`).
 
 A new generation (SIGHUP) is the program executed anew: new code. Until it is ready the old one serves;
 then the old one drains. Should the process that forks a generation die, the kernel gives its workers
@@ -452,7 +452,7 @@ class Supervisor:
 
     def _start_router(self) -> None:
         """Its socket waits here meanwhile, with the workers that connect to it."""
-        if self._stopping:
+        if self._stopping or self._settings.backplane:  # Redis orders the messages
             return
         inherited = (self._router_listener.fileno(), self._lifeline, self._board.descriptor)
         self._router = subprocess.Popen(  # noqa: S603 - our own module

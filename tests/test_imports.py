@@ -14,6 +14,10 @@ SPOKEN = {"comet.errors", "comet.message"}
 SERVER = {"comet.errors", "comet.settings", "comet.stats", "comet.kernel", "comet.server"}
 HUB = {*SPOKEN, "comet.backplane", "comet.fanout", "comet.framing", "comet.history", "comet.stats", "comet.subscriber"}
 PROCESSES = {"comet.board", "comet.kernel", "comet.settings"}
+REDIS = {
+    *SPOKEN, "comet.history", "comet.backplane", "comet.backplane.redis_dial", "comet.backplane.redis_scripts",
+    "comet.backplane.redis_link", "comet.backplane.redis_shards",
+}  # fmt: skip
 HANDLER = {
     "comet.hub", "comet.message", "comet.framing", "comet.subscriber", "comet.stats", "comet.settings", "comet.errors",
     "comet.subscriptions", "handlers.params",
@@ -68,6 +72,13 @@ ALLOWED: dict[str, set[str]] = {
     "comet.backplane.link": {*SPOKEN, "comet.backplane.frames"},
     "comet.backplane.router": {*SPOKEN, "comet.history", "comet.backplane", "comet.backplane.frames", "comet.backplane.link"},
     "comet.backplane.memory": {*SPOKEN, "comet.history", "comet.backplane"},
+    "comet.backplane.redis": {*REDIS, "comet.backplane.memory", "comet.backplane.redis_following", "comet.backplane.redis_calls"},
+    "comet.backplane.redis_following": {*REDIS, "comet.backplane.memory", "comet.backplane.redis_calls"},
+    "comet.backplane.redis_calls": {*SPOKEN, "comet.backplane.redis_link", "comet.backplane.redis_shards"},
+    "comet.backplane.redis_shards": {"comet.backplane.redis_link", "comet.backplane.redis_dial", "comet.backplane.redis_scripts"},
+    "comet.backplane.redis_link": {"comet.backplane.redis_dial", "comet.backplane.redis_scripts"},
+    "comet.backplane.redis_scripts": {*SPOKEN, "comet.history", "comet.backplane.memory"},
+    "comet.backplane.redis_dial": set(),
     # the server, which knows a subscriber only by its small interface
     "comet.server": set(),
     "comet.server.connection": SERVER,
