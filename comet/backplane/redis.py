@@ -17,7 +17,7 @@ import logging
 import random
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, Final
 
@@ -25,11 +25,12 @@ import gevent
 
 from comet.backplane import Deliver, Dropped, Lost
 from comet.backplane.memory import EPOCH_BITS, Bounds, digest
-from comet.backplane.redis_calls import Calls, Gather
+from comet.backplane.redis_calls import Calls, Gather, away
 from comet.backplane.redis_dial import dial
 from comet.backplane.redis_dial import read as read_url
 from comet.backplane.redis_following import LOT, Following
 from comet.backplane.redis_link import Link
+from comet.backplane.redis_replicas import Place, Replicas
 from comet.backplane.redis_scripts import NOW, PAGE, Names, Replay, Scripts, piece, place, replay
 from comet.backplane.redis_shards import NAME, Cluster, Single
 from comet.errors import Refusal
@@ -76,6 +77,7 @@ class RedisBackplane:
         self._acknowledged: OrderedDict[str, tuple[Position, float]] = OrderedDict()
         """How far the channels are that were published to from here, and until when that matters; the first to go first."""
         self._following = Following(self._shards, self._calls, self._scripts, self._names, clock, self._vouched, target.cluster)
+        self._replicas = Replicas(replicas, replicas_timeout) if replicas else None
         self._greenlet: Any = None
 
     @classmethod
@@ -112,6 +114,8 @@ class RedisBackplane:
             gather.wait(self._calls, FAREWELL)
         self._following.close()
         self._shards.close()
+        if self._replicas is not None:
+            self._replicas.close()
 
     def ready(self) -> bool:
         return self._following.ready()
@@ -125,6 +129,7 @@ class RedisBackplane:
         groups: dict[str, list[int]] = {}
         for number, publication in enumerate(publications):
             groups.setdefault(publication.channel, []).append(number)
+        held = self._places(groups)
         gather = Gather(len(groups))
         for number, (channel, places) in enumerate(groups.items()):
             those = [publications[place] for place in places]
@@ -139,7 +144,8 @@ class RedisBackplane:
             )
         answers: list[Receipt | Refusal] = [_conflict()] * len(publications)  # each is replaced
         refusals = []
-        for (channel, places), reply in zip(groups.items(), gather.wait(self._calls, self._timeout), strict=True):
+        replies = self._confirmed(gather.wait(self._calls, self._timeout), gather, held)
+        for (channel, places), reply in zip(groups.items(), replies, strict=True):
             if isinstance(reply, Refusal):
                 refusals.append(reply)
                 receipts: Sequence[Receipt | Refusal] = [reply] * len(places)
@@ -200,6 +206,7 @@ class RedisBackplane:
                 gevent.sleep(1e-9)
             slots.setdefault(self._shards.slot(self._names.log(channel)), []).append(channel)
         lots = [those[start : start + FEEDS] for those in slots.values() for start in range(0, len(those), FEEDS)]
+        held = self._places(lot[0] for lot in lots)
         gather = Gather(len(lots))
         for number, lot in enumerate(lots):
             keys = [
@@ -216,7 +223,8 @@ class RedisBackplane:
                 gevent.sleep(1e-9)
         position: Position | None = None
         delivered = 0
-        for lot, reply in zip(lots, gather.wait(self._calls, self._timeout), strict=True):
+        replies = self._confirmed(gather.wait(self._calls, self._timeout), gather, held)
+        for lot, reply in zip(lots, replies, strict=True):
             if isinstance(reply, Refusal):
                 raise reply
             for channel, answer in zip(lot, reply, strict=True):
@@ -227,6 +235,35 @@ class RedisBackplane:
                     if channel == first:
                         position = receipt.position
         return Sent(position, len(channels), delivered)
+
+    # -- replicas
+
+    def _places(self, channels: Iterable[str]) -> dict[Link, Place]:
+        """Where replicas are to be waited for. Raises Refusal when that can't be."""
+        if self._replicas is None:
+            return {}
+        links = {self._shards.link(self._names.log(channel)) for channel in channels}
+        places = {link: self._replicas.place(link) for link in links if link is not None}
+        if any(place is None for place in places.values()):
+            raise away()
+        return {link: place for link, place in places.items() if place is not None}
+
+    def _confirmed(self, replies: Sequence[Any], gather: Gather, held: dict[Link, Place]) -> Sequence[Any]:
+        """The replies, or in the place of each that replicas have not confirmed a Refusal ``unconfirmed``."""
+        if self._replicas is None:
+            return replies
+        logs: dict[Link, bytes] = {}
+        for reply, asked in zip(replies, gather.asked, strict=True):
+            if asked is not None and asked.link in held and not isinstance(reply, Refusal):
+                logs[asked.link] = asked.key
+        waits = {link: gevent.spawn(self._replicas.confirm, held[link], name) for link, name in logs.items()}
+        good = {link for link, greenlet in waits.items() if greenlet.get()}
+        return [
+            reply if isinstance(reply, Refusal) or (asked is not None and asked.link in good) else _few()
+            for reply, asked in zip(replies, gather.asked, strict=True)
+        ]
+
+    # -- what this worker can vouch for
 
     def _acknowledge(self, channel: str, position: Position) -> None:
         known = self._acknowledged.pop(channel, None)
@@ -386,6 +423,13 @@ def _nothing(reply: Any) -> None:
 
 def _conflict() -> Refusal:
     return Refusal("key-conflict", "This idempotency key was used for another message on this channel; take a new key.")
+
+
+def _few() -> Refusal:
+    return Refusal(
+        "unconfirmed",
+        "Fewer replicas of Redis have this than --redis-replicas asks for: it may be lost; send it again under its key, or if twice is better than never.",
+    )
 
 
 def _receipt(answer: bytes) -> Receipt:

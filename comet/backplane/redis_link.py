@@ -104,7 +104,8 @@ class Link:
 
     def __init__(self, title: str, connect: Callable[[], Connection], timeout: float, scripts: Scripts, owner: Owner) -> None:
         self.title = title
-        self._connect = connect
+        self.connect = connect
+        """Makes a connection, waiting."""
         self._timeout = timeout
         self._scripts = scripts
         self._owner = owner
@@ -285,7 +286,7 @@ class Link:
             gevent.sleep(pause * random.uniform(0.5, 1.0))
             pause = min(LONGEST_PAUSE, 2 * pause + 0.02)
             try:
-                connection = self._connect()
+                connection = self.connect()
                 try:
                     connection.exchange([("SCRIPT", "LOAD", one.text) for one in self._scripts.all], self._timeout)
                 except BaseException:
