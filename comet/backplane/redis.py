@@ -426,10 +426,8 @@ def _conflict() -> Refusal:
 
 
 def _few() -> Refusal:
-    return Refusal(
-        "unconfirmed",
-        "Fewer replicas of Redis have this than --redis-replicas asks for: it may be lost; send it again under its key, or if twice is better than never.",
-    )
+    why = "Fewer replicas of Redis have this than --redis-replicas asks for, so it may be lost"
+    return Refusal("unconfirmed", f"{why}; send it again under its key, or if twice is better than never.")
 
 
 def _receipt(answer: bytes) -> Receipt:
