@@ -97,6 +97,7 @@ from comet.kernel import check, limits, memory, processes, sockets  # noqa: E402
 from comet.server.wsgi import CometServer  # noqa: E402
 from comet.stats import Stats  # noqa: E402
 from comet.subscriptions import Subscriptions  # noqa: E402
+from comet.subscriptions_redis import RedisSubscriptions, connect  # noqa: E402
 from handlers.params import Context  # noqa: E402
 
 
@@ -138,7 +139,7 @@ def serve(settings: Settings, listener: socket.socket, data: Path, place: Place 
     own = _own(place, stats, hub, capacity)
     application = Bottle()
     said = _alone(own, hub) if place is None else partial(_together, place, own, hub if settings.backplane else None)
-    subscriptions = Subscriptions(data)
+    subscriptions = _subscriptions(settings, data)
     context = Context(hub, subscriptions, settings, stats, said, place.worker if place else 0)
     handlers.mount(application, context)
     server = CometServer(listener, application, handlers.reader(application, context), hub, settings, stats, capacity)
@@ -199,6 +200,16 @@ def _backplane(settings: Settings, place: Place | None) -> MemoryBackplane | Rou
     if place is None:
         return MemoryBackplane(Bounds.of(settings))
     return RouterBackplane(place.router, settings.backplane_timeout)
+
+
+def _subscriptions(settings: Settings, data: Path) -> Subscriptions | RedisSubscriptions:
+    """Where the messages are ordered for many machines, there they are too."""
+    if not settings.backplane:
+        return Subscriptions(data)
+    return RedisSubscriptions(
+        partial(connect, settings.backplane, settings.redis_timeout, settings.redis_connect_timeout, settings.redis_pool),
+        settings.redis_prefix,
+    )
 
 
 def _own(place: Place | None, stats: Stats, hub: Hub, capacity: int) -> Callable[[], dict[str, Any]]:

@@ -19,12 +19,16 @@ from comet.history import Joined
 from comet.message import ChannelInfo, Message, Position, Publication, Receipt, Sent, Since
 from comet.stats import Stats
 from comet.subscriber import Awake, Host, Subscriber, Wish
+from comet.turn import give_way
 
 ENDING_PAUSE = 0.05
 """Seconds between two lots of streams that a drain ends."""
 
 ENDED_AT_ONCE = 20
 """Streams a lot at least: few need no spreading."""
+
+AT_ONCE = 100
+"""Subscribers that go on together after something was missed: half a millisecond."""
 
 
 class Hub:
@@ -42,6 +46,8 @@ class Hub:
         self._channels: dict[str, Subscriber | Members[Subscriber]] = {}
         # those whose backplane has not answered yet, and what was dropped meanwhile: (channel, epoch)
         self._joining: dict[Subscriber, set[tuple[str, int]]] = {}
+        # those who wait for what was missed, by where they stand
+        self._behind: dict[tuple[tuple[str, Position], ...], list[Subscriber]] = {}
         backplane.attach(self.deliver, self.dropped, self.lost)
 
     # -- subscribing
@@ -126,28 +132,44 @@ class Hub:
             self._backplane.unsubscribe(subscriber.channels)
 
     def resync(self, subscriber: Subscriber) -> None:
-        """It was delivered a later message than it can take: this process missed some."""
-        gevent.spawn(self._catch_up, subscriber)
+        """It was delivered a later message than it can take: this process missed some. Those that stand at the
+        same place, often all of a channel, share what is read."""
+        places = tuple(subscriber.awake.offered.items())
+        behind = self._behind.get(places)
+        if behind is None:
+            self._behind[places] = [subscriber]
+            gevent.spawn(self._catch_up, places)
+        else:
+            behind.append(subscriber)
 
-    def _catch_up(self, subscriber: Subscriber) -> None:
-        if subscriber.ended:
-            return
+    def _catch_up(self, places: tuple[tuple[str, Position], ...]) -> None:
+        behind = self._behind[places]
         answers: dict[str, Joined] = {}
         try:
-            for channel, position in list(subscriber.awake.offered.items()):
+            for channel, position in places:
+                if all(subscriber.ended for subscriber in behind):
+                    return
                 answer = self._backplane.read(channel, position)
-                if answer is None:  # deleted meanwhile: `dropped` has ended it; or else forgotten, and it would hold for ever
-                    subscriber.end("unreadable")
+                if answer is None:  # deleted meanwhile: `dropped` has ended them; or else forgotten, and they would hold for ever
+                    for subscriber in behind:
+                        subscriber.end("unreadable")
                     return
                 answers[channel] = answer
-                if subscriber.ended:
-                    return
-                subscriber.awake.answered(channel)
+                for subscriber in behind:  # at the answer's place in the stream, so before anything else is lost
+                    if not subscriber.ended:
+                        subscriber.awake.answered(channel)
         except Exception:
-            subscriber.end("unreadable")  # it would hold for ever; it resumes by its cursor
+            for subscriber in behind:
+                subscriber.end("unreadable")  # they would hold for ever; they resume by their cursors
             raise
-        if not subscriber.ended:  # it may have left while the backplane read
-            subscriber.join(answers)
+        finally:
+            del self._behind[places]
+        for start in range(0, len(behind), AT_ONCE):
+            if start:
+                give_way()
+            for subscriber in behind[start : start + AT_ONCE]:
+                if not subscriber.ended:  # it may have left while the backplane read
+                    subscriber.join(answers)
 
     # -- what the backplane calls
 

@@ -16,22 +16,19 @@ How safe it is what is answered, is Redis' persistence to say: see the README.
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Final, TypeVar
 
-import gevent
 import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from comet.database import key
 from comet.errors import Refusal
+from comet.turn import give_way
 
 STEP: Final = 2000
 """Ids that one question fetches."""
 
 LOT: Final = 1000
 """Users whose sets are changed in one round trip."""
-
-A_TURN: Final = 1e-9
-"""Seconds to sleep for everything else to have its turn."""
 
 _ZERO: Final = 0x80
 _TEXT: Final = b"\xff"
@@ -136,7 +133,7 @@ class RedisSubscriptions:
             if len(ids) < STEP:
                 return
             after = ids[-1]
-            gevent.sleep(A_TURN)
+            give_way()
 
     def _page(self, name: str, after: str | None, limit: int) -> list[str]:
         return [unpack(one) for one in self._range(name, None if after is None else pack(after), limit)]
@@ -163,7 +160,7 @@ class RedisSubscriptions:
         for count, (name, one) in enumerate(ends, 1):
             sets.setdefault(name, []).append(pack(one))
             if count % LOT == 0:
-                gevent.sleep(A_TURN)
+                give_way()
         names = list(sets)
         changed = 0
         for start in range(0, len(names), LOT):
@@ -177,9 +174,13 @@ class RedisSubscriptions:
                 self._client = self._make()
             return work(self._client)
         except redis.OutOfMemoryError as error:
-            raise Refusal("backplane-full", "Redis, which keeps the subscriptions, has no memory left; send it all again when there is room.") from error
+            raise Refusal(
+                "backplane-full", "Redis, which keeps the subscriptions, has no memory left; send it all again when there is room."
+            ) from error
         except (redis.RedisError, OSError) as error:
-            raise Refusal("backplane-away", "Redis, which keeps the subscriptions, does not answer; send it again, a little later.") from error
+            raise Refusal(
+                "backplane-away", "Redis, which keeps the subscriptions, does not answer; send it again, a little later."
+            ) from error
 
 
 def add(pipeline: Any, name: str, ids: list[bytes]) -> None:

@@ -7,16 +7,13 @@ in this process. Clients are the `Reader` of the router's tests, which checks wh
 More seeds than the usual few: ``COMET_SEEDS=100 pytest tests/test_backplane_redis.py``.
 """
 
-import gc
 import logging
 import os
 import random
-import time
 import traceback
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import gevent
@@ -24,16 +21,14 @@ import pytest
 from gevent import socket
 from gevent.server import StreamServer
 
-from comet.backplane import redis_following
 from comet.backplane.memory import Bounds
 from comet.backplane.redis import RedisBackplane
-from comet.backplane.redis_dial import Denied, dial, read
 from comet.errors import Refusal
 from comet.hub import Hub
 from comet.message import OLDEST, Position, Publication, Receipt
 from comet.stats import Stats
 from tests.harness import wait_until
-from tests.redis_server import RedisServer, needs_redis, redis_cluster, redis_server
+from tests.redis_server import RedisServer, needs_redis, redis_server
 from tests.test_backplane_router import Reader
 
 pytestmark = needs_redis
@@ -171,7 +166,7 @@ class Service:
         return [answer.position for answer in answers if isinstance(answer, Receipt)]
 
     def reader(self, worker: Worker, *channels: str) -> Reader:
-        return Reader(self, worker, channels).join()  # type: ignore[arg-type]
+        return Reader(_any(self), _any(worker), channels).join()
 
     def heads(self, reader: Reader) -> bool:
         """It has all that there is."""
@@ -188,6 +183,11 @@ class Service:
     def close(self) -> None:
         for worker in self.workers:
             worker.close()
+
+
+def _any(one: Any) -> Any:
+    """A reader takes a service and a worker that look like the router's."""
+    return one
 
 
 Open = Callable[..., Service]
@@ -209,7 +209,9 @@ def stack() -> Iterator[ExitStack]:
 def start(stack: ExitStack, shared: RedisServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Iterator[Open]:
     """A service; on the module's Redis, emptied, where there is no other."""
     caught: list[str] = []
-    monkeypatch.setattr(gevent.get_hub(), "handle_error", lambda context, kind, error, trace: caught.append("".join(traceback.format_exception(error))))
+    monkeypatch.setattr(
+        gevent.get_hub(), "handle_error", lambda context, kind, error, trace: caught.append("".join(traceback.format_exception(error)))
+    )
 
     def begin(redis: RedisServer | None = None, **options: Any) -> Service:
         if redis is None:
@@ -290,7 +292,8 @@ class Chaos:
         self.busy.append(gevent.spawn(work))
 
     def come(self) -> None:
-        reader = Reader(self.service, self.rng.choice(self.service.workers), self.rng.sample(self.names, self.rng.randint(1, min(2, len(self.names)))))  # type: ignore[arg-type]
+        names = self.rng.sample(self.names, self.rng.randint(1, min(2, len(self.names))))
+        reader = Reader(_any(self.service), _any(self.rng.choice(self.service.workers)), names)
         self.readers.append(reader)
         self.busy.append(gevent.spawn(self._join, reader))
 
@@ -309,7 +312,7 @@ class Chaos:
         if there:
             reader = self.rng.choice(there)
             reader.leave()
-            reader.worker = self.rng.choice(self.service.workers)
+            reader.worker = _any(self.rng.choice(self.service.workers))
             self.busy.append(gevent.spawn(self._join, reader))
 
     def doze(self) -> None:
@@ -380,7 +383,7 @@ class Chaos:
                 assert self.service.truth[channel][position.epoch][position.offset - 1] == body
                 joined = self.service.workers[0].backplane.read(channel, OLDEST)
                 assert joined is not None
-        held = defaultdict(int)
+        held: defaultdict[str, int] = defaultdict(int)
         for reader in self.readers:
             if reader.subscriber is not None or reader.greenlet is not None:
                 for channel in reader.channels:

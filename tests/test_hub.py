@@ -248,11 +248,48 @@ def test_after_lost_deliveries_history_is_read_and_nothing_is_lost_or_doubled(wo
     world.backplane.before = lambda: world.publish("a", "5")
     world.backplane.after = lambda: world.publish("a", "6")
     world.publish("a", "4")
-    wait_until(lambda: world.backplane.reads == 3)  # one a channel of each subscriber
+    wait_until(lambda: world.backplane.reads == 3)  # one a channel of each place that somebody stands at
     world.publish("a", "7")
     assert taken(first) == taken(second) == list("1234567")
     gevent.sleep(0)
     assert world.backplane.reads == 3
+
+
+def test_who_stands_at_the_same_place_shares_what_is_read_and_holds_up_nobody(world: World, crashes: list[Any]) -> None:
+    several = [world.join("a") for _ in range(1000)]
+    world.publish("a", "1")
+    lose(world, "2")
+    world.backplane.after = several[7].close
+    world.publish("a", "3")
+    turns = 0
+    while any(len(one.awake._queue) < 3 for one in several if not one.ended):
+        gevent.sleep(0)
+        turns += 1
+        assert turns < 1000
+    assert turns > 5, "others had turns meanwhile"
+    world.publish("a", "4")
+    assert world.backplane.reads == 1
+    assert all(taken(one) == list("1234") for one in several if one is not several[7])
+
+
+def test_a_loss_while_the_shared_answer_goes_round_is_told_to_all(world: World, crashes: list[Any]) -> None:
+    several = [world.join("a") for _ in range(300)]
+    lose(world, "1")
+
+    def lose_the_log() -> None:
+        log = world.backplane._open("a")
+        world.hub.lost({"a": Joined(Position(log.epoch + 1, 5), (), True)})
+        log.epoch += 1
+        log.head = 5
+        log.entries = None
+        world.publish("a", "3")
+
+    world.backplane.after = lambda: gevent.spawn(lose_the_log)
+    world.publish("a", "2")
+    wait_until(lambda: all(one.awake.offered["a"].offset == 6 for one in several))
+    got = [taken(one) for one in several]
+    assert {tuple(one) for one in got} == {("1", "2", "GAP", "3"), ("GAP", "3")}
+    assert world.backplane.reads == 1
 
 
 def test_what_is_lost_and_no_longer_kept_is_told_once(world: World, crashes: list[Any]) -> None:

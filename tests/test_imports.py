@@ -11,23 +11,25 @@ import pytest
 from tests.harness import ROOT
 
 SPOKEN = {"comet.errors", "comet.message"}
-SERVER = {"comet.errors", "comet.settings", "comet.stats", "comet.kernel", "comet.server"}
-HUB = {*SPOKEN, "comet.backplane", "comet.fanout", "comet.framing", "comet.history", "comet.stats", "comet.subscriber"}
+SERVER = {"comet.errors", "comet.settings", "comet.stats", "comet.kernel", "comet.server", "comet.turn"}
+HUB = {*SPOKEN, "comet.backplane", "comet.fanout", "comet.framing", "comet.history", "comet.stats", "comet.subscriber", "comet.turn"}
 PROCESSES = {"comet.board", "comet.kernel", "comet.settings"}
 REDIS = {
-    *SPOKEN, "comet.history", "comet.backplane", "comet.backplane.redis_dial", "comet.backplane.redis_scripts",
+    *SPOKEN, "comet.history", "comet.turn", "comet.backplane", "comet.backplane.redis_dial", "comet.backplane.redis_scripts",
     "comet.backplane.redis_link", "comet.backplane.redis_shards",
 }  # fmt: skip
 HANDLER = {
-    "comet.hub", "comet.message", "comet.framing", "comet.subscriber", "comet.stats", "comet.settings", "comet.errors",
-    "comet.subscriptions", "handlers.params",
+    "comet.hub", "comet.message", "comet.framing", "comet.subscriber", "comet.stats", "comet.settings", "comet.errors", "comet.turn",
+    "comet.subscriptions", "comet.subscriptions_redis", "handlers.params",
 }  # fmt: skip
 """A handler speaks to the hub; it knows neither the backplane nor the server."""
 
 ALLOWED: dict[str, set[str]] = {
     # the leaves
     "comet": set(),
-    "comet.__main__": {"comet.kernel", "comet.top", "comet.loading"},
+    "comet.__main__": {"comet.kernel", "comet.top", "comet.loading", "comet.loading_redis"},
+    "comet.loading_redis": {"comet.database", "comet.loading", "comet.subscriptions_redis"},
+    "comet.subscriptions_redis": {"comet.errors", "comet.database", "comet.turn"},
     "comet.loading": {*SPOKEN, "comet.database"},
     "comet.top": set(),
     "comet.service": set(),
@@ -35,6 +37,7 @@ ALLOWED: dict[str, set[str]] = {
     "comet.errors": set(),
     "comet.settings": set(),
     "comet.stats": set(),
+    "comet.turn": set(),
     "comet.collector": {"comet.stats"},
     "comet.kernel": set(),
     "comet.kernel.check": {"comet.kernel"},

@@ -36,6 +36,7 @@ from comet.backplane.redis_shards import NAME, Cluster, Single
 from comet.errors import Refusal
 from comet.history import Joined
 from comet.message import ChannelInfo, Position, Publication, Receipt, Sent, Since
+from comet.turn import give_way
 
 FEEDS: Final = 200
 """Feeds that one script sends to: a millisecond or two of Redis, which does nothing else meanwhile."""
@@ -203,7 +204,7 @@ class RedisBackplane:
         slots: dict[int, list[str]] = {}
         for count, channel in enumerate(channels):
             if count % 1000 == 999:
-                gevent.sleep(1e-9)
+                give_way()
             slots.setdefault(self._shards.slot(self._names.log(channel)), []).append(channel)
         lots = [those[start : start + FEEDS] for those in slots.values() for start in range(0, len(those), FEEDS)]
         held = self._places(lot[0] for lot in lots)
@@ -220,7 +221,7 @@ class RedisBackplane:
                 partial(gather.put, number), again=False, timeout=self._timeout, size=len(data) + 100 * len(lot),
             )  # fmt: skip
             if number % 5 == 4:
-                gevent.sleep(1e-9)
+                give_way()
         position: Position | None = None
         delivered = 0
         replies = self._confirmed(gather.wait(self._calls, self._timeout), gather, held)
@@ -390,7 +391,7 @@ class RedisBackplane:
                 arguments = (epoch, position.epoch, position.offset)
                 self._calls.ask(keys[0], lambda keys=keys, arguments=arguments: self._scripts.vouch.command(keys, arguments), _nothing)  # type: ignore[misc]
             if count % LOT == LOT - 1:
-                gevent.sleep(1e-9)
+                give_way()
 
     # -- each second
 

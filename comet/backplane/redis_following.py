@@ -35,6 +35,7 @@ from comet.backplane.redis_scripts import HOLD, PAGE, Names, Replay, Scripts, me
 from comet.backplane.redis_shards import Cluster, Single
 from comet.errors import Refusal
 from comet.message import Position, Since
+from comet.turn import give_way
 
 LINGER: Final = 5.0
 """Seconds that the worker stays subscribed to a channel that has lost its last subscriber here."""
@@ -315,7 +316,7 @@ class Following:
                 self._have(link, name, state)
                 if state.epoch != _UNKNOWN:
                     self.resume(name)
-            gevent.sleep(1e-9)
+            give_way()
 
     def resume(self, channel: str) -> None:
         """Have made good what was missed."""

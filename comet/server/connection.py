@@ -21,7 +21,6 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
-import gevent
 from gevent.pywsgi import WSGIHandler
 from gevent.socket import socket as GeventSocket
 
@@ -31,14 +30,11 @@ from comet.server.parking import Parking, Sleeper, os_close, os_read, os_write
 from comet.server.short import Shortcut
 from comet.settings import Settings
 from comet.stats import Stats
+from comet.turn import give_way
 
 READ_SIZE = 16384
 LINGER_BYTES = 65536
 LINGER_SECONDS = 1.0
-
-A_TURN = 1e-9
-"""Seconds to sleep for everything else to have its turn. Not 0: gevent runs up to fifty greenlets that
-do so before it looks at sockets again."""
 
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 _NO_BODY = io.BytesIO()
@@ -206,7 +202,7 @@ class Connection(WSGIHandler):
             if self.descriptor < 0:
                 return False
             if not self.close_connection and self.buffer:
-                gevent.sleep(A_TURN)  # who pipelines takes turns with the others
+                give_way()  # who pipelines takes turns with the others
             if self.close_connection:
                 return bool(self.buffer) or self._body_is_left
 
@@ -280,7 +276,7 @@ class Connection(WSGIHandler):
         if timeout <= 0:
             raise TimeoutError
         if self._has_read:
-            gevent.sleep(A_TURN)  # reading does not yield while there is data: a flood would stop everyone else
+            give_way()  # reading does not yield while there is data: a flood would stop everyone else
         self._has_read = True
         try:
             return os_read(self.descriptor, READ_SIZE)
