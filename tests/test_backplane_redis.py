@@ -10,10 +10,12 @@ More seeds than the usual few: ``COMET_SEEDS=100 pytest tests/test_backplane_red
 import logging
 import os
 import random
+import time
 import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import gevent
@@ -21,14 +23,17 @@ import pytest
 from gevent import socket
 from gevent.server import StreamServer
 
+from comet.backplane import redis_following
 from comet.backplane.memory import Bounds
 from comet.backplane.redis import RedisBackplane
+from comet.backplane.redis_dial import Denied, read
 from comet.errors import Refusal
 from comet.hub import Hub
-from comet.message import OLDEST, Position, Publication, Receipt
+from comet.message import Position, Publication, Receipt
+from comet.settings import Settings
 from comet.stats import Stats
-from tests.harness import wait_until
-from tests.redis_server import RedisServer, needs_redis, redis_server
+from tests.harness import Server, wait_until
+from tests.redis_server import RedisServer, needs_redis, redis_cluster, redis_server
 from tests.test_backplane_router import Reader
 
 pytestmark = needs_redis
@@ -98,11 +103,12 @@ class Proxy:
 class Worker:
     """A process: its backplane and its hub."""
 
-    def __init__(self, service: "Service") -> None:
+    def __init__(self, service: "Service", url: str = "", replicas: int = 0) -> None:
         self.proxy = Proxy(service.redis.port)
         self.backplane = RedisBackplane(
-            f"redis://127.0.0.1:{self.proxy.port}", service.bounds, timeout=service.timeout, silence=SILENCE, connect_timeout=SILENCE
-        )
+            url or f"redis://127.0.0.1:{self.proxy.port}", service.bounds, timeout=service.timeout, silence=SILENCE,
+            connect_timeout=SILENCE, replicas=replicas, replicas_timeout=SILENCE,
+        )  # fmt: skip
         self.following = self.backplane._following
         self.hub = Hub(self.backplane, Stats(), 1 << 26, gevent.get_hub().loop.run_callback)
         self.dropping = 0
@@ -118,8 +124,8 @@ class Worker:
         self.backplane.start()
 
     def close(self) -> None:
-        self.proxy.close()
         self.backplane.close()
+        self.proxy.close()
 
 
 class Log:
@@ -183,6 +189,7 @@ class Service:
     def close(self) -> None:
         for worker in self.workers:
             worker.close()
+        self.workers = []
 
 
 def _any(one: Any) -> Any:
@@ -381,8 +388,6 @@ class Chaos:
         if not self.forgot:
             for channel, position, body in self.acknowledged:
                 assert self.service.truth[channel][position.epoch][position.offset - 1] == body
-                joined = self.service.workers[0].backplane.read(channel, OLDEST)
-                assert joined is not None
         held: defaultdict[str, int] = defaultdict(int)
         for reader in self.readers:
             if reader.subscriber is not None or reader.greenlet is not None:
@@ -404,3 +409,367 @@ def test_a_random_history(start: Open, seed: int) -> None:
     for reader in chaos.readers:
         reader.leave()
     wait_until(lambda: all(service.count(name) == 0 for name in chaos.names))
+
+
+# -- what may happen, one by one
+
+
+def slug(what: Callable[[], Any]) -> str:
+    """What it is refused for."""
+    with pytest.raises(Refusal) as refusal:
+        what()
+    return refusal.value.slug
+
+
+def eventually(what: Callable[[], Any]) -> Any:
+    """Its answer, once Redis gives one."""
+
+    def tried() -> Any:
+        try:
+            return [what()]
+        except Refusal:
+            return None
+
+    return wait_until(tried)[0]
+
+
+def test_what_was_published_while_a_connection_was_broken_is_made_good(service: Service) -> None:
+    one, two = service.workers
+    awake, asleep = service.reader(one, "a"), service.reader(one, "a")
+    asleep.doze()
+    service.publish(two, "a", "1")
+    wait_until(lambda: len(asleep.got) == 1)
+    one.proxy.refusing = True
+    one.proxy.cut()
+    service.publish(two, "a", *map(str, range(2, 500)))
+    wait_until(lambda: not one.backplane.ready())
+    one.proxy.refusing = False
+    wait_until(lambda: len(awake.got) == len(asleep.got) == 499)
+    assert awake.gaps == asleep.gaps == []
+    assert service.count("a") == 2
+
+
+def test_a_dropped_message_is_read_when_the_next_one_comes(service: Service) -> None:
+    one, two = service.workers
+    reader = service.reader(one, "a")
+    one.dropping = 2
+    service.publish(two, "a", "1")
+    service.publish(two, "a", "2", "3")
+    assert reader.got == []
+    service.publish(two, "a", "4")
+    wait_until(lambda: reader.got == ["1", "2", "3", "4"])
+    one.dropping = 1
+    service.publish(two, "a", "5")
+    late = service.reader(one, "a")  # a join finds it out as well
+    wait_until(lambda: len(reader.got) == 5)
+    assert late.got == [] == reader.gaps
+
+
+def test_a_restart_of_a_redis_that_keeps_everything_loses_nothing(start: Open) -> None:
+    with redis_server("--appendonly", "yes", "--appendfsync", "always") as redis:
+        service = start(redis, timeout=0.5)
+        one, two = service.workers
+        readers = [service.reader(worker, "a") for worker in service.workers]
+        service.publish(one, "a", "1", "2")
+        redis.kill()
+        wait_until(lambda: not one.backplane.ready())
+        began = time.monotonic()
+        assert slug(lambda: service.publish(one, "a", "lost")) == "backplane-away"
+        assert slug(lambda: service.count("a")) == "backplane-away"
+        assert slug(lambda: one.backplane.send(["a"], "message", b"x")) == "backplane-away"
+        assert slug(lambda: one.backplane.subscribe(["new"], [None])) == "backplane-away"
+        assert time.monotonic() - began < 4
+        redis.start()
+        wait_until(service.ready)
+        assert service.count("a") == 2
+        service.publish(two, "a", "3")
+        wait_until(lambda: all(reader.got == ["1", "2", "3"] for reader in readers))
+        assert not readers[0].gaps
+        assert service.count("new") is None, "who gave up is not counted"
+        service.close()
+
+
+@pytest.mark.parametrize("published", [0, 1, 5])
+def test_a_rewound_redis_is_another_epoch_and_each_is_told_one_gap(start: Open, published: int) -> None:
+    with redis_server("--save", "3600 1000000") as redis:
+        service = start(redis)
+        one, two = service.workers
+        readers = [service.reader(worker, "a") for worker in service.workers]
+        service.publish(one, "a", "1", "2")
+        (quiet, *_) = service.publish(two, "nobody is there", "1")
+        redis.ask("SAVE")
+        service.publish(one, "a", "3", "4")
+        (cursor,) = service.publish(two, "nobody is there", "2")
+        wait_until(lambda: all(len(reader.got) == 4 for reader in readers))
+        redis.kill()
+        redis.start()
+        wait_until(service.ready)
+        if published:
+            service.publish(one, "a", *"56789"[:published])
+            service.publish(one, "nobody is there", *"56789"[:published])
+        wait_until(lambda: all(service.heads(reader) for reader in readers))
+        assert all(reader.got == ["1", "2", "3", "4", "GAP", *"56789"[:published]] for reader in readers)
+        (joined,) = one.backplane.subscribe(["nobody is there"], [cursor])
+        assert joined.gap
+        assert joined.position.epoch != quiet.epoch
+        service.close()
+
+
+def test_an_emptied_redis_is_another_epoch_and_each_is_told_one_gap_soon(service: Service) -> None:
+    one, two = service.workers
+    readers = [service.reader(worker, "a", "b") for worker in service.workers]
+    service.publish(one, "a", "1")
+    wait_until(lambda: all(reader.got == ["1"] for reader in readers))
+    service.redis.ask("FLUSHALL")
+    wait_until(lambda: all(len(reader.gaps) == 2 for reader in readers), 5)  # one a channel, though nobody publishes
+    service.publish(two, "a", "2")
+    wait_until(lambda: all(reader.got == ["1", "GAP", "GAP", "2"] for reader in readers))
+    assert service.count("a") == service.count("b") == 2
+
+
+@pytest.mark.parametrize("what", ["log", "stream"])
+def test_keys_that_redis_evicts_are_a_gap_for_who_needs_them(service: Service, what: str) -> None:
+    one, two = service.workers
+    reader = service.reader(one, "a")
+    (old, *_) = service.publish(one, "a", "1", "2", "3")
+    wait_until(lambda: len(reader.got) == 3)
+    service.redis.ask("DEL", "c:{a}" if what == "log" else "c:{a}:log")
+    (joined,) = two.backplane.subscribe(["a"], [old])
+    assert joined.gap
+    assert joined.messages == []
+    two.backplane.unsubscribe(["a"])
+    service.publish(two, "a", "4")
+    wait_until(lambda: reader.got[-1] == "4")
+    assert reader.got == ["1", "2", "3", *(["GAP"] if what == "log" else []), "4"]
+
+
+def test_a_redis_that_sleeps_is_away_and_nothing_hangs(start: Open) -> None:
+    service = start(timeout=1.0)
+    one, two = service.workers
+    readers = [service.reader(worker, "a") for worker in service.workers]
+    service.publish(one, "a", "1")
+    sleeping = gevent.get_hub().threadpool.spawn(service.redis.ask, "DEBUG", "SLEEP", "2.5")
+    gevent.sleep(0.1)
+    began = time.monotonic()
+    assert slug(lambda: service.publish(one, "a", "perhaps")) in ("unconfirmed", "backplane-away")
+    assert time.monotonic() - began < 1.5
+    wait_until(lambda: not one.backplane.ready())
+    sleeping.get()
+    wait_until(service.ready)
+    service.publish(two, "a", "2")
+    wait_until(lambda: all(reader.got[-1] == "2" for reader in readers))
+    assert not any(reader.gaps for reader in readers)
+    assert all([one for one in reader.got if one != "perhaps"] == ["1", "2"] for reader in readers)
+
+
+def test_a_redis_without_memory_refuses_and_goes_on(start: Open) -> None:
+    with redis_server() as redis:
+        service = start(redis)
+        one, _ = service.workers
+        reader = service.reader(one, "a")
+        service.publish(one, "a", "1")
+        redis.ask("CONFIG", "SET", "maxmemory", "1")
+        assert slug(lambda: service.publish(one, "a", "2")) == "backplane-full"
+        assert slug(lambda: one.backplane.subscribe(["new"], [None])) == "backplane-full"
+        (answer,) = one.backplane.subscribe(["a"], [None])
+        assert answer.position.offset == 1
+        one.backplane.unsubscribe(["a"])
+        redis.ask("CONFIG", "SET", "maxmemory", "0")
+        service.publish(one, "a", "3")
+        wait_until(lambda: reader.got == ["1", "3"])
+        wait_until(lambda: service.count("a") == 1)
+        assert service.count("new") is None
+        service.close()
+
+
+def test_a_read_only_replica_is_no_backplane(start: Open) -> None:
+    with redis_server() as master, redis_server() as redis:
+        service = start(redis, timeout=0.5)
+        reader = service.reader(service.workers[0], "a")
+        service.publish(service.workers[0], "a", "1")
+        redis.ask("REPLICAOF", "127.0.0.1", master.port)
+        assert slug(lambda: service.publish(service.workers[1], "a", "2")) in ("backplane-away", "unconfirmed")
+        wait_until(lambda: not any(worker.backplane.ready() for worker in service.workers))
+        redis.ask("REPLICAOF", "NO", "ONE")
+        wait_until(service.ready)
+        eventually(lambda: service.publish(service.workers[0], "a", "3"))
+        wait_until(lambda: reader.got[-1] == "3")
+        service.close()
+
+
+def test_who_dies_is_not_counted_for_long(start: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(redis_following, "LEASE", 2.5)
+    service = start()
+    one, two = service.workers
+    service.reader(one, "a")
+    service.reader(two, "a")
+    assert service.count("a") == 2
+    two.proxy.refusing = True
+    two.proxy.cut()
+    wait_until(lambda: service.count("a") == 1)
+    two.proxy.refusing = False
+    wait_until(lambda: service.count("a") == 2)  # it comes back under another id
+
+
+def test_who_ends_in_order_is_not_counted_any_more(service: Service) -> None:
+    service.workers.append(Worker(service))
+    wait_until(service.ready)
+    service.reader(service.workers[2], "a")
+    assert service.count("a") == 1
+    service.workers[0].following._since -= 60
+    service.workers.pop().close()
+    wait_until(lambda: service.count("a") == 0, 3)
+
+
+def test_an_acknowledgement_may_wait_for_replicas(start: Open) -> None:
+    with redis_server() as redis, redis_server("--replicaof", "127.0.0.1", str(redis.port)) as replica:
+        wait_until(lambda: replica.ask("ROLE")[3] == b"connected")
+        service = start(redis)
+        service.workers.append(Worker(service, replicas=1))
+        wait_until(service.ready)
+        worker = service.workers[-1]
+        reader = service.reader(worker, "a")
+        keyed = [Publication("a", b"1", "message", "k")]
+        assert isinstance(worker.backplane.publish(keyed)[0], Receipt)
+        replica.signal(19)
+        assert slug(lambda: worker.backplane.publish([Publication("a", b"2", "message", "l")])) == "unconfirmed"
+        assert slug(lambda: worker.backplane.send(["a"], "message", b"3", "m")) == "unconfirmed"
+        replica.signal(18)
+        (again,) = eventually(lambda: worker.backplane.publish([Publication("a", b"2", "message", "l")]))
+        assert again.position.offset == 2
+        assert eventually(lambda: worker.backplane.send(["a"], "message", b"3", "m")).position.offset == 3
+        wait_until(lambda: reader.got == ["1", "2", "3"])
+        service.close()
+
+
+def settings(url: str) -> Settings:
+    return Settings(backplane=url)
+
+
+def test_who_is_not_let_in_is_told_so() -> None:
+    with redis_server("--requirepass", "secret") as redis:
+        for url in (redis.url, redis.url.replace("//", "//:wrong@"), redis.url.replace("//", "//nobody:secret@")):
+            with pytest.raises(Denied, match="user and password"):
+                RedisBackplane.of(settings(url))
+        backplane = RedisBackplane.of(settings(redis.url.replace("//", "//default:secret@")))
+        backplane.attach(lambda messages: None, lambda channel, epoch: None, lambda answers: None)
+        backplane.start()
+        wait_until(backplane.ready)
+        backplane.close()
+
+
+@pytest.mark.parametrize(
+    ("url", "why"),
+    [
+        ("http://x", "scheme"),
+        ("redis://x?maxmemory=1", "can't be said"),
+        ("redis+cluster://x/1", "the database 0 alone"),
+        ("unix://", "has a path"),
+        ("redis://x:port", "port|Port"),
+    ],
+)
+def test_a_url_that_can_not_be_read_is_a_sentence(url: str, why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        RedisBackplane.of(settings(url))
+
+
+def test_what_a_url_says() -> None:
+    target = read("rediss://me:p%40ss@example.org:7000/3")
+    assert (target.address, target.database, target.username, target.password) == (("example.org", 7000), 3, "me", "p@ss")
+    assert target.tls is not None
+    assert not target.cluster
+    assert read("redis+cluster://h").cluster
+    assert read("unix:///run/redis.sock").address == "/run/redis.sock"
+
+
+def test_a_unix_socket_will_do(start: Open, tmp_path: Path) -> None:
+    path = tmp_path / "redis.sock"
+    with redis_server("--unixsocket", str(path)):
+        backplane = RedisBackplane.of(settings(f"unix://{path}"))
+        backplane.attach(lambda messages: None, lambda channel, epoch: None, lambda answers: None)
+        backplane.start()
+        wait_until(backplane.ready)
+        assert backplane.publish([Publication("a", b"1")])
+        backplane.close()
+
+
+# -- a whole server
+
+
+def test_clients_stay_while_redis_is_away(tmp_path: Path) -> None:
+    with redis_server("--appendonly", "yes", "--appendfsync", "always") as redis:
+        flags = ("--backplane", redis.url, "--backplane-timeout", "1", "--redis-timeout", "0.8")
+        with Server(tmp_path / "one.log", *flags) as one, Server(tmp_path / "two.log", "--workers", "2", *flags) as two:
+            wait_until(lambda: all(server.request("GET", "/readyz").status == 200 for server in (one, two)))
+            with one.events("news") as near, two.events("news") as far, two.client() as poller:
+                poller.ask("GET", "/poll/news")
+                wait_until(lambda: one.request("GET", "/channels/news").json["subscribers"] == 3)
+                two.publish("news", "1")
+                assert near.next().data == far.next().data == "1"
+                assert [message["data"] for message in poller.read().json["messages"]] == ["1"]
+                one.request("PUT", "/users/alice/following/rj")
+                assert two.request("GET", "/users/rj/followers").json["followers"] == ["alice"]
+                redis.kill()
+                wait_until(lambda: all(server.request("GET", "/readyz").status == 503 for server in (one, two)))
+                for method, path in (
+                    ("POST", "/publish/news"),
+                    ("POST", "/send/rj"),
+                    ("GET", "/users/rj/followers"),
+                    ("GET", "/channels/news"),
+                ):
+                    answer = one.request(method, path, b"lost" if method == "POST" else None)
+                    assert (answer.status, answer.json["error"]) == (503, "backplane-away"), answer
+                    assert int(answer.headers["retry-after"]) > 0
+                assert one.stats()["connections"] > 0
+                redis.start()
+                wait_until(lambda: all(server.request("GET", "/readyz").status == 200 for server in (one, two)))
+                one.publish("news", "2")
+                assert near.next().data == far.next().data == "2"
+                assert two.request("GET", "/users/rj/followers").json["followers"] == ["alice"]
+            for server in (one, two):
+                server.assert_healthy()
+
+
+def test_a_server_that_is_not_let_in_says_so_and_ends(tmp_path: Path) -> None:
+    with redis_server("--requirepass", "secret") as redis, pytest.raises(AssertionError, match="set its user and password"):
+        Server(tmp_path / "log", "--backplane", redis.url)
+
+
+# -- a cluster
+
+
+@pytest.mark.parametrize("failover", ["killed", "asked"])
+def test_a_cluster_of_six_and_a_failover(start: Open, failover: str) -> None:
+    with redis_cluster() as servers:
+        service = start(servers[0], workers=0)
+        url = servers[0].url.replace("redis://", "redis+cluster://")
+        service.workers += [Worker(service, url=url, replicas=1) for _ in range(2)]
+        one, two = service.workers
+        wait_until(service.ready)
+        names = [f"c{number}" for number in range(30)]
+        readers = [service.reader(worker, *names[start_ : start_ + 10]) for worker in service.workers for start_ in (0, 10, 20)]
+        answers = one.backplane.publish([Publication(name, b"1") for name in names])
+        assert {isinstance(answer, Receipt) and answer.subscribers for answer in answers} == {2}
+        sent = two.backplane.send(names, "message", b"2", "key")
+        assert (sent.targets, sent.delivered) == (30, 60)
+        assert two.backplane.send(names, "message", b"2", "key") == sent
+        wait_until(lambda: all(len(reader.got) == 20 for reader in readers))
+        if failover == "killed":
+            servers[0].kill()  # a master, as redis-cli makes them
+        else:
+            replica = next(server for server in servers if server.ask("ROLE")[0] == b"slave")
+            replica.ask("CLUSTER", "FAILOVER")
+        for number in range(3, 6):
+            left = [Publication(name, str(number).encode(), "message", f"k{number}") for name in names]
+            while left:
+                try:
+                    answers = one.backplane.publish(left)
+                except Refusal as refusal:
+                    answers = [refusal] * len(left)
+                left = [publication for publication, answer in zip(left, answers, strict=True) if isinstance(answer, Refusal)]
+                gevent.sleep(0.05)
+        wait_until(lambda: all(len(reader.got) >= 50 for reader in readers))
+        for reader in readers:
+            assert not reader.gaps
+            assert sorted(reader.got) == sorted(str(number) for number in range(1, 6) for _ in range(10))
+        service.close()
