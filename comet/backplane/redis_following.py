@@ -227,8 +227,8 @@ class Following:
         if isinstance(reply, Refusal):
             state.told = _UNKNOWN
             gevent.spawn_later(RETRY, self._change_if, channel)
-        elif not reply and state.count and self._channels.get(channel) is state:
-            self.resume(channel)  # the log is gone, or another
+        elif reply != state.offset and state.count and not state.stale and self._channels.get(channel) is state:
+            self.resume(channel)  # the log is gone, or another; or something was missed
 
     def _change_if(self, channel: str) -> None:
         if channel in self._channels:

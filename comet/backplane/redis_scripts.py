@@ -230,9 +230,9 @@ return since(K, L, e, o, s, ARGV[5], ARGV[6], tonumber(ARGV[7]))
 _HOLD: Final = """
 local K, L = KEYS[1], KEYS[2]
 local e, o, s = known(K)
-if e ~= ARGV[3] then return 0 end
+if e ~= ARGV[3] then return -1 end
 count(K, L, s, ARGV[1], tonumber(ARGV[2]))
-return 1
+return o
 """
 
 _VOUCH: Final = """
