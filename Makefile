@@ -18,7 +18,7 @@ test: $(VENV)/.run
 	$(BIN)/python -m pytest -n 4 --dist worksteal $(ARGS)
 
 chaos: $(VENV)/.run
-	COMET_CHAOS=full $(BIN)/python -m pytest -s tests/behaviour/test_chaos.py $(ARGS)
+	COMET_CHAOS=full $(BIN)/python -m pytest -s tests/behaviour/test_chaos.py tests/behaviour/test_machines.py $(ARGS)
 
 bench: $(VENV)/.run
 	$(BIN)/python -m loadtest.bench $(ARGS)

@@ -2,7 +2,8 @@
 
 A backplane joins the processes of a service; a hub (`comet.hub`) lives in one of them and knows its
 clients. The backplane never imports the hub: it is given three functions, `deliver`, `dropped`, `lost`.
-`memory.py` is the backplane of one process, `router.py` that of several on one machine; every backplane
+`memory.py` is the backplane of one process, `router.py` that of several on one machine, `redis.py` that of many
+machines; every backplane
 passes tests/contracts.
 
 Whatever may have to wait for another process raises Refusal ``backplane-away`` when it does not answer
