@@ -62,7 +62,8 @@ log = logging.getLogger("comet.backplane")
 
 class _Channel(msgspec.Struct, gc=False):
     """A channel: the newest position that came here (`epoch` is -1 before there is one), the subscribers here, those of
-    them whose join is under way, and how many Redis was told of; `stale` while it is being resumed."""
+    them whose join is under way, and how many Redis was told of; `stale` while it is being resumed, for the `turn`-th time:
+    only the answer to the last question counts."""
 
     link: Any = None
     epoch: int = _UNKNOWN
@@ -71,6 +72,7 @@ class _Channel(msgspec.Struct, gc=False):
     joining: int = 0
     told: int = 0
     stale: bool = False
+    turn: int = 0
 
 
 class Following:
@@ -93,6 +95,8 @@ class Following:
         self._clock = clock
         self._vouched = vouched
         self._subscribe, self._unsubscribe = (b"SSUBSCRIBE", b"SUNSUBSCRIBE") if sharded else (b"SUBSCRIBE", b"UNSUBSCRIBE")
+        self._together = 1 if sharded else LOT
+        """Channels that one subscription may name: in a cluster they have a slot each."""
         self._channels: dict[str, _Channel] = {}
         self._changed: dict[str, None] = {}
         self._resting: dict[str, float] = {}
@@ -179,7 +183,7 @@ class Following:
     def rejoin(self, channel: str, since: Since) -> Position | None:
         """See `comet.backplane.Backplane`."""
         state = self._channels.get(channel)
-        if state is None or state.stale or state.epoch == _UNKNOWN or not state.link.up or state.link is None:
+        if state is None or state.stale or state.epoch == _UNKNOWN or state.link is None or not state.link.up:
             return None
         head = Position(state.epoch, state.offset)
         if since is not None and since != head:
@@ -293,28 +297,32 @@ class Following:
             gevent.spawn_later(RETRY, self.moved)
 
     def _recover(self, names: Sequence[str], link: Link) -> None:
+        """Subscribe at once, ahead of joins that are asked again; read on in lots."""
+        held = []
         for name in names:
             state = self._channels[name]
             state.link = None
+            if not state.count and not state.joining:
+                self._recovering.discard(name)
+                self._forget(name, state)
+                continue
+            state.link = link
             state.told = _UNKNOWN
+            held.append(name)
             if state.epoch != _UNKNOWN:
                 state.stale = True
                 self._recovering.add(name)
-        gevent.spawn(self._resume_all, list(names), link)
+        for start in range(0, len(held), self._together):
+            lot = [self._names.log(name) for name in held[start : start + self._together]]
+            link.call(Call(lambda lot=lot: (self._subscribe, *lot), again=False, confirms=len(lot)))  # type: ignore[misc]
+        gevent.spawn(self._resume_all, held, link)
 
     def _resume_all(self, names: Sequence[str], link: Link) -> None:
         rest = iter(names)
         while lot := list(islice(rest, LOT)):
             for name in lot:
                 state = self._channels.get(name)
-                if state is None or not link.up or state.link is link:
-                    continue
-                if not state.count and not state.joining:
-                    self._recovering.discard(name)
-                    self._forget(name, state)
-                    continue
-                self._have(link, name, state)
-                if state.epoch != _UNKNOWN:
+                if state is not None and state.stale and state.link is link and link.up:
                     self.resume(name)
             give_way()
 
@@ -322,18 +330,19 @@ class Following:
         """Have made good what was missed."""
         state = self._channels[channel]
         state.stale = True
+        state.turn += 1
         since = Position(state.epoch, state.offset)
         known = self._vouched(channel)
         vouched = known if known is not None and known.epoch == since.epoch and known.offset > since.offset else since
         self._calls.ask(
             self._names.log(channel),
             lambda: self._ask_join(channel, state, since, vouched),
-            partial(self._resumed, channel, state),
+            partial(self._resumed, channel, state, state.turn),
             before=lambda link: self._have(link, channel, state),
         )
 
-    def _resumed(self, channel: str, state: _Channel, reply: Any) -> None:
-        if self._channels.get(channel) is not state:
+    def _resumed(self, channel: str, state: _Channel, turn: int, reply: Any) -> None:
+        if self._channels.get(channel) is not state or state.turn != turn:
             return
         if isinstance(reply, Refusal):
             gevent.spawn_later(RETRY, self._resume_if, channel, state)

@@ -159,7 +159,9 @@ _PUBLISH: Final = """
 local K, L = KEYS[1], KEYS[2]
 local e, o, s = open(K, L, ARGV[1])
 s = bury(K, L, s, ARGV[2])
-publish(K, L, e, o, s, {unpack(ARGV, 3)})
+local pieces = {}
+for i = 3, #ARGV do pieces[i - 2] = ARGV[i] end
+publish(K, L, e, o, s, pieces)
 return {e, text(o), s}
 """
 
