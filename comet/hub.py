@@ -13,7 +13,7 @@ import gevent
 
 from comet.backplane import Backplane
 from comet.errors import Refusal
-from comet.fanout import Fanout, Members
+from comet.fanout import Fanout, Feeds, Members
 from comet.framing import batches
 from comet.history import Joined
 from comet.message import ChannelInfo, Message, Position, Publication, Receipt, Sent, Since
@@ -32,8 +32,8 @@ AT_ONCE = 100
 
 
 class Hub:
-    """`backlog` is the bytes of messages that may wait for one client; `schedule` runs a function soon
-    (see `Fanout`)."""
+    """`backlog` is the bytes of messages that may wait for one client; `schedule` runs a function soon,
+    of which several may wait (see `Fanout`, `Feeds`)."""
 
     def __init__(self, backplane: Backplane, stats: Stats, backlog: int, schedule: Callable[[Callable[[], None]], None]) -> None:
         self.backlog = backlog
@@ -42,6 +42,7 @@ class Hub:
         self._backplane = backplane
         self._stats = stats
         self._fanout = Fanout(schedule)
+        self._feeds = Feeds(self._deliver, schedule)
         # a channel's only subscriber stands there itself: most channels are one user's feed
         self._channels: dict[str, Subscriber | Members[Subscriber]] = {}
         # those whose backplane has not answered yet, and what was dropped meanwhile: (channel, epoch)
@@ -175,14 +176,7 @@ class Hub:
 
     def deliver(self, messages: Sequence[Message]) -> None:
         """Hand ordered messages to this process's subscribers. Does not block."""
-        if len(messages) == 1:
-            self._deliver(messages[0].channel, messages)
-            return
-        channels: dict[str, list[Message]] = {}
-        for message in messages:
-            channels.setdefault(message.channel, []).append(message)
-        for channel, those in channels.items():
-            self._deliver(channel, those)
+        self._feeds.deliver(messages)
 
     def _deliver(self, channel: str, messages: Sequence[Message]) -> None:
         present = self._channels.get(channel)
@@ -194,14 +188,12 @@ class Hub:
         else:
             self._stats.offered += len(messages)
             for batch in batches(messages):
-                present.deliver(batch)
+                present.host.deliver(present, batch)  # `present.deliver` would be the same, by one call more
 
     def dropped(self, channel: str, epoch: int) -> None:
         """The channel's log is gone: end its subscribers, who may come back to the next one. One that is
         still joining may be of the next already: the epoch of its answer will tell."""
-        present = self._channels.get(channel)
-        if isinstance(present, Members):
-            self._fanout.finish(present)
+        self._finish(channel)
         for subscriber in self._members(self._channels.pop(channel, None)):
             if subscriber in self._joining:
                 self._joining[subscriber].add((channel, epoch))
@@ -214,16 +206,21 @@ class Hub:
         """Tell the subscribers of these channels one gap each, and go on with what is kept."""
         theirs: dict[Subscriber, dict[str, Position]] = {}
         for channel, answer in answers.items():
-            present = self._channels.get(channel)
-            if isinstance(present, Members):
-                self._fanout.finish(present)
-            for subscriber in self._members(present):
+            for subscriber in self._members(self._finish(channel)):
                 theirs.setdefault(subscriber, {})[channel] = answer.position
         for subscriber, places in theirs.items():
             subscriber.skip(places)
         for channel, answer in answers.items():
             if answer.messages:
                 self._deliver(channel, answer.messages)
+
+    def _finish(self, channel: str) -> "Subscriber | Members[Subscriber] | None":
+        """Deliver now all that waits for a channel's subscribers; who they are."""
+        self._feeds.finish(channel)
+        present = self._channels.get(channel)
+        if isinstance(present, Members):
+            self._fanout.finish(present)
+        return present
 
     @staticmethod
     def _members(present: Subscriber | Members[Subscriber] | None) -> list[Subscriber]:
@@ -241,7 +238,7 @@ class Hub:
         self._stats.published += sum(isinstance(answer, Receipt) for answer in answers)
         return answers
 
-    def send(self, channels: Sequence[str], type: str, data: bytes, key: str | None) -> Sent:
+    def send(self, channels: str, type: str, data: bytes, key: str | None) -> Sent:
         """See `Backplane.send`."""
         sent = self._backplane.send(channels, type, data, key)
         self._stats.published += 1
@@ -275,10 +272,8 @@ class Hub:
         back all at once. Until then they get what is published."""
         self.draining = True
         streams: dict[Subscriber, None] = {}  # each once, though it may be on several channels
-        for present in list(self._channels.values()):
-            if isinstance(present, Members):
-                self._fanout.finish(present)
-            for subscriber in self._members(present):
+        for channel in list(self._channels):
+            for subscriber in self._members(self._finish(channel)):
                 if seconds and not subscriber.one_shot:
                     streams[subscriber] = None
                 else:
@@ -293,8 +288,7 @@ class Hub:
                 gevent.sleep(ENDING_PAUSE)
             those = [subscriber for subscriber in streams[start : start + count] if not subscriber.ended]
             channels = {channel for subscriber in those for channel in subscriber.channels}
-            for present in [self._channels[channel] for channel in channels]:
-                if isinstance(present, Members):
-                    self._fanout.finish(present)
+            for channel in channels:
+                self._finish(channel)
             for subscriber in those:
                 subscriber.end("shutdown")

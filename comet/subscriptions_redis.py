@@ -105,6 +105,10 @@ class RedisSubscriptions:
         """Everyone who follows the user."""
         return list(self._steps(self._sets.followers(user)))
 
+    def joined_subscribers(self, user: str) -> str:
+        """As `get_subscribers`, joined by commas: no id has one."""
+        return ",".join(self._steps(self._sets.followers(user)))
+
     def following(self, user: str) -> list[str]:
         """Everyone whom the user follows."""
         return list(self._steps(self._sets.following(user)))

@@ -27,6 +27,7 @@ from pathlib import Path
 
 from comet.kernel.limits import raise_file_limit
 from loadtest.baseline_nchan import installed, nchan
+from loadtest.bench_friends import friends
 from loadtest.bench_redis import over_redis
 from loadtest.bench_workers import workers
 from loadtest.generator import MARK, body
@@ -249,7 +250,9 @@ def main() -> int:
     parser.add_argument("--clients", type=int, default=15000, help="clients of each part (default 15000)")
     parser.add_argument("--rounds", type=int, default=25, help="broadcasts of each kind (default 25)")
     parser.add_argument(
-        "--parts", default="sleeping,deliveries,cycles,direct,collections,off,stock,nchan,workers,redis", help="which, comma-separated"
+        "--parts",
+        default="sleeping,deliveries,cycles,direct,collections,off,stock,nchan,workers,friends,redis",
+        help="which, comma-separated",
     )
     parser.add_argument("--json", type=Path, help="write the figures there as well")
     options = parser.parse_args()
@@ -265,6 +268,7 @@ def main() -> int:
         "stock": lambda: stock(clients, rounds),
         "nchan": lambda: in_c(clients, rounds),
         "workers": lambda: workers(clients, rounds),
+        "friends": lambda: friends(clients, rounds),
         "redis": lambda: over_redis(clients, rounds),
     }
     figures: list[Figure] = []

@@ -160,7 +160,7 @@ def test_a_backplane_that_fails_to_join_leaves_nothing_behind(world: World) -> N
 
 def test_a_send_counts_as_one_publication(world: World) -> None:
     subscriber = world.join("user:1", framing=TEXT)
-    assert world.hub.send(["user:1", "user:2"], "message", b"1", None).delivered == 1
+    assert world.hub.send("user:1,user:2", "message", b"1", None).delivered == 1
     assert taken(subscriber) == ["1"]
     assert world.stats.published == 1
 
@@ -423,3 +423,20 @@ def test_deliveries_for_nobody_are_ignored(world: World) -> None:
     world.hub.dropped("a", 1)
     assert world.stats.offered == 0
     world.assert_empty("a")
+
+
+def test_who_is_ended_gets_what_was_sent_to_thousands_first(world: World) -> None:
+    subscribers = [world.join(f"user:{number}") for number in range(200)]
+    everybody = ",".join(f"user:{number}" for number in range(200))
+    assert world.hub.send(everybody, "message", b"1", None).delivered == 200
+    assert subscribers[150].awake.take(0) == []
+    world.hub.delete("user:150")
+    items = subscribers[150].awake.take(0)
+    assert [item.data for item in items or [] if isinstance(item, Message)] == [b"1"]
+    late = world.join("user:199", since=None)  # knows it from the start: it is not to get it again
+    world.hub.drain()
+    for subscriber in [*subscribers[:150], *subscribers[151:]]:
+        items = subscriber.awake.take(0)
+        assert [item.data for item in items or [] if isinstance(item, Message)] == [b"1"]
+    assert late.awake.take(0) is None
+    world.sweep()

@@ -68,7 +68,7 @@ ALLOWED: dict[str, set[str]] = {
         "comet.backplane.frames",
         "comet.backplane.memory",
     },
-    "comet.subscriptions": {"comet.errors", "comet.database"},
+    "comet.subscriptions": {"comet.errors", "comet.database", "comet.turn"},
     "comet.hub": HUB,
     "comet.backplane": {*SPOKEN, "comet.history"},
     "comet.backplane.frames": {*SPOKEN},
@@ -95,6 +95,7 @@ ALLOWED: dict[str, set[str]] = {
     "comet.server.crew": SERVER,
     "comet.server.http": SERVER,
     "comet.server.parking": SERVER,
+    "comet.server.posts": SERVER,
     "comet.server.short": SERVER,
     "comet.server.wsgi": SERVER,
     # the endpoints: none knows another
@@ -171,7 +172,8 @@ def test_nothing_imports_the_composition_root() -> None:
 def test_load_tests_know_nothing_but_the_kernel_and_meet_the_server_over_http() -> None:
     for path in (ROOT / "loadtest").rglob("*.py"):
         ours = [target for target in imports(path, str(path)) if target.split(".")[0] != "loadtest"]
-        assert all(target.startswith("comet.kernel") for target in ours), path
+        measured = {"comet.subscriptions", "comet.turn"} if path.name == "lookups.py" else set()  # what takes 20 us is lost in a request
+        assert all(target.startswith("comet.kernel") or target in measured for target in ours), path
 
 
 def test_no_module_runs_an_import_by_name() -> None:

@@ -180,9 +180,10 @@ class RedisBackplane:
                 self._acknowledge(channel, receipt.position)
         return receipts
 
-    def send(self, channels: Sequence[str], type: str, data: bytes, key: str | None = None) -> Sent:
+    def send(self, channels: str, type: str, data: bytes, key: str | None = None) -> Sent:
         self._following.tell()
-        first = channels[0]
+        names = channels.split(",")
+        first = names[0]
         mine = "" if key is None else digest("send", type, data).hex()
         if key is not None:
             name = self._names.key(first, key)
@@ -191,7 +192,7 @@ class RedisBackplane:
                 raise _conflict()
             if before:
                 return _sent(before)
-        sent = self._send(channels, piece((type, data)), key)
+        sent = self._send(names, piece((type, data)), key)
         if key is not None:
             text = f"{mine}{sent.delivered} {sent.targets}" + (f" {sent.position.epoch} {sent.position.offset}" if sent.position else "")
             age = max(1, round(1000 * self._key_age))
@@ -291,15 +292,21 @@ class RedisBackplane:
                 if not gather.over:
                     self._undo(channels, answers)
                 raise refusal
-        return [self._whole(channel, answer) for channel, answer in zip(channels, answers, strict=True)]
+        try:
+            return [self._whole(channel, answer) for channel, answer in zip(channels, answers, strict=True)]
+        except BaseException:
+            self._undo(channels, answers)
+            raise
 
     def _undo(self, channels: Sequence[str], answers: Sequence[Any]) -> None:
         """Nobody waits for these joins any more; those that failed have left by themselves."""
-        self.unsubscribe([channel for channel, answer in zip(channels, answers, strict=True) if not isinstance(answer, Refusal)])
+        for channel, answer in zip(channels, answers, strict=True):
+            if not isinstance(answer, Refusal):
+                self._following.undo(channel, answer)
 
     def _whole(self, channel: str, answer: Replay) -> Joined:
         """With the pages that follow the first, up to where the join was: what is later is delivered."""
-        head, joined = answer
+        head, joined, _ = answer
         position, kept, gap = joined
         while (kept[-1].position if kept else position) != head and len(kept) % PAGE == 0 and kept:
             following = self._read(channel, kept[-1].position, PAGE)

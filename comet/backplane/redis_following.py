@@ -73,6 +73,8 @@ class _Channel(msgspec.Struct, gc=False):
     told: int = 0
     stale: bool = False
     turn: int = 0
+    lives: int = 0
+    """How often it was deleted: that ends all subscriptions but those whose join is under way."""
 
 
 class Following:
@@ -149,11 +151,6 @@ class Following:
             before=lambda link: self._have(link, channel, state),
         )
 
-    def not_joined(self, channel: str) -> None:
-        """A join that was never sent."""
-        self._channels[channel].joining -= 1
-        self.leave(channel)
-
     def _ask_join(self, channel: str, state: _Channel, since: Since, vouched: Position | None) -> Sequence[Any]:
         state.told = state.count
         arguments = (random.getrandbits(EPOCH_BITS), self.dead, self.node, state.count, *place(since), PAGE, *(vouched or ("", 0)))
@@ -178,7 +175,14 @@ class Following:
             self.resume(channel)  # something was missed before this
         if state.count != state.told:
             self._change(channel)
-        done(answer)
+        done(answer._replace(life=(state, state.lives)))
+
+    def undo(self, channel: str, answer: Replay) -> None:
+        """One subscriber less, of those who joined with this answer; a deletion has ended it already."""
+        state, lives = answer.life
+        present = self._channels.get(channel)
+        if present is not None and present is state and present.lives == lives:
+            self.leave(channel)
 
     def rejoin(self, channel: str, since: Since) -> Position | None:
         """See `comet.backplane.Backplane`."""
@@ -347,7 +351,7 @@ class Following:
         if isinstance(reply, Refusal):
             gevent.spawn_later(RETRY, self._resume_if, channel, state)
             return
-        head, answer = replay(channel, reply)
+        head, answer, _ = replay(channel, reply)
         state.epoch, state.offset = answer.messages[-1].position if answer.messages else answer.position
         if state.offset < head.offset:  # a page, and more of them
             self.resume(channel)
@@ -389,6 +393,7 @@ class Following:
 
     def _deleted(self, channel: str, state: _Channel, epoch: int) -> None:
         state.count = state.joining  # those are in the next log
+        state.lives += 1
         if state.stale or state.joining:
             if not state.stale:
                 state.epoch = _UNKNOWN

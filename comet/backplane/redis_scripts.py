@@ -384,10 +384,12 @@ def messages(channel: str, epoch: int, first: int, pieces: Sequence[tuple[str, b
 
 
 class Replay(NamedTuple):
-    """What a join or a read was answered: the log's newest position, and a first page of what follows `since`."""
+    """What a join or a read was answered: the log's newest position, and a first page of what follows `since`. `life` is
+    of a join: until its channel is deleted it counts."""
 
     head: Position
     joined: Joined
+    life: Any = None
 
 
 def replay(channel: str, reply: Sequence[Any]) -> Replay:

@@ -51,6 +51,7 @@ def test_adding_and_removing_count_what_has_changed(known: Known) -> None:
     assert known.add_subscriptions([("alice", "rj"), ("bob", "rj"), ("alice", "rj"), ("alice", "bob")]) == 3
     assert known.add_subscriptions([("alice", "rj"), ("7", "rj")]) == 1
     assert known.get_subscribers("rj") == ["7", "alice", "bob"]
+    assert (known.joined_subscribers("rj"), known.joined_subscribers("nobody")) == ("7,alice,bob", "")
     assert known.following("alice") == ["bob", "rj"]
     assert (known.count_subscribers("rj"), known.count_following("alice")) == (3, 2)
     assert known.remove_subscriptions([("alice", "rj"), ("nobody", "rj"), ("7", "rj")]) == 2
