@@ -10,6 +10,8 @@ More seeds than the usual few: ``COMET_SEEDS=100 pytest tests/test_backplane_red
 import logging
 import os
 import random
+import shutil
+import subprocess
 import time
 import traceback
 from collections import defaultdict
@@ -23,7 +25,7 @@ import pytest
 from gevent import socket
 from gevent.server import StreamServer
 
-from comet.backplane import redis_following
+from comet.backplane import redis_calls, redis_following
 from comet.backplane.memory import Bounds
 from comet.backplane.redis import RedisBackplane
 from comet.backplane.redis_dial import Denied, read
@@ -33,7 +35,7 @@ from comet.message import Position, Publication, Receipt
 from comet.settings import Settings
 from comet.stats import Stats
 from tests.harness import Server, wait_until
-from tests.redis_server import RedisServer, needs_redis, redis_cluster, redis_server
+from tests.redis_server import RedisServer, free_port, needs_redis, redis_cluster, redis_server
 from tests.test_backplane_router import Reader
 
 pytestmark = needs_redis
@@ -103,11 +105,11 @@ class Proxy:
 class Worker:
     """A process: its backplane and its hub."""
 
-    def __init__(self, service: "Service", url: str = "", replicas: int = 0) -> None:
+    def __init__(self, service: "Service", url: str = "", replicas: int = 0, prefix: str = "c:") -> None:
         self.proxy = Proxy(service.redis.port)
         self.backplane = RedisBackplane(
             url or f"redis://127.0.0.1:{self.proxy.port}", service.bounds, timeout=service.timeout, silence=SILENCE,
-            connect_timeout=SILENCE, replicas=replicas, replicas_timeout=SILENCE,
+            connect_timeout=SILENCE, replicas=replicas, replicas_timeout=SILENCE, prefix=prefix,
         )  # fmt: skip
         self.following = self.backplane._following
         self.hub = Hub(self.backplane, Stats(), 1 << 26, gevent.get_hub().loop.run_callback)
@@ -699,6 +701,36 @@ def test_a_url_that_can_not_be_read_is_a_sentence(url: str, why: str) -> None:
         RedisBackplane.of(settings(url))
 
 
+def test_a_prefix_with_braces_would_hide_the_hash_tag() -> None:
+    with pytest.raises(ValueError, match="no braces"):
+        RedisBackplane.of(Settings(backplane="redis://127.0.0.1:1", redis_prefix="{x}"))
+
+
+def test_two_services_on_one_redis_have_a_prefix_each(service: Service) -> None:
+    one = service.workers[0]
+    other = Worker(service, prefix="ö:")
+    service.workers.append(other)
+    wait_until(service.ready)
+    readers = [service.reader(worker, "a") for worker in (one, other)]
+    service.publish(one, "a", "1")
+    service.publish(other, "a", "2")
+    wait_until(lambda: [reader.got for reader in readers] == [["1"], ["2"]])
+
+
+def test_too_much_that_waits_is_refused(start: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(redis_calls, "MAX_WAITING", 1000)
+    service = start(timeout=0.5)
+    one = service.workers[0]
+    one.proxy.frozen.clear()
+    first = gevent.spawn(slug, lambda: service.publish(one, "a", "x" * 2000))
+    gevent.sleep(0.05)
+    assert slug(lambda: service.publish(one, "a", "2")) == "backplane-busy"
+    assert slug(lambda: one.backplane.send("a", "message", b"2")) == "backplane-busy"
+    assert first.get() == "unconfirmed"
+    one.proxy.frozen.set()
+    eventually(lambda: service.publish(one, "a", "3"))
+
+
 def test_what_a_url_says() -> None:
     target = read("rediss://me:p%40ss@example.org:7000/3")
     assert (target.address, target.database, target.username, target.password) == (("example.org", 7000), 3, "me", "p@ss")
@@ -716,6 +748,34 @@ def test_a_unix_socket_will_do(start: Open, tmp_path: Path) -> None:
         backplane.start()
         wait_until(backplane.ready)
         assert backplane.publish([Publication("a", b"1")])
+        backplane.close()
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="there is no openssl here to make a certificate with")
+def test_tls_will_do_and_a_stranger_will_not(tmp_path: Path, shared: RedisServer) -> None:
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out", certificate, "-days", "2",
+         "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    port = free_port()
+    options = ("--tls-port", str(port), "--tls-cert-file", str(certificate), "--tls-key-file", str(key), "--tls-auth-clients", "no")
+    with redis_server(*options):
+        with pytest.raises(Denied, match="certificate"):
+            RedisBackplane.of(settings(f"rediss://127.0.0.1:{port}"))
+        backplane = RedisBackplane.of(settings(f"rediss://127.0.0.1:{port}?ssl_ca_certs={certificate}"))
+        got: list[Any] = []
+        backplane.attach(got.extend, lambda channel, epoch: None, lambda answers: None)
+        backplane.start()
+        wait_until(backplane.ready)
+        backplane.subscribe(["a"], [None])
+        large = [Publication("a", b"x" * 60_000) for _ in range(100)]  # more than a TLS record, and than a read
+        gevent.joinall([gevent.spawn(backplane.publish, large[start : start + 10]) for start in range(0, 100, 10)], raise_error=True)
+        wait_until(lambda: len(got) == 100)
+        joined = backplane.read("a", "oldest")
+        assert joined is not None
+        assert len(joined.messages) == 100
         backplane.close()
 
 

@@ -88,10 +88,14 @@ class Calls:
         before: Callable[[Link], None] = _nothing,
     ) -> Asked:
         """Ask whoever has `key`; `answered` is called once, at the answer's place in the stream. `before` may have other things
-        sent on the link, ahead of it. Raises Refusal ``backplane-busy``."""
-        if size and self._size > MAX_WAITING:
-            raise Refusal("backplane-busy", "Too much waits for Redis; send it again, a little later.")
+        sent on the link, ahead of it. Where too much waits the answer is Refusal ``backplane-busy``."""
         asked = Asked(key, make, answered, again, time.monotonic() + timeout, size, before)
+        if size and self._size > MAX_WAITING:
+            asked.size = 0
+            self._loop.run_callback(
+                self._finish, asked, Refusal("backplane-busy", "Too much waits for Redis; send it again, a little later.")
+            )
+            return asked
         self._size += size
         self._dispatch(asked)
         return asked
@@ -205,4 +209,4 @@ class Gather:
 def _in_time(answer: Any, asked: Asked | None) -> Any:
     if answer is not None or asked is None:
         return answer
-    return away() if asked.again else unconfirmed()
+    return away() if asked.again or asked.call is None else unconfirmed()

@@ -126,6 +126,11 @@ def dial(target: Target, address: Address, timeout: float, name: str) -> Connect
         if target.tls is not None:
             try:
                 sock = target.tls.wrap_socket(sock, server_hostname=address[0] if not isinstance(address, str) else None)
+            except ssl.SSLCertVerificationError as error:
+                sock.close()
+                raise Denied(
+                    f"The certificate of Redis can't be trusted ({error.verify_message}); name its issuer with ?ssl_ca_certs=."
+                ) from error
             except BaseException:
                 sock.close()
                 raise

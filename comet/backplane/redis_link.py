@@ -282,6 +282,7 @@ class Link:
 
     def _run(self) -> None:
         pause = 0.0
+        said = ""
         while True:
             gevent.sleep(pause * random.uniform(0.5, 1.0))
             pause = min(LONGEST_PAUSE, 2 * pause + 0.02)
@@ -293,9 +294,11 @@ class Link:
                     connection.close()
                     raise
             except (OSError, Denied, hiredis.HiredisError) as error:
-                if pause <= 0.02 or isinstance(error, Denied):
+                if str(error) != said:
+                    said = str(error)
                     log.warning("%s can't be reached (%s); trying on", self.title, error)
                 continue
+            said = ""
             try:
                 self._begin(connection)
                 self._broken.wait()

@@ -321,9 +321,13 @@ class Scripts:
 
 
 class Names:
-    """The keys of a channel, behind a `prefix` that tells one service's from another's."""
+    """The keys of a channel, behind a `prefix` that tells one service's from another's. Raises ValueError for one that hides
+    the hash tag."""
 
     def __init__(self, prefix: str) -> None:
+        if "{" in prefix or "}" in prefix:
+            raise ValueError("--redis-prefix must have no braces: in a cluster they would say which keys belong together.")
+        self._skip = len(prefix.encode()) + 1
         self._prefix = prefix
         self.nodes = f"{prefix}nodes".encode()
 
@@ -346,7 +350,7 @@ class Names:
 
     def channel(self, log: bytes) -> str:
         """Whose hash it is."""
-        return log[len(self._prefix) + 1 : -1].decode()
+        return log[self._skip : -1].decode()
 
 
 class Told(NamedTuple):
