@@ -610,6 +610,22 @@ def test_a_redis_without_memory_refuses_and_goes_on(start: Open) -> None:
         service.close()
 
 
+def test_a_redis_that_evicts_forgets_whole_channels_and_takes_the_next(start: Open) -> None:
+    with redis_server("--maxmemory-policy", "volatile-lru") as redis:
+        service = start(redis)
+        one, _ = service.workers
+        used = int(redis.ask("INFO", "memory").decode().split("used_memory:")[1].split("\r")[0])
+        redis.ask("CONFIG", "SET", "maxmemory", str(used + (4 << 20)))
+        first = [service.publish(one, f"c{number}", "1", "2")[0] for number in range(10)]
+        for lot in range(30):  # a stream takes 4 KiB at least
+            answers = one.backplane.publish([Publication(f"d{lot}.{number}", b"x") for number in range(100)])
+            assert all(isinstance(answer, Receipt) for answer in answers)
+        told = [one.backplane.subscribe([f"c{number}"], [position])[0] for number, position in enumerate(first)]
+        assert any(joined.gap for joined in told)
+        assert all(joined.gap != (len(joined.messages) == 1) for joined in told), "what is not told is there"
+        service.close()
+
+
 def test_a_read_only_replica_is_no_backplane(start: Open) -> None:
     with redis_server() as master, redis_server() as redis:
         service = start(redis, timeout=0.5)
