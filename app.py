@@ -110,6 +110,8 @@ from gevent.event import Event  # noqa: E402
 import handlers  # noqa: E402
 from comet import collector, service  # noqa: E402
 from comet.backplane.memory import Bounds, MemoryBackplane  # noqa: E402
+from comet.backplane.redis import RedisBackplane  # noqa: E402
+from comet.backplane.redis_dial import Denied  # noqa: E402
 from comet.backplane.router import RouterBackplane  # noqa: E402
 from comet.board import ROUTER, SUPERVISOR  # noqa: E402
 from comet.generation import ORPHANED_GRACE, Place  # noqa: E402
@@ -119,6 +121,7 @@ from comet.kernel.stock import stock  # noqa: E402
 from comet.server.wsgi import CometServer  # noqa: E402
 from comet.stats import Stats  # noqa: E402
 from comet.subscriptions import Subscriptions  # noqa: E402
+from comet.subscriptions_redis import RedisSubscriptions, connect  # noqa: E402
 from comet.turn import Soon  # noqa: E402
 from handlers.params import Context  # noqa: E402
 
@@ -168,12 +171,16 @@ def serve(settings: Settings, listener: socket.socket, data: Path, place: Place 
     get_hub().print_exception = logs.failed_outside
     capacity = capacity_of(settings)
     stats = Stats()
-    backplane = MemoryBackplane(Bounds.of(settings)) if place is None else RouterBackplane(place.router, settings.backplane_timeout)
+    try:
+        backplane = _backplane(settings, place)
+    except (Denied, ValueError) as error:
+        log.error("%s", error)
+        return 1
     hub = Hub(backplane, stats, settings.backlog, Soon())
     own = _own(place, stats, hub, capacity)
     application = Bottle()
-    said = _alone(own, hub) if place is None else partial(_together, place, own)
-    subscriptions = Subscriptions(data)
+    said = _alone(own, hub) if place is None else partial(_together, place, own, hub if settings.backplane else None)
+    subscriptions = _subscriptions(settings, data)
     context = Context(hub, subscriptions, settings, stats, said, place.worker if place else 0)
     handlers.mount(application, context)
     roll = logs.Roll() if settings.log_clients else None
@@ -226,6 +233,7 @@ def serve(settings: Settings, listener: socket.socket, data: Path, place: Place 
     hub.drain(SPREAD * grace)
     late = server.join(grace)
     subscriptions.close()
+    backplane.close()
     if place is not None:
         place.board.write(place.slot, own())  # the supervisor keeps what was counted
     log.info("stopped; cut off after %g s: %d", grace, late) if late else log.info("stopped")
@@ -256,6 +264,25 @@ def _speak(notifier: systemd.Notifier, stats: Stats, capacity: int) -> None:
     gevent.spawn(live)
 
 
+def _backplane(settings: Settings, place: Place | None) -> MemoryBackplane | RouterBackplane | RedisBackplane:
+    """Raises Denied and ValueError, with a sentence, where there can't be one."""
+    if settings.backplane:
+        return RedisBackplane.of(settings)
+    if place is None:
+        return MemoryBackplane(Bounds.of(settings))
+    return RouterBackplane(place.router, settings.backplane_timeout)
+
+
+def _subscriptions(settings: Settings, data: Path) -> Subscriptions | RedisSubscriptions:
+    """Where the messages are ordered for many machines, there they are too."""
+    if not settings.backplane:
+        return Subscriptions(data)
+    return RedisSubscriptions(
+        partial(connect, settings.backplane, settings.redis_timeout, settings.redis_connect_timeout, settings.redis_pool),
+        settings.redis_prefix,
+    )
+
+
 def _own(place: Place | None, stats: Stats, hub: Hub, capacity: int) -> Callable[[], dict[str, Any]]:
     """What this process says of itself (`comet.service`)."""
     before = processes.resident()
@@ -276,10 +303,10 @@ def _alone(own: Callable[[], dict[str, Any]], hub: Hub) -> Callable[[], dict[str
     return lambda: service.summary([own()], hub.totals(), {}, memory.sockets())
 
 
-def _together(place: Place, own: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The whole service, as its processes have said on the board."""
+def _together(place: Place, own: Callable[[], dict[str, Any]], hub: Hub | None) -> dict[str, Any]:
+    """The whole service, as its processes have said on the board; the `hub` is asked where there is no router."""
     said = {slot.slot: {**slot.document, "age": round(slot.age, 2)} for slot in place.board.read()}
-    supervisor, router = said.pop(SUPERVISOR, {}), said.pop(ROUTER, {})
+    supervisor, router = said.pop(SUPERVISOR, {}), hub.totals() if hub else said.pop(ROUTER, {})
     said[place.slot] = own()
     workers = [said[slot] for slot in sorted(said)]
     return service.summary(workers, router, supervisor, memory.sockets())

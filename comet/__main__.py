@@ -108,11 +108,18 @@ def _add_load_friends(commands: Any) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("file", type=Path, help="the edge list, such as python -m loadtest friends makes")
-    parser.add_argument("--data", type=Path, metavar="DIR", required=True, help="the service's data folder")
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--data", type=Path, metavar="DIR", help="the service's data folder")
+    where.add_argument("--backplane", metavar="URL", help="the service's Redis, where it keeps them there")
+    parser.add_argument("--redis-prefix", metavar="TEXT", default="c:", help="as the service's (default: c:)")
     parser.set_defaults(run=_load_friends)
 
 
 def _load_friends(parsed: argparse.Namespace) -> int:
+    if parsed.backplane:
+        from comet import loading_redis
+
+        return loading_redis.load(parsed.file, parsed.backplane, parsed.redis_prefix)
     from comet import loading
 
     return loading.load(parsed.file, parsed.data)

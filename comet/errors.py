@@ -41,6 +41,7 @@ STATUS: dict[str, int] = {
     "draining": 503,
     "backplane-away": 503,
     "backplane-busy": 503,
+    "backplane-full": 503,
     "unconfirmed": 503,
     "database-busy": 503,
     "disk-full": 507,
@@ -57,6 +58,7 @@ HEADERS: dict[str, dict[str, str]] = {
     "draining": {"Retry-After": "1"},
     "backplane-away": {"Retry-After": "1"},
     "backplane-busy": {"Retry-After": "1"},
+    "backplane-full": {"Retry-After": "5"},
     "unconfirmed": {"Retry-After": "1"},
     "database-busy": {"Retry-After": "5"},
 }

@@ -66,8 +66,6 @@ def load(source: Path, folder: Path) -> int:
 
 
 def _load(source: Path, staged: sqlite3.Connection, database: sqlite3.Connection, console: Console) -> tuple[int, int]:
-    staged.execute("PRAGMA journal_mode = OFF")
-    staged.execute("CREATE TABLE edges (followee, follower)")
     columns = (
         TextColumn("{task.description:8}"),
         BarColumn(),
@@ -76,14 +74,22 @@ def _load(source: Path, staged: sqlite3.Connection, database: sqlite3.Connection
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task("reading", total=source.stat().st_size, speed="")
-        with transaction(staged), source.open("rb") as lines:
-            total = _stage(lines, staged, progress, task)
-        for number, one in staged.execute("SELECT rowid, follower FROM edges WHERE follower = followee LIMIT 1"):
-            raise BadLine(f"line {number}: {one} can't follow itself. Nothing was loaded.")
+        total = stage(source, staged, progress)
         rows = _counted(staged.execute("SELECT DISTINCT followee, follower FROM edges ORDER BY followee, follower"), total, progress)
         added = _store(rows, database, progress)
     return total, added
+
+
+def stage(source: Path, staged: sqlite3.Connection, progress: Progress) -> int:
+    """Put the lines into a table ``edges`` of `staged`; how many they are. Raises BadLine."""
+    staged.execute("PRAGMA journal_mode = OFF")
+    staged.execute("CREATE TABLE edges (followee, follower)")
+    task = progress.add_task("reading", total=source.stat().st_size, speed="")
+    with transaction(staged), source.open("rb") as lines:
+        total = _stage(lines, staged, progress, task)
+    for number, one in staged.execute("SELECT rowid, follower FROM edges WHERE follower = followee LIMIT 1"):
+        raise BadLine(f"line {number}: {one} can't follow itself. Nothing was loaded.")
+    return total
 
 
 def _stage(lines: IO[bytes], staged: sqlite3.Connection, progress: Progress, task: TaskID) -> int:

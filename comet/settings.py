@@ -59,6 +59,32 @@ class Settings:
         "", "folder", "Where the subscriptions are kept. Without it they last as long as the service: a file that is removed at its end."
     )
 
+    backplane: str = _knob(
+        "",
+        "URL",
+        "Redis, where several machines are one service: redis://, rediss:// or unix://, redis+cluster:// for a cluster. Without it "
+        "this machine is alone. Better in COMET_BACKPLANE: flags show in ps, and the URL has the password.",
+    )
+    redis_prefix: str = _knob(
+        "c:", "text", "Before all keys and channels in Redis: two services on one Redis need two. Short, as it is kept twice a channel."
+    )
+    redis_connect_timeout: float = _knob(
+        1.0, "seconds", "A connection to Redis, and its first answer: far above a round trip, below --backplane-timeout.", least=0.05
+    )
+    redis_timeout: float = _knob(
+        3.0,
+        "seconds",
+        "Redis that leaves a question unanswered so long is gone: connect anew. Above its slowest command, below --backplane-timeout.",
+        least=0.1,
+    )
+    redis_replicas: int = _knob(
+        0, "replicas", "So many must have a publication before it is acknowledged (WAIT); else 503, outcome unknown.", most=10
+    )
+    redis_replicas_timeout: float = _knob(1.0, "seconds", "How long to wait for them; below --backplane-timeout.", least=0.01)
+    redis_pool: int = _knob(
+        8, "connections a process", "For look-ups of subscriptions, each a round trip; messages have one of their own.", least=1, most=1000
+    )
+
     hibernate: bool = _knob(True, "switch", "Clients sleep without a greenlet; off keeps one for each (make bench measures both).")
     send_buffer: int = _knob(
         16384, "bytes", "Kernel buffer a connection for what a client has not read (0: the kernel's own sizing).", most=1 << 26

@@ -7,7 +7,7 @@ others. It owns what may never be lost, hands it on as descriptors, and decides 
   that died is served by the next one. Or those that a service manager passed on, and no others;
 - the router's Unix socket, the board (`comet.board`), and the *lifeline*, a pipe that nobody writes to:
   it ends when this process does, and then so do all the others;
-- the router process (`comet.router`) and a generation of workers (`comet.generation`).
+- the router process (`comet.router`), where no Redis is in its place, and a generation of workers (`comet.generation`).
 
 A new generation (SIGHUP) is the program executed anew: new code. Until it is ready the old one serves;
 then the old one drains. Should the process that forks a generation die, the kernel gives its workers
@@ -486,7 +486,7 @@ class Supervisor:
 
     def _start_router(self) -> None:
         """Its socket waits here meanwhile, with the workers that connect to it."""
-        if self._stopping:
+        if self._stopping or self._settings.backplane:  # Redis orders the messages
             return
         inherited = (self._router_listener.fileno(), self._lifeline, self._board.descriptor)
         self._router = subprocess.Popen(  # noqa: S603 - our own module
@@ -605,7 +605,8 @@ class Supervisor:
                 beat = self._beat(self._slot(one, worker.number), worker.pid)
                 if beat:
                     beats[place] = max(beats.get(place, 0.0), beat)
-        if not self._told and self._greeted and said is not None and not self._stopping:
+        routed = said is not None or bool(self._settings.backplane)  # Redis is not ours to wait for: /readyz tells
+        if not self._told and self._greeted and routed and not self._stopping:
             self._told = True
             self._notifier.ready(self._said_in_short())
         if self._vigil.alive(time.monotonic(), beats) or self._stopping:

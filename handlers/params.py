@@ -21,6 +21,7 @@ from comet.settings import Settings
 from comet.stats import Stats
 from comet.subscriber import Subscriber
 from comet.subscriptions import Subscriptions
+from comet.subscriptions_redis import RedisSubscriptions
 
 _NUMBER = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?", re.ASCII)
 _KEY = re.compile(r"[!-~]{1,200}")
@@ -56,7 +57,7 @@ class Context(NamedTuple):
     """What handlers work with; `service` answers what `/stats` says, `worker` is this process's number."""
 
     hub: Hub
-    subscriptions: Subscriptions
+    subscriptions: Subscriptions | RedisSubscriptions
     settings: Settings
     stats: Stats
     service: Callable[[], Mapping[str, Any]]

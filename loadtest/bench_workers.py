@@ -67,7 +67,7 @@ def _batches(service: Service, batches: int = 100) -> Figure:
         before = sum(map(cpu, pids))
         began = time.monotonic()
         load.tell(do="publish", number=worker_of(publisher), channel="across", lines=LINES, batches=batches, connections=PUBLISHERS)
-        _read(subscriber.sock, total)
+        read(subscriber.sock, total)
         seconds = time.monotonic() - began
         spent = sum(map(cpu, pids)) - before
         load.answer()
@@ -75,7 +75,7 @@ def _batches(service: Service, batches: int = 100) -> Figure:
     return Figure("batches from one worker to a subscriber on another", total / seconds, "/s", 30_000, 100_000, beside=note)
 
 
-def _read(sock: Any, total: int) -> None:
+def read(sock: Any, total: int) -> None:
     """Until so many messages have come."""
     got = 0
     last = b""

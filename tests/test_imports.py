@@ -14,16 +14,22 @@ SPOKEN = {"comet.errors", "comet.message"}
 SERVER = {"comet.errors", "comet.log", "comet.settings", "comet.stats", "comet.kernel", "comet.server", "comet.turn"}
 HUB = {*SPOKEN, "comet.backplane", "comet.fanout", "comet.framing", "comet.history", "comet.stats", "comet.subscriber", "comet.turn"}
 PROCESSES = {"comet.board", "comet.kernel", "comet.settings"}
+REDIS = {
+    *SPOKEN, "comet.history", "comet.turn", "comet.backplane", "comet.backplane.redis_dial", "comet.backplane.redis_scripts",
+    "comet.backplane.redis_link", "comet.backplane.redis_shards",
+}  # fmt: skip
 HANDLER = {
     "comet.hub", "comet.message", "comet.framing", "comet.subscriber", "comet.stats", "comet.settings", "comet.errors", "comet.turn",
-    "comet.subscriptions", "comet.log", "handlers.params",
+    "comet.subscriptions", "comet.subscriptions_redis", "comet.log", "handlers.params",
 }  # fmt: skip
 """A handler speaks to the hub; it knows neither the backplane nor the server."""
 
 ALLOWED: dict[str, set[str]] = {
     # the leaves
     "comet": set(),
-    "comet.__main__": {"comet.kernel", "comet.top", "comet.loading"},
+    "comet.__main__": {"comet.kernel", "comet.top", "comet.loading", "comet.loading_redis"},
+    "comet.loading_redis": {"comet.database", "comet.loading", "comet.subscriptions_redis"},
+    "comet.subscriptions_redis": {"comet.errors", "comet.database", "comet.turn"},
     "comet.loading": {*SPOKEN, "comet.database"},
     "comet.top": set(),
     "comet.service": set(),
@@ -72,6 +78,20 @@ ALLOWED: dict[str, set[str]] = {
     "comet.backplane.link": {*SPOKEN, "comet.backplane.frames"},
     "comet.backplane.router": {*SPOKEN, "comet.history", "comet.backplane", "comet.backplane.frames", "comet.backplane.link"},
     "comet.backplane.memory": {*SPOKEN, "comet.history", "comet.backplane"},
+    "comet.backplane.redis": {
+        *REDIS,
+        "comet.backplane.memory",
+        "comet.backplane.redis_following",
+        "comet.backplane.redis_calls",
+        "comet.backplane.redis_replicas",
+    },
+    "comet.backplane.redis_following": {*REDIS, "comet.backplane.memory", "comet.backplane.redis_calls"},
+    "comet.backplane.redis_calls": {*SPOKEN, "comet.backplane.redis_link", "comet.backplane.redis_shards"},
+    "comet.backplane.redis_replicas": {"comet.backplane.redis_dial", "comet.backplane.redis_link"},
+    "comet.backplane.redis_shards": {"comet.backplane.redis_link", "comet.backplane.redis_dial", "comet.backplane.redis_scripts"},
+    "comet.backplane.redis_link": {"comet.backplane.redis_dial", "comet.backplane.redis_scripts"},
+    "comet.backplane.redis_scripts": {*SPOKEN, "comet.history", "comet.backplane.memory"},
+    "comet.backplane.redis_dial": set(),
     # the server, which knows a subscriber only by its small interface
     "comet.server": set(),
     "comet.server.connection": SERVER,

@@ -2,8 +2,8 @@
 
 A backplane joins the processes of a service; a hub (`comet.hub`) lives in one of them and knows its
 clients. The backplane never imports the hub: it is given three functions, `deliver`, `dropped`, `lost`.
-`memory.py` is the backplane of one process, `router.py` that of several on one machine; every backplane
-passes tests/contracts.
+`memory.py` is the backplane of one process, `router.py` that of several on one machine, `redis.py` that of many
+machines; every backplane passes tests/contracts.
 
 Whatever may have to wait for another process raises Refusal ``backplane-away`` when it does not answer
 in time, and ``unconfirmed`` where it may have been published all the same.
@@ -32,7 +32,8 @@ What every backplane promises
    from history; where that can't be vouched for, `lost` says so, once for each break.
 8. *Bounds.* History is bounded a channel (count and age) and in all (bytes; the channel that was
    least recently published to or read pays first). Channels that linger are bounded in number, and
-   idempotency keys in age and number.
+   idempotency keys in age and number. What is bounded in all is bounded by Redis itself, where that is
+   the backplane.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -99,6 +99,9 @@ class MemoryBackplane:
     def ready(self) -> bool:
         return True
 
+    def close(self) -> None:
+        """There is nothing to let go of."""
+
     # -- publishing
 
     def publish(self, publications: Sequence[Publication]) -> Sequence[Receipt | Refusal]:
@@ -107,8 +110,8 @@ class MemoryBackplane:
         messages: list[Message] = []
         for channel, data, type, key in publications:
             if key is not None:
-                digest = _digest("publish", type, data)
-                known = self._recall(channel, key, digest, now)
+                asked = digest("publish", type, data)
+                known = self._recall(channel, key, asked, now)
                 if known is not None:
                     answers.append(known)
                     continue
@@ -119,7 +122,7 @@ class MemoryBackplane:
             messages.append(message)
             receipt = Receipt(message.position, log.subscribers)
             if key is not None:
-                self._remember(channel, key, digest, receipt, now)
+                self._remember(channel, key, asked, receipt, now)
             answers.append(receipt)
         if messages:
             self._deliver(messages)
@@ -130,8 +133,8 @@ class MemoryBackplane:
         names = channels.split(",")
         first = names[0]
         if key is not None:
-            digest = _digest("send", type, data)
-            known = self._recall(first, key, digest, now)
+            asked = digest("send", type, data)
+            known = self._recall(first, key, asked, now)
             if isinstance(known, Refusal):
                 raise known
             if known is not None:
@@ -146,7 +149,7 @@ class MemoryBackplane:
         position = messages[0].position if messages and messages[0].channel == first else None
         sent = Sent(position, len(names), delivered)
         if key is not None:
-            self._remember(first, key, digest, sent, now)
+            self._remember(first, key, asked, sent, now)
         if messages:
             self._deliver(messages)
         return sent
@@ -346,5 +349,6 @@ class MemoryBackplane:
         self._lapsed(channel)
 
 
-def _digest(call: str, type: str, data: bytes) -> bytes:
+def digest(call: str, type: str, data: bytes) -> bytes:
+    """Of what was asked under an idempotency key."""
     return hashlib.blake2b(b"\0".join((call.encode(), type.encode(), data)), digest_size=16).digest()

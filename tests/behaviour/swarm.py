@@ -42,6 +42,9 @@ PATIENCE = 40.0
 
 READ_SIZE = 1 << 18
 
+AWAY = frozenset({"backplane-away", "backplane-busy", "backplane-full", "unconfirmed"})
+"""Refusals after which the same is sent again."""
+
 NAMES = errno.errorcode
 
 KEY = f"Authorization: Bearer {os.environ['COMET_PUBLISH_KEY']}\r\n" if "COMET_PUBLISH_KEY" in os.environ else ""
@@ -129,7 +132,7 @@ class Peer:
         self.buffer = b""
         self.closing = False
         self._out = self.request()
-        error = sock.connect_ex(("127.0.0.1", self.swarm.port))
+        error = sock.connect_ex(self.swarm.random.choice(self.swarm.addresses))
         if error not in (0, errno.EINPROGRESS):
             self.end(NAMES[error])
 
@@ -414,14 +417,21 @@ class Publisher(Peer):
             return
         status, body = answer
         if status < 300:
+            left = []
             for message, line in zip(self.under_way, body.splitlines(), strict=True):
                 receipt = _receipt(line)
                 if receipt.id:
                     self.swarm.acknowledge(message, receipt.id)
+                elif receipt.error in AWAY:
+                    self.swarm.answers[f"a line of {type(self).__name__}: {receipt.error}"] += 1
+                    left.append(message)
                 else:
                     self.swarm.note(f"{self} was told {receipt.error}")
-            self.under_way = ()
-            self.swarm.idle.append(self)
+            self.under_way = left
+            if left:
+                self.swarm.later(self.swarm.pause(), self._again)
+            else:
+                self.swarm.idle.append(self)
         elif not self.closing and not self.swarm.leaving:
             self.swarm.later(self.swarm.pause(), self._again)
 
@@ -431,10 +441,10 @@ class Publisher(Peer):
 
 
 class Swarm:
-    """`port` of the service; everything random comes from `seed`."""
+    """`addresses` of the service, each host and port; everything random comes from `seed`."""
 
-    def __init__(self, port: int, seed: int) -> None:
-        self.port = port
+    def __init__(self, addresses: Sequence[tuple[str, int]], seed: int) -> None:
+        self.addresses = addresses
         self.random = random.Random(seed)
         self.epoll = select.epoll()
         self.epoll.register(sys.stdin.fileno(), select.EPOLLIN)
@@ -682,4 +692,5 @@ class Swarm:
 
 if __name__ == "__main__":
     raise_file_limit()
-    Swarm(int(sys.argv[1]), int(sys.argv[2])).run()
+    places = [place.rsplit(":", 1) for place in sys.argv[1].split(",")]
+    Swarm([(host, int(port)) for host, port in places], int(sys.argv[2])).run()

@@ -12,7 +12,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -59,9 +59,9 @@ FULL_QUEUE = MAX_WAITING if FULL else 1 << 20
 class Swarm:
     """The process of `tests.behaviour.swarm`, obeying."""
 
-    def __init__(self, port: int, seed: int) -> None:
+    def __init__(self, addresses: Sequence[str], seed: int) -> None:
         self.process = green.Popen(
-            [sys.executable, "-m", "tests.behaviour.swarm", str(port), str(seed)], cwd=ROOT, stdin=green.PIPE, stdout=green.PIPE
+            [sys.executable, "-m", "tests.behaviour.swarm", ",".join(addresses), str(seed)], cwd=ROOT, stdin=green.PIPE, stdout=green.PIPE
         )
 
     def order(self, do: str, **more: Any) -> Any:
@@ -102,7 +102,7 @@ class Chaos:
             "--hibernate", "on" if seed % 2 else "off",
         )  # fmt: skip
         stack.callback(self.service.close)
-        self.swarm = Swarm(self.service.port, seed)
+        self.swarm = Swarm([f"127.0.0.1:{self.service.port}"], seed)
         stack.callback(self.swarm.close)
         answer = self.swarm.order("begin", **{name: value for name, value in load._asdict().items() if name != "seconds"})
         assert answer == {"clients": load.clients}

@@ -284,3 +284,12 @@ def test_the_routers_socket_is_in_the_runtime_folder(begin: Begin, listener: soc
     assert [path.name for path in folder.rglob("router")] == ["router"]
     assert service.stop() == 0
     assert list(folder.iterdir()) == []
+
+
+def test_without_a_router_of_its_own_it_is_ready_too(begin: Begin, listener: socket.socket) -> None:
+    """Messages are ordered by Redis, which may be away: that is for /readyz to say."""
+    service = begin([listener], "--workers", "2", "--backplane", "redis://127.0.0.1:1")
+    service.ready()
+    with Client(port(listener)) as client:
+        assert client.request("GET", "/readyz").status == 503
+    assert service.stop() == 0

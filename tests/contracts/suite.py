@@ -5,20 +5,27 @@ that caused them, so tests wait with `Harness.until` for what must come, and cal
 before they say that something did not come.
 """
 
+import atexit
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import cache
+from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import gevent
+import pytest
 
 from comet.backplane import Backplane
 from comet.backplane.memory import Bounds, MemoryBackplane
+from comet.backplane.redis import RedisBackplane
+from comet.backplane.redis_scripts import HOLD
 from comet.backplane.router import INTEREST, RouterBackplane
 from comet.message import Message, Position, Publication, Receipt
 from comet.router import Router
 from tests.harness import TIMEOUT, wait_until
+from tests.redis_server import PROGRAM, RedisServer
 
 FENCE = "contract:fence"
 
@@ -70,6 +77,10 @@ class Harness:
         """The bodies in a channel's history; None when there is no such channel."""
         joined = self.backplane.read(channel, "oldest")
         return None if joined is None else bodies(joined.messages)
+
+    def totals(self) -> dict[str, int]:
+        """What there is in the whole service."""
+        return self.backplane.totals()
 
     def settle(self) -> None:
         """Wait until all that was acknowledged has been delivered: what comes on one link comes in order,
@@ -144,4 +155,62 @@ def turn(router: Router) -> None:
         gevent.sleep(0.0005)
 
 
-FACTORIES: Mapping[str, Factory] = {"memory": _memory, "router": _router}
+@contextmanager
+def _redis(bounds: Bounds) -> Iterator[Harness]:
+    """A worker's connection to a real Redis, whose clock is ours."""
+    server = _shared_redis()
+    clock = Clock()
+    server.ask("FLUSHALL")
+
+    def say() -> None:
+        server.ask("SET", "now", str(round(1000 * clock.now)))
+
+    say()
+    backplane = RedisBackplane(server.url, bounds, timeout=TIMEOUT, clock=clock, now="return tonumber(redis.call('GET', 'now'))")
+
+    def advance(seconds: float) -> None:
+        while seconds > 0:  # they prolong what they hold more often than this
+            step = min(seconds, HOLD / 3)
+            seconds -= step
+            gevent.sleep(2 * INTEREST)  # what the worker has to say by itself is said
+            clock.now += step
+            server.pass_time(step)
+            say()
+            backplane._following.prolong()
+            gevent.sleep(2 * INTEREST)
+
+    class Counted(Harness):
+        def totals(self) -> dict[str, int]:
+            keys = [key.decode() for key in server.ask("KEYS", "c:*") if key != b"c:nodes"]
+            streams = [key for key in keys if key.endswith(":log")]
+            return {
+                "channels": sum(key.endswith("}") for key in keys),
+                "messages_kept": sum(min(server.ask("XLEN", key), bounds.history_size) for key in streams),
+                "history_bytes": sum(server.ask("XLEN", key) for key in streams),
+                "idempotency_keys": sum(":key:" in key for key in keys),
+            }
+
+    harness = Counted(backplane, advance)
+    backplane.start()
+    wait_until(backplane.ready)
+    yield harness
+    assert not harness.lost
+    backplane.close()
+
+
+@cache
+def _shared_redis() -> RedisServer:
+    """One for all tests of this process."""
+    if PROGRAM is None:
+        pytest.skip("there is no redis-server here: apt-get install redis-server")
+    folder = TemporaryDirectory()
+    server = RedisServer(Path(folder.name))
+    atexit.register(folder.cleanup)
+    atexit.register(server.stop)
+    return server
+
+
+FACTORIES: Mapping[str, Factory] = {"memory": _memory, "router": _router, "redis": _redis}
+
+OWN_BOUNDS = ("memory", "router")
+"""Those that bound by themselves what is kept in all. Redis does that, by its ``maxmemory``: tests/test_backplane_redis.py."""

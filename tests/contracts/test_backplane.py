@@ -11,7 +11,7 @@ import pytest
 from comet.backplane.memory import Bounds
 from comet.errors import Refusal
 from comet.message import MESSAGE_COST, OLDEST, ChannelInfo, Position, Publication, Receipt, Since
-from tests.contracts.suite import FACTORIES, Harness, bodies
+from tests.contracts.suite import FACTORIES, OWN_BOUNDS, Harness, bodies
 from tests.harness import wait_until
 
 Open = Callable[..., Harness]
@@ -26,6 +26,10 @@ def start(request: pytest.FixtureRequest) -> Iterator[Open]:
             return stack.enter_context(FACTORIES[request.param](Bounds(**bounds)))
 
         yield begin
+
+
+own_bounds = pytest.mark.parametrize("start", OWN_BOUNDS, indirect=True)
+"""For what is bounded in all."""
 
 
 @pytest.fixture
@@ -263,10 +267,11 @@ def test_a_key_is_forgotten_when_its_time_is_over(start: Open) -> None:
     assert only(h.backplane.publish([keyed("2", "k")])).offset == 2
 
 
+@own_bounds
 def test_keys_are_bounded_in_number_and_the_oldest_goes_first(start: Open) -> None:
     h = start(max_keys=2)
     h.backplane.publish([keyed(str(number), str(number)) for number in (1, 2, 3)])
-    assert h.backplane.totals()["idempotency_keys"] == 2
+    assert h.totals()["idempotency_keys"] == 2
     assert [only(h.backplane.publish([keyed(str(number), str(number))])).offset for number in (2, 3, 1)] == [2, 3, 4]
 
 
@@ -363,7 +368,7 @@ def test_a_forgotten_channel_costs_nothing(start: Open) -> None:
     h.backplane.unsubscribe(["b"])
     h.advance(61)
     assert (h.backplane.info("a"), h.backplane.read("a", OLDEST), h.backplane.info("b")) == (None, None, None)
-    assert h.backplane.totals() == {"channels": 0, "messages_kept": 0, "history_bytes": 0, "idempotency_keys": 0}
+    assert h.totals() == {"channels": 0, "messages_kept": 0, "history_bytes": 0, "idempotency_keys": 0}
 
 
 def test_a_message_for_nobody_waits_for_a_subscriber(h: Harness) -> None:
@@ -372,6 +377,7 @@ def test_a_message_for_nobody_waits_for_a_subscriber(h: Harness) -> None:
     assert bodies(joined.messages) == ["1"]
 
 
+@own_bounds
 def test_beyond_max_idle_the_longest_idle_channel_is_forgotten(start: Open) -> None:
     h = start(max_idle=2)
     h.join("held")
@@ -389,7 +395,7 @@ def test_history_is_bounded_in_count(start: Open) -> None:
     h = start(history_size=3)
     h.publish("a", *map(str, range(10)))
     assert h.kept("a") == ["7", "8", "9"]
-    assert h.backplane.totals()["messages_kept"] == 3
+    assert h.totals()["messages_kept"] == 3
 
 
 def test_history_is_bounded_in_age_and_a_held_channel_keeps_its_place(start: Open) -> None:
@@ -402,12 +408,13 @@ def test_history_is_bounded_in_age_and_a_held_channel_keeps_its_place(start: Ope
     assert h.kept("a") == ["2"]
     h.advance(200)
     assert h.backplane.info("a") == ChannelInfo(1, late, 0)
-    assert h.backplane.totals()["history_bytes"] == 0
+    assert h.totals()["history_bytes"] == 0
     (at_head, from_before) = h.backplane.subscribe(["a"], [late])[0], h.backplane.subscribe(["a"], [early])[0]
     assert (at_head.gap, from_before.gap, from_before.position) == (False, True, late)
     assert h.publish("a", "3") == [Position(late.epoch, 3)]
 
 
+@own_bounds
 def test_history_is_bounded_in_all_and_the_least_recently_used_channel_pays_first(start: Open) -> None:
     room = MESSAGE_COST + 3
     h = start(history_bytes=4 * room)
@@ -418,9 +425,10 @@ def test_history_is_bounded_in_all_and_the_least_recently_used_channel_pays_firs
     assert [h.kept(channel) for channel in "abc"] == [["1", "2"], ["4"], ["5"]]  # b paid; reading was a use of each, c's the last
     h.publish("d", "6", "7", "8")
     assert [h.kept(channel) for channel in "abcd"] == [[], [], ["5"], ["6", "7", "8"]]
-    assert h.backplane.totals()["history_bytes"] == 4 * room
+    assert h.totals()["history_bytes"] == 4 * room
 
 
+@own_bounds
 def test_a_message_larger_than_all_history_is_delivered_and_not_kept(start: Open) -> None:
     h = start(history_bytes=1000)
     h.join("a")
@@ -428,7 +436,7 @@ def test_a_message_larger_than_all_history_is_delivered_and_not_kept(start: Open
     (position,) = h.publish("a", "x" * 1000)
     h.until_got("a", "small", "x" * 1000)
     assert h.backplane.info("a") == ChannelInfo(1, position, 0)
-    assert h.backplane.totals()["history_bytes"] == 0
+    assert h.totals()["history_bytes"] == 0
 
 
 def test_without_history_messages_are_delivered_and_not_kept(start: Open) -> None:
@@ -548,7 +556,7 @@ def test_read_from_a_lost_place_is_a_gap_and_pages_from_the_oldest(start: Open) 
 def test_read_neither_joins_nor_makes_a_channel(h: Harness) -> None:
     places: list[Since] = [None, OLDEST, Position(1, 1)]
     assert [h.backplane.read("a", since) for since in places] == [None] * 3
-    assert h.backplane.totals()["channels"] == 0
+    assert h.totals()["channels"] == 0
     h.publish("a", "1")
     h.backplane.read("a", OLDEST)
     info = h.backplane.info("a")

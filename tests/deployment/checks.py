@@ -79,7 +79,7 @@ class Deployed:
         """Resuming clients and publishers, all subscribed."""
         self._swarms += 1
         os.environ["COMET_PUBLISH_KEY"] = self.key
-        swarm = Swarm(PORT, random.Random(self._swarms).randrange(1 << 30))
+        swarm = Swarm([f"127.0.0.1:{PORT}"], random.Random(self._swarms).randrange(1 << 30))
         try:
             clients = 3000 if self.full else 600
             begun = swarm.order(

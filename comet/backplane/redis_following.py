@@ -1,0 +1,447 @@
+"""The channels that this worker follows in Redis: how it joins, what is published there, and how it catches up.
+
+Neighbours: `comet.backplane.redis`, whose part this is. The same idea as `comet.backplane.router`: the worker stays
+subscribed for `LINGER` seconds after its last subscriber on a channel, knows the newest position of each, and so has most
+who come join without asking (`rejoin`).
+
+Redis tells nobody what was missed. So each message says its epoch and offset, and where they do not follow on, or when
+the connection was broken, the worker reads what is kept (`resume`): that is the same script as a join, and says by the way
+how many subscribers are here. What is published meanwhile its answer has as well. If the log has not come as far as this
+worker has seen it, Redis was rewound: the script begins another, and subscribers are told a gap.
+
+Counts are told as they are, not as differences, so telling one twice does no harm. They stand under this worker's `node`,
+an id that it gives a sign of life for each second; who gives none for `LEASE` seconds is dead to the others, and one
+that was away for so long comes back under another id.
+"""
+
+import logging
+import math
+import random
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import islice, takewhile
+from typing import Any, Final
+
+import gevent
+import msgspec
+from gevent import get_hub
+
+from comet.backplane import Deliver, Dropped, Lost
+from comet.backplane.memory import EPOCH_BITS
+from comet.backplane.redis_calls import Calls
+from comet.backplane.redis_link import Call, Link
+from comet.backplane.redis_scripts import HOLD, PAGE, Names, Replay, Scripts, messages, place, replay, told
+from comet.backplane.redis_shards import Cluster, Single
+from comet.errors import Refusal
+from comet.message import Position, Since
+from comet.turn import give_way
+
+LINGER: Final = 5.0
+"""Seconds that the worker stays subscribed to a channel that has lost its last subscriber here."""
+
+INTEREST: Final = 0.02
+"""Seconds that changes of counts wait for each other, or for a call, which they precede."""
+
+LEASE: Final = 10.0
+"""Seconds without a sign of life after which a worker's counts are nobody's."""
+
+KEEP: Final = 4 * HOLD
+"""Seconds that it is remembered who has died: longer than any log can have its counts."""
+
+LOT: Final = 500
+"""Channels that are resumed between two turns for others."""
+
+RETRY: Final = 0.5
+"""Seconds before Redis is asked again for what it could not do (no memory, say)."""
+
+_UNKNOWN: Final = -1
+
+log = logging.getLogger("comet.backplane")
+
+
+class _Channel(msgspec.Struct, gc=False):
+    """A channel: the newest position that came here (`epoch` is -1 before there is one), the subscribers here, those of
+    them whose join is under way, and how many Redis was told of; `stale` while it is being resumed, for the `turn`-th time:
+    only the answer to the last question counts."""
+
+    link: Any = None
+    epoch: int = _UNKNOWN
+    offset: int = 0
+    count: int = 0
+    joining: int = 0
+    told: int = 0
+    stale: bool = False
+    turn: int = 0
+    lives: int = 0
+    """How often it was deleted: that ends all subscriptions but those whose join is under way."""
+
+
+class Following:
+    """`vouched` answers a position that Redis has acknowledged to this worker, if it knows one."""
+
+    def __init__(
+        self,
+        shards: Single | Cluster,
+        calls: Calls,
+        scripts: Scripts,
+        names: Names,
+        clock: Callable[[], float],
+        vouched: Callable[[str], Position | None],
+        sharded: bool,
+    ) -> None:
+        self._shards = shards
+        self._calls = calls
+        self._scripts = scripts
+        self._names = names
+        self._clock = clock
+        self._vouched = vouched
+        self._subscribe, self._unsubscribe = (b"SSUBSCRIBE", b"SUNSUBSCRIBE") if sharded else (b"SUBSCRIBE", b"UNSUBSCRIBE")
+        self._together = 1 if sharded else LOT
+        """Channels that one subscription may name: in a cluster they have a slot each."""
+        self._channels: dict[str, _Channel] = {}
+        self._changed: dict[str, None] = {}
+        self._resting: dict[str, float] = {}
+        self._recovering: set[str] = set()
+        """Those whose connection was broken, and that have not caught up yet."""
+        self._interest = get_hub().loop.timer(INTEREST)
+        self._touching: list[str] = []
+        self.node = _name()
+        self.dead = ""
+        """Ids of workers that have died, lately."""
+        self._beaten = -math.inf
+        """When the last sign of life was acknowledged."""
+        self._since = time.monotonic()
+
+    def attach(self, deliver: Deliver, dropped: Dropped, lost: Lost) -> None:
+        """See `comet.backplane.Backplane`."""
+        self._deliver, self._dropped, self._lost = deliver, dropped, lost
+
+    def ready(self) -> bool:
+        """Redis is in reach, and nothing that was missed is still to come."""
+        return bool(
+            self._shards.whole and all(link.up for link in self._shards.links) and not self._recovering
+            and time.monotonic() - self._beaten < LEASE
+        )  # fmt: skip
+
+    @property
+    def followed(self) -> int:
+        """How many channels."""
+        return len(self._channels)
+
+    def close(self) -> None:
+        """For good."""
+        self._interest.stop()
+
+    # -- joining and leaving
+
+    def join(self, channel: str, since: Since, done: Callable[[Replay | Refusal], None], timeout: float) -> Any:
+        """Have one subscriber more; `done` has the answer, at its place in the stream."""
+        state = self._channels.get(channel)
+        if state is None:
+            state = self._channels[channel] = _Channel()
+        state.count += 1
+        state.joining += 1
+        self._resting.pop(channel, None)
+        return self._calls.ask(
+            self._names.log(channel),
+            lambda: self._ask_join(channel, state, since, None),
+            partial(self._joined, channel, state, done),
+            timeout=timeout,
+            before=lambda link: self._have(link, channel, state),
+        )
+
+    def _ask_join(self, channel: str, state: _Channel, since: Since, vouched: Position | None) -> Sequence[Any]:
+        state.told = state.count
+        arguments = (random.getrandbits(EPOCH_BITS), self.dead, self.node, state.count, *place(since), PAGE, *(vouched or ("", 0)))
+        return self._scripts.join.command(self._names.both(channel), arguments)
+
+    def _have(self, link: Link, channel: str, state: _Channel) -> None:
+        """Be subscribed on this link. One that is not up will see to that when it is."""
+        if link.up and state.link is not link:
+            state.link = link
+            link.call(Call(lambda: (self._subscribe, self._names.log(channel)), again=False, confirms=1))
+
+    def _joined(self, channel: str, state: _Channel, done: Callable[[Replay | Refusal], None], reply: Any) -> None:
+        state.joining -= 1
+        if isinstance(reply, Refusal):
+            self.leave(channel)
+            done(reply)
+            return
+        answer = replay(channel, reply)
+        if state.epoch == _UNKNOWN:
+            state.epoch, state.offset = answer.head
+        elif not state.stale and (state.epoch, state.offset) != answer.head:
+            self.resume(channel)  # something was missed before this
+        if state.count != state.told:
+            self._change(channel)
+        done(answer._replace(life=(state, state.lives)))
+
+    def undo(self, channel: str, answer: Replay) -> None:
+        """One subscriber less, of those who joined with this answer; a deletion has ended it already."""
+        state, lives = answer.life
+        present = self._channels.get(channel)
+        if present is not None and present is state and present.lives == lives:
+            self.leave(channel)
+
+    def rejoin(self, channel: str, since: Since) -> Position | None:
+        """See `comet.backplane.Backplane`."""
+        state = self._channels.get(channel)
+        if state is None or state.stale or state.epoch == _UNKNOWN or state.link is None or not state.link.up:
+            return None
+        head = Position(state.epoch, state.offset)
+        if since is not None and since != head:
+            return None
+        state.count += 1
+        self._resting.pop(channel, None)
+        self._change(channel)
+        return head
+
+    def leave(self, channel: str) -> None:
+        """One subscriber less."""
+        state = self._channels[channel]
+        state.count -= 1
+        if not state.count:
+            self._rest(channel)
+        self._change(channel)
+
+    # -- counts
+
+    def _rest(self, channel: str) -> None:
+        self._resting[channel] = self._clock() + LINGER
+
+    def _change(self, channel: str) -> None:
+        self._changed[channel] = None
+        if not self._interest.active:
+            self._interest.start(self.tell)
+
+    def tell(self) -> None:
+        """Changes of counts stand before what is asked later."""
+        changed, self._changed = self._changed, {}
+        for channel in changed:
+            state = self._channels.get(channel)
+            if state is not None and state.count != state.told and not state.stale and state.epoch != _UNKNOWN:
+                self._ask_hold(channel, state)
+
+    def _ask_hold(self, channel: str, state: _Channel) -> None:
+        def make() -> Sequence[Any]:
+            state.told = state.count
+            return self._scripts.hold.command(self._names.both(channel), (self.node, state.count, state.epoch))
+
+        state.told = state.count
+        self._calls.ask(self._names.log(channel), make, partial(self._held, channel, state))
+
+    def _held(self, channel: str, state: _Channel, reply: Any) -> None:
+        if isinstance(reply, Refusal):
+            state.told = _UNKNOWN
+            gevent.spawn_later(RETRY, self._change_if, channel)
+        elif reply != state.offset and state.count and not state.stale and self._channels.get(channel) is state:
+            self.resume(channel)  # the log is gone, or another; or something was missed
+
+    def _change_if(self, channel: str) -> None:
+        if channel in self._channels:
+            self._change(channel)
+
+    def expire(self) -> None:
+        """Leave what nobody here has held for some time, and prolong the rest, some at a time. Called about once a second."""
+        now = self._clock()
+        for channel in [channel for channel, _ in takewhile(lambda one: one[1] <= now, self._resting.items())]:
+            state = self._channels[channel]
+            if state.joining or state.stale:
+                continue
+            self.tell()
+            self._forget(channel, state)
+        self.prolong(max(1, math.ceil(3 * len(self._channels) / HOLD)))
+
+    def prolong(self, most: int | None = None) -> None:
+        """Have so many of the channels outlive the next `HOLD`; all of them without `most`."""
+        if not self._touching or most is None:
+            self._touching = list(self._channels)
+        due, self._touching = self._touching[:most], self._touching[len(self._touching) if most is None else most :]
+        for channel in due:
+            state = self._channels.get(channel)
+            if state is not None and state.count and not state.stale and state.epoch != _UNKNOWN:
+                self._ask_hold(channel, state)
+
+    def _forget(self, channel: str, state: _Channel) -> None:
+        del self._channels[channel]
+        self._resting.pop(channel, None)
+        self._changed.pop(channel, None)
+        self._recovering.discard(channel)
+        if state.link is not None and state.link.up:
+            state.link.call(Call(lambda: (self._unsubscribe, self._names.log(channel)), again=False, confirms=1))
+
+    # -- catching up
+
+    def linked(self, link: Link) -> None:
+        """A server is there (again): what was followed on it has to catch up."""
+        self._since = time.monotonic()
+        self._recover([name for name, state in self._channels.items() if self._shards.link(self._names.log(name)) is link], link)
+
+    def unlinked(self, link: Link) -> None:
+        """Nothing of it is sure any more."""
+        self._shards.refresh()
+
+    def moved(self) -> None:
+        """Some channels may have gone to another server."""
+        there: dict[Link, list[str]] = {}
+        for name, state in self._channels.items():
+            link = self._shards.link(self._names.log(name))
+            if link is not None and link.up and link is not state.link:
+                there.setdefault(link, []).append(name)
+        for link, names in there.items():
+            self._recover(names, link)
+
+    def thrown_out(self, name: bytes) -> None:
+        """Redis has ended a subscription."""
+        state = self._channels.get(self._names.channel(name))
+        if state is not None:
+            state.link = None
+            self._shards.refresh()
+            gevent.spawn_later(RETRY, self.moved)
+
+    def _recover(self, names: Sequence[str], link: Link) -> None:
+        """Subscribe at once, ahead of joins that are asked again; read on in lots."""
+        held = []
+        for name in names:
+            state = self._channels[name]
+            state.link = None
+            if not state.count and not state.joining:
+                self._recovering.discard(name)
+                self._forget(name, state)
+                continue
+            state.link = link
+            state.told = _UNKNOWN
+            held.append(name)
+            if state.epoch != _UNKNOWN:
+                state.stale = True
+                self._recovering.add(name)
+        for start in range(0, len(held), self._together):
+            lot = [self._names.log(name) for name in held[start : start + self._together]]
+            link.call(Call(lambda lot=lot: (self._subscribe, *lot), again=False, confirms=len(lot)))  # type: ignore[misc]
+        gevent.spawn(self._resume_all, held, link)
+
+    def _resume_all(self, names: Sequence[str], link: Link) -> None:
+        rest = iter(names)
+        while lot := list(islice(rest, LOT)):
+            for name in lot:
+                state = self._channels.get(name)
+                if state is not None and state.stale and state.link is link and link.up:
+                    self.resume(name)
+            give_way()
+
+    def resume(self, channel: str) -> None:
+        """Have made good what was missed."""
+        state = self._channels[channel]
+        state.stale = True
+        state.turn += 1
+        since = Position(state.epoch, state.offset)
+        known = self._vouched(channel)
+        vouched = known if known is not None and known.epoch == since.epoch and known.offset > since.offset else since
+        self._calls.ask(
+            self._names.log(channel),
+            lambda: self._ask_join(channel, state, since, vouched),
+            partial(self._resumed, channel, state, state.turn),
+            before=lambda link: self._have(link, channel, state),
+        )
+
+    def _resumed(self, channel: str, state: _Channel, turn: int, reply: Any) -> None:
+        if self._channels.get(channel) is not state or state.turn != turn:
+            return
+        if isinstance(reply, Refusal):
+            gevent.spawn_later(RETRY, self._resume_if, channel, state)
+            return
+        head, answer, _ = replay(channel, reply)
+        state.epoch, state.offset = answer.messages[-1].position if answer.messages else answer.position
+        if state.offset < head.offset:  # a page, and more of them
+            self.resume(channel)
+        else:
+            state.stale = False
+            self._recovering.discard(channel)
+            if not state.count and not state.joining and channel not in self._resting:  # deleted meanwhile; this is the next log
+                self._rest(channel)
+            if state.count != state.told:
+                self._change(channel)
+        if answer.gap:
+            self._lost({channel: answer})
+        elif answer.messages:
+            self._deliver(answer.messages)
+
+    def _resume_if(self, channel: str, state: _Channel) -> None:
+        if self._channels.get(channel) is state:
+            self.resume(channel)
+
+    # -- what is published
+
+    def published(self, name: bytes, payload: bytes) -> None:
+        """Take what Redis says, at its place in the stream."""
+        channel = self._names.channel(name)
+        state = self._channels.get(channel)
+        if state is None:
+            return
+        what, epoch, first, pieces = told(payload)
+        if what == "D":
+            self._deleted(channel, state, epoch)
+        elif state.stale or state.epoch == _UNKNOWN:
+            return  # the answer that is under way has it as well
+        elif what == "G" or epoch != state.epoch or first > state.offset + 1:
+            self.resume(channel)
+        elif first + len(pieces) > state.offset + 1:
+            new = pieces[state.offset + 1 - first :]
+            first, state.offset = state.offset + 1, state.offset + len(new)
+            self._deliver(messages(channel, epoch, first, new))
+
+    def _deleted(self, channel: str, state: _Channel, epoch: int) -> None:
+        state.count = state.joining  # those are in the next log
+        state.lives += 1
+        if state.stale or state.joining:
+            if not state.stale:
+                state.epoch = _UNKNOWN
+            self._resting.pop(channel, None)
+            self._change(channel)
+        else:
+            self._forget(channel, state)
+        self._dropped(channel, epoch)
+
+    # -- signs of life
+
+    def beat(self) -> None:
+        """Say that this worker lives, and hear who does not. Called about once a second."""
+        now = time.monotonic()
+        if self._beaten > 0 and now - self._beaten > LEASE:
+            self.node = _name()  # the counts under the old one are gone, or will be
+            for channel, state in self._channels.items():
+                state.told = _UNKNOWN
+                self._changed[channel] = None
+            self._beaten = -math.inf
+        self._ask_beat(self.node, 0.0, partial(self._beat, self.node))
+
+    def _ask_beat(self, node: str, ago: float, answered: Callable[[Any], None]) -> None:
+        arguments = (node, *(round(1000 * seconds) for seconds in (LEASE, KEEP, ago)))
+        names = (self._names.nodes,)
+        self._calls.ask(self._names.nodes, lambda: self._scripts.heartbeat.command(names, arguments), answered, timeout=1.0)
+
+    def farewell(self, answered: Callable[[Any], None]) -> None:
+        """This worker ends: let it be dead at once, so that nobody counts its subscribers."""
+        self.tell()
+        self._ask_beat(self.node, LEASE, answered)
+
+    def _beat(self, node: str, reply: Any) -> None:
+        if isinstance(reply, Refusal) or node != self.node:
+            return
+        new, dead = reply
+        now = time.monotonic()
+        if new and self._beaten > 0:
+            log.warning("Redis has lost what it knew: every channel begins anew")
+            for channel in list(self._channels):
+                state = self._channels[channel]
+                if not state.stale and state.epoch != _UNKNOWN:
+                    self.resume(channel)
+        self._beaten = now
+        # just after an outage everybody seems dead
+        self.dead = dead.decode() if now - self._since > LEASE else ""
+
+
+def _name() -> str:
+    """Of a worker: short, since it stands in the log of each channel that it holds."""
+    return "".join(random.choices("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789", k=5))

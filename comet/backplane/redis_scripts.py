@@ -1,0 +1,412 @@
+"""What Redis does at once: the scripts of a channel, and how they are called and answered.
+
+Neighbours: `comet.backplane.redis`, who calls them, and `comet.backplane.redis_link`, which sends them by their
+digest. What is kept of a channel, all under its hash tag (`Names`), so that a cluster has it on one server:
+
+- *the log*, a hash: ``e`` the epoch, ``o`` the newest offset, ``s`` the subscribers in all processes, and by each
+  process's id how many it has. It expires by itself: when nobody holds the channel after the linger time, else
+  after `HOLD`, which those who hold it prolong. What a process that has died had counted is taken off by
+  whoever publishes next, who knows the dead (`HEARTBEAT`);
+- *the stream*: a message an entry, whose id is ``<offset>-<milliseconds>``: so it is found by its offset and
+  tells its age. It never outlives the log by more than its last message's age;
+- an answer for each idempotency key, for as long as it is recognized.
+
+A log that is made anew, for whatever reason, has another epoch and no stream. All numbers are text on the
+way: Lua would round an epoch.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any, Final, NamedTuple
+
+import msgspec
+
+from comet.backplane.memory import Bounds
+from comet.history import Joined
+from comet.message import Message, Position, Since
+
+HOLD: Final = 600.0
+"""Seconds that a held channel outlives those who hold it, should they all die: longer than any outage that is to go
+unnoticed. They prolong it three times in that time."""
+
+PAGE: Final = 128
+"""Messages of history in one answer. A connection with subscriptions must not have more than 32 MB waiting (Redis'
+client-output-buffer-limit), and 128 of the largest that are allowed by default are 8 MB."""
+
+NOW: Final = "local t = redis.call('TIME') return t[1] * 1000 + math.floor(t[2] / 1000)"
+"""Redis' own clock, since those of many machines differ."""
+
+_PRELUDE: Final = """
+local LINGER, HOLD, SIZE, AGE, KEY_AGE = {linger}, {hold}, {size}, {age}, {key_age}
+local function now() {now} end
+local function text(number) return string.format('%.0f', number) end
+
+local function known(K)  -- epoch, offset, subscribers; nil where there is no log
+  local h = redis.call('HMGET', K, 'e', 'o', 's')
+  if h[1] then return h[1], tonumber(h[2] or 0), tonumber(h[3] or 0) end
+end
+
+local function open(K, L, epoch)  -- as known; a log is made where there is none
+  local e, o, s = known(K)
+  if e then return e, o, s end
+  redis.call('HSET', K, 'e', epoch)
+  redis.call('PEXPIRE', K, LINGER)
+  redis.call('DEL', L)
+  return epoch, 0, 0
+end
+
+local function shorten(L, most)  -- the stream goes then, or earlier
+  if redis.call('PTTL', L) > most then redis.call('PEXPIRE', L, most) end
+end
+
+local function count(K, L, s, node, n)  -- this process has so many; the sum
+  local old = tonumber(redis.call('HGET', K, node) or 0)
+  s = s + n - old
+  if n ~= old then
+    if n > 0 then
+      redis.call('HSET', K, node, n, 's', s)
+    else
+      redis.call('HDEL', K, node)
+      redis.call('HSET', K, 's', s)
+    end
+  end
+  if s > 0 then
+    redis.call('PEXPIRE', K, HOLD)
+    if old == 0 and redis.call('PTTL', L) >= 0 then  -- as long as its last message would have stayed all along
+      local last = redis.call('XREVRANGE', L, '+', '-', 'COUNT', 1)[1]
+      if last then redis.call('PEXPIRE', L, math.max(1, tonumber(string.match(last[1], '%d+$')) + AGE - now())) end
+    end
+  elseif old > 0 then
+    redis.call('PEXPIRE', K, LINGER)
+    shorten(L, LINGER)
+  end
+  return s
+end
+
+local function bury(K, L, s, dead)  -- without those who have died
+  for node in string.gmatch(dead, '%S+') do
+    if redis.call('HEXISTS', K, node) == 1 then s = count(K, L, s, node, 0) end
+  end
+  return s
+end
+
+local function oldest(L, o)  -- the offset before the oldest message that is kept; what is too old goes
+  local kept = math.min(redis.call('XLEN', L), SIZE)
+  local low, before = o - kept, now() - AGE
+  local function aged(offset)
+    local entry = redis.call('XRANGE', L, text(offset), text(offset), 'COUNT', 1)[1]
+    return entry and tonumber(string.match(entry[1], '%d+$')) < before
+  end
+  if kept > 0 and aged(low + 1) then
+    local a, b = low + 1, o + 1  -- one that goes, one that stays
+    while b - a > 1 do
+      local m = math.floor((a + b) / 2)
+      if aged(m) then a = m else b = m end
+    end
+    redis.call('XTRIM', L, 'MINID', text(b))
+    low = a
+  end
+  return low
+end
+
+local function append(K, L, e, o, pieces, ttl)  -- order these: kept, told to all; the new offset
+  local n, ms = #pieces, text(now())
+  if SIZE > 0 then
+    for i = 1, n do redis.call('XADD', L, text(o + i) .. '-' .. ms, 'm', pieces[i]) end
+    redis.call('XTRIM', L, 'MAXLEN', '~', SIZE)
+    if math.floor(o / 16) ~= math.floor((o + n) / 16) then oldest(L, o + n) end
+    redis.call('PEXPIRE', L, ttl)
+  end
+  redis.call('HSET', K, 'o', text(o + n))
+  redis.call('{publish}', K, e .. ' ' .. text(o + 1) .. ' ' .. n .. '\\n' .. table.concat(pieces))
+  return o + n
+end
+
+local function publish(K, L, e, o, s, pieces)  -- append, which is a use
+  if s <= 0 then redis.call('PEXPIRE', K, LINGER) end
+  return append(K, L, e, o, pieces, s > 0 and AGE or math.min(AGE, LINGER))
+end
+
+local function since(K, L, e, o, s, epoch, offset, limit)  -- see `replay`
+  local start, gap, entries = o, 0, {{}}
+  if epoch ~= '' then
+    local low = oldest(L, o)
+    start = low
+    if epoch ~= 'oldest' then
+      start = tonumber(offset)
+      if epoch ~= e or start < low or start > o then start, gap = low, 1 end
+    end
+    if limit > 0 and start < o then
+      for i, entry in ipairs(redis.call('XRANGE', L, text(start + 1), '+', 'COUNT', limit)) do entries[i] = entry[2][2] end
+    end
+  end
+  return {{e, text(o), text(start), gap, s, entries}}
+end
+
+local function vouch(K, L, e, o, epoch, offset, new)  -- this log has been further: it was rewound, and another begins
+  if e == epoch and o < tonumber(offset) then
+    redis.call('HSET', K, 'e', new)
+    redis.call('HDEL', K, 'o')
+    redis.call('DEL', L)
+    redis.call('{publish}', K, 'G')
+    return new, 0
+  end
+  return e, o
+end
+"""
+
+_PUBLISH: Final = """
+local K, L = KEYS[1], KEYS[2]
+local e, o, s = open(K, L, ARGV[1])
+s = bury(K, L, s, ARGV[2])
+local pieces = {}
+for i = 3, #ARGV do pieces[i - 2] = ARGV[i] end
+publish(K, L, e, o, s, pieces)
+return {e, text(o), s}
+"""
+
+_PUBLISH_KEYED: Final = """
+local K, L = KEYS[1], KEYS[2]
+local e, o, s
+local answers, pieces, at, first = {}, {}, 2, 0
+for i = 3, #ARGV, 2 do
+  local digest, before = ARGV[i + 1], false
+  if digest ~= '' then
+    at = at + 1
+    before = redis.call('GET', KEYS[at])
+  end
+  if before then
+    answers[#answers + 1] = string.sub(before, 1, 32) == digest and string.sub(before, 33) or '!'
+  else
+    if not e then
+      e, o, s = open(K, L, ARGV[1])
+      s, first = bury(K, L, s, ARGV[2]), o
+    end
+    o = o + 1
+    pieces[#pieces + 1] = ARGV[i]
+    local answer = e .. ' ' .. text(o) .. ' ' .. s
+    if digest ~= '' then redis.call('SET', KEYS[at], digest .. answer, 'PX', KEY_AGE) end
+    answers[#answers + 1] = answer
+  end
+end
+if e then publish(K, L, e, first, s, pieces) end
+return answers
+"""
+
+_SEND: Final = """
+local answers, each = {}, tonumber(ARGV[3])
+for i = 1, #KEYS, each do
+  local K, L, mark = KEYS[i], KEYS[i + 1], KEYS[i + 2]
+  local answer = each == 3 and redis.call('GET', mark) or ''
+  if answer == '' then
+    local e, o, s = known(K)
+    if e then
+      s = bury(K, L, s, ARGV[1])
+      local ttl = s > 0 and AGE or math.min(AGE, math.max(1, redis.call('PTTL', K)))
+      answer = e .. ' ' .. text(append(K, L, e, o, {ARGV[2]}, ttl)) .. ' ' .. s
+      if each == 3 then redis.call('SET', mark, answer, 'PX', KEY_AGE) end
+    end
+  end
+  answers[#answers + 1] = answer
+end
+return answers
+"""
+
+_CLAIM: Final = """
+local before = redis.call('GET', KEYS[1])
+if not before then
+  redis.call('SET', KEYS[1], ARGV[1], 'PX', KEY_AGE)
+  return ''
+end
+return string.sub(before, 1, 32) == ARGV[1] and string.sub(before, 33) or '!'
+"""
+
+_JOIN: Final = """
+local K, L = KEYS[1], KEYS[2]
+local e, o, s = open(K, L, ARGV[1])
+e, o = vouch(K, L, e, o, ARGV[8], ARGV[9], ARGV[1])
+s = bury(K, L, count(K, L, s, ARGV[3], tonumber(ARGV[4])), ARGV[2])
+return since(K, L, e, o, s, ARGV[5], ARGV[6], tonumber(ARGV[7]))
+"""
+
+_HOLD: Final = """
+local K, L = KEYS[1], KEYS[2]
+local e, o, s = known(K)
+if e ~= ARGV[3] then return -1 end
+count(K, L, s, ARGV[1], tonumber(ARGV[2]))
+return o
+"""
+
+_VOUCH: Final = """
+local K, L = KEYS[1], KEYS[2]
+local e, o = known(K)
+if e then vouch(K, L, e, o, ARGV[2], ARGV[3], ARGV[1]) end
+return 1
+"""
+
+_READ: Final = """
+local K, L = KEYS[1], KEYS[2]
+local e, o, s = known(K)
+if not e then return false end
+return since(K, L, e, o, s, ARGV[1], ARGV[2], tonumber(ARGV[3]))
+"""
+
+_INFO: Final = """
+local K, L = KEYS[1], KEYS[2]
+local e, o, s = known(K)
+if not e then return false end
+return {e, text(o), bury(K, L, s, ARGV[1]), o - oldest(L, o)}
+"""
+
+_DELETE: Final = """
+local K, L = KEYS[1], KEYS[2]
+local e, o, s = known(K)
+if not e then return false end
+local answer = {e, text(o), bury(K, L, s, ARGV[1]), o - oldest(L, o)}
+redis.call('DEL', K, L)
+redis.call('%(publish)s', K, 'D ' .. e)
+return answer
+"""
+
+_HEARTBEAT: Final = """
+local ms = now()
+local new = redis.call('ZADD', KEYS[1], ms - ARGV[4], ARGV[1])
+local dead = redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', text(ms - ARGV[2]))
+redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', text(ms - ARGV[3]))
+redis.call('PEXPIRE', KEYS[1], ARGV[3])
+return {new, table.concat(dead, ' ')}
+"""
+
+
+class Script:
+    """A Lua script; `digest` is what it is called by once it is loaded."""
+
+    __slots__ = ("digest", "text")
+
+    def __init__(self, text: str) -> None:
+        self.text = text.encode()
+        self.digest = hashlib.sha1(self.text).hexdigest().encode()  # noqa: S324 - Redis names them so
+
+    def command(self, keys: Sequence[bytes], arguments: Sequence[Any]) -> tuple[Any, ...]:
+        """What calls it."""
+        return (b"EVALSHA", self.digest, len(keys), *keys, *arguments)
+
+
+class Scripts:
+    """All of them, for these bounds. `sharded` is how a cluster publishes. Times are Redis' `now`."""
+
+    def __init__(self, bounds: Bounds, sharded: bool, now: str = NOW) -> None:
+        publish = "SPUBLISH" if sharded else "PUBLISH"
+        times = {"linger": bounds.linger, "hold": HOLD, "age": bounds.history_age, "key_age": bounds.key_age}
+        prelude = _PRELUDE.format(
+            now=now, publish=publish, size=bounds.history_size, **{name: max(1, round(1000 * value)) for name, value in times.items()}
+        )
+
+        def script(text: str) -> Script:
+            return Script(prelude + text)
+
+        self.publish = script(_PUBLISH)
+        self.publish_keyed = script(_PUBLISH_KEYED)
+        self.send = script(_SEND)
+        self.claim = script(_CLAIM)
+        self.join = script(_JOIN)
+        self.hold = script(_HOLD)
+        self.vouch = script(_VOUCH)
+        self.read = script(_READ)
+        self.info = script(_INFO)
+        self.delete = script(_DELETE % {"publish": publish})
+        self.heartbeat = script(_HEARTBEAT)
+        self.all: Sequence[Script] = list(vars(self).values())
+        self.by_digest = {one.digest: one for one in self.all}
+
+
+class Names:
+    """The keys of a channel, behind a `prefix` that tells one service's from another's. Raises ValueError for one that hides
+    the hash tag."""
+
+    def __init__(self, prefix: str) -> None:
+        if "{" in prefix or "}" in prefix:
+            raise ValueError("--redis-prefix must have no braces: in a cluster they would say which keys belong together.")
+        self._skip = len(prefix.encode()) + 1
+        self._prefix = prefix
+        self.nodes = f"{prefix}nodes".encode()
+
+    def log(self, channel: str) -> bytes:
+        """Its hash; its messages are published under the same name."""
+        return f"{self._prefix}{{{channel}}}".encode()
+
+    def both(self, channel: str) -> tuple[bytes, bytes]:
+        """Its hash and its stream."""
+        log = self.log(channel)
+        return log, log + b":log"
+
+    def key(self, channel: str, key: str) -> bytes:
+        """The answer under an idempotency key."""
+        return f"{self._prefix}{{{channel}}}:key:{key}".encode()
+
+    def mark(self, channel: str, first: str, key: str) -> bytes:
+        """That a feed has had the message that was sent under a key of `first`."""
+        return f"{self._prefix}{{{channel}}}:sent:{first}:{key}".encode()
+
+    def channel(self, log: bytes) -> str:
+        """Whose hash it is."""
+        return log[self._skip : -1].decode()
+
+
+class Told(NamedTuple):
+    """What was published in Redis: messages of `epoch` from the offset `first` on, or that a log was deleted
+    (`what` is ``D``), or that it has to be looked at (``G``)."""
+
+    what: str
+    epoch: int = 0
+    first: int = 0
+    pieces: Sequence[tuple[str, bytes]] = ()
+
+
+_piece = msgspec.msgpack.Decoder(tuple[str, bytes])
+_pieces = msgspec.msgpack.Decoder(list[tuple[str, bytes]])
+piece = msgspec.msgpack.Encoder().encode
+"""A message as it is kept: type and data."""
+
+
+def told(payload: bytes) -> Told:
+    """Read what came."""
+    if payload[0] == 71:  # G
+        return Told("G")
+    if payload[0] == 68:  # D
+        return Told("D", int(payload[2:]))
+    head, _, rest = payload.partition(b"\n")
+    epoch, first, count = head.split()
+    if count == b"1":
+        return Told("M", int(epoch), int(first), (_piece.decode(rest),))
+    return Told("M", int(epoch), int(first), _pieces.decode(b"\xdd" + int(count).to_bytes(4, "big") + rest))  # an array32 of them
+
+
+def messages(channel: str, epoch: int, first: int, pieces: Sequence[tuple[str, bytes]]) -> list[Message]:
+    """Those that follow each other from the offset `first` on."""
+    return [Message(channel, Position(epoch, offset), kind, data) for offset, (kind, data) in enumerate(pieces, first)]
+
+
+class Replay(NamedTuple):
+    """What a join or a read was answered: the log's newest position, and a first page of what follows `since`. `life` is
+    of a join: until its channel is deleted it counts."""
+
+    head: Position
+    joined: Joined
+    life: Any = None
+
+
+def replay(channel: str, reply: Sequence[Any]) -> Replay:
+    """Read the answer."""
+    epoch, head, start = int(reply[0]), int(reply[1]), int(reply[2])
+    entries = messages(channel, epoch, start + 1, [_piece.decode(one) for one in reply[5]])
+    return Replay(Position(epoch, head), Joined(Position(epoch, start), entries, bool(reply[3])))
+
+
+def place(since: Since) -> tuple[Any, Any]:
+    """How a script is told where to start."""
+    if since is None:
+        return b"", 0
+    if isinstance(since, str):
+        return b"oldest", 0
+    return since

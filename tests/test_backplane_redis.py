@@ -1,0 +1,881 @@
+"""Several workers on a real Redis: order, counts, and what happens when a connection breaks or freezes, messages are
+dropped, Redis ends, forgets, is rewound, full, or does not let us in.
+
+`Service` is a redis-server and workers with a real hub each, whose connections go through a `Proxy` each; all but Redis
+in this process. Clients are the `Reader` of the router's tests, which checks what it is sent.
+
+More seeds than the usual few: ``COMET_SEEDS=100 pytest tests/test_backplane_redis.py``.
+"""
+
+import logging
+import os
+import random
+import shutil
+import subprocess
+import time
+import traceback
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import gevent
+import pytest
+from gevent import socket
+from gevent.server import StreamServer
+
+from comet.backplane import redis_calls, redis_following
+from comet.backplane.memory import Bounds
+from comet.backplane.redis import RedisBackplane
+from comet.backplane.redis_dial import Denied, read
+from comet.errors import Refusal
+from comet.hub import Hub
+from comet.message import Position, Publication, Receipt
+from comet.settings import Settings
+from comet.stats import Stats
+from tests.harness import Server, wait_until
+from tests.redis_server import RedisServer, free_port, needs_redis, redis_cluster, redis_server
+from tests.test_backplane_router import Reader
+
+pytestmark = needs_redis
+
+SEEDS = range(int(os.environ.get("COMET_SEEDS", "6")))
+
+SILENCE = 0.6
+"""Seconds that Redis may be silent here."""
+
+
+class Proxy:
+    """Between a worker and Redis."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._pairs: list[tuple[Any, Any]] = []
+        self.frozen = gevent.event.Event()
+        self.frozen.set()  # it flows
+        self.refusing = False
+        self._server = StreamServer(("127.0.0.1", 0), self._serve)
+        self._server.start()
+        self.port: int = self._server.server_port
+
+    def _serve(self, near: Any, address: Any) -> None:
+        try:
+            if self.refusing:
+                raise ConnectionRefusedError
+            far = socket.create_connection(("127.0.0.1", self._port))
+        except OSError:
+            near.close()
+            return
+        pair = near, far
+        self._pairs.append(pair)
+        gevent.joinall([gevent.spawn(self._pump, near, far), gevent.spawn(self._pump, far, near)])
+        self._pairs.remove(pair)
+        for one in pair:
+            one.close()
+
+    def _pump(self, source: Any, target: Any) -> None:
+        try:
+            while data := source.recv(1 << 16):
+                self.frozen.wait()
+                target.sendall(data)
+        except OSError:
+            pass  # it was cut
+        for one in (source, target):
+            try:
+                one.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass  # the other one did
+
+    def cut(self) -> None:
+        """Every connection breaks."""
+        for pair in list(self._pairs):
+            for one in pair:
+                try:
+                    one.shutdown(socket.SHUT_RDWR)
+                except OSError:
+                    pass  # it is over by itself
+
+    def close(self) -> None:
+        self.frozen.set()
+        self.cut()
+        self._server.stop()
+
+
+class Worker:
+    """A process: its backplane and its hub."""
+
+    def __init__(self, service: "Service", url: str = "", replicas: int = 0, prefix: str = "c:") -> None:
+        self.proxy = Proxy(service.redis.port)
+        self.backplane = RedisBackplane(
+            url or f"redis://127.0.0.1:{self.proxy.port}", service.bounds, timeout=service.timeout, silence=SILENCE,
+            connect_timeout=SILENCE, replicas=replicas, replicas_timeout=SILENCE, prefix=prefix,
+        )  # fmt: skip
+        self.following = self.backplane._following
+        self.hub = Hub(self.backplane, Stats(), 1 << 26, gevent.get_hub().loop.run_callback)
+        self.dropping = 0
+        published = self.following.published
+
+        def perhaps(name: bytes, payload: bytes) -> None:
+            if self.dropping:
+                self.dropping -= 1
+            else:
+                published(name, payload)
+
+        self.following.published = perhaps  # type: ignore[method-assign]
+        self.backplane.start()
+
+    def close(self) -> None:
+        self.backplane.close()
+        self.proxy.close()
+
+
+class Log:
+    """A log as its readers see it: a position has one body."""
+
+    def __init__(self) -> None:
+        self._bodies: dict[int, str] = {}
+        self._asked = -1
+
+    def __getitem__(self, index: int) -> "Body":
+        return Body(self._bodies, index)
+
+
+class Body:
+    """Equal to the first that it is compared with."""
+
+    def __init__(self, bodies: dict[int, str], index: int) -> None:
+        self._bodies, self._index = bodies, index
+
+    def __eq__(self, other: object) -> bool:
+        return self._bodies.setdefault(self._index, str(other)) == other
+
+    def __hash__(self) -> int:
+        return self._index
+
+
+class Service:
+    """A Redis and its workers."""
+
+    def __init__(self, redis: RedisServer, workers: int = 2, timeout: float = 5.0, **bounds: Any) -> None:
+        self.redis = redis
+        self.timeout = timeout
+        self.bounds = Bounds(**bounds)
+        self.truth: Any = defaultdict(lambda: defaultdict(Log))
+        self.workers = [Worker(self) for _ in range(workers)]
+        wait_until(self.ready)
+
+    def ready(self) -> bool:
+        return all(worker.backplane.ready() for worker in self.workers)
+
+    def publish(self, worker: Worker, channel: str, *bodies: str) -> list[Position]:
+        answers = worker.backplane.publish([Publication(channel, body.encode()) for body in bodies])
+        assert all(isinstance(answer, Receipt) for answer in answers), answers
+        return [answer.position for answer in answers if isinstance(answer, Receipt)]
+
+    def reader(self, worker: Worker, *channels: str) -> Reader:
+        return Reader(_any(self), _any(worker), channels).join()
+
+    def heads(self, reader: Reader) -> bool:
+        """It has all that there is."""
+        for channel in reader.channels:
+            info = self.workers[0].backplane.info(channel)
+            if info is None or info.position != reader.stands.get(channel):
+                return False
+        return True
+
+    def count(self, channel: str) -> int | None:
+        info = self.workers[0].backplane.info(channel)
+        return None if info is None else info.subscribers
+
+    def close(self) -> None:
+        for worker in self.workers:
+            worker.close()
+        self.workers = []
+
+
+def _any(one: Any) -> Any:
+    """A reader takes a service and a worker that look like the router's."""
+    return one
+
+
+Open = Callable[..., Service]
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[RedisServer]:
+    with redis_server() as server:
+        yield server
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
+@pytest.fixture
+def start(stack: ExitStack, shared: RedisServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Iterator[Open]:
+    """A service; on the module's Redis, emptied, where there is no other."""
+    caught: list[str] = []
+    monkeypatch.setattr(
+        gevent.get_hub(), "handle_error", lambda context, kind, error, trace: caught.append("".join(traceback.format_exception(error)))
+    )
+
+    def begin(redis: RedisServer | None = None, **options: Any) -> Service:
+        if redis is None:
+            shared.ask("FLUSHALL")
+        service = Service(redis or shared, **options)
+        stack.callback(service.close)
+        return service
+
+    yield begin
+    assert not caught, "".join(caught)
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR], caplog.text
+
+
+@pytest.fixture
+def service(start: Open) -> Service:
+    return start()
+
+
+# -- anything may happen
+
+
+class Chaos:
+    """A random history. Whatever is acknowledged must come; `forgetting` has logs deleted and Redis emptied as well, and
+    then a gap may be told."""
+
+    def __init__(self, service: Service, rng: random.Random) -> None:
+        self.service = service
+        self.rng = rng
+        self.names = [f"c{number}" for number in range(rng.choice((1, 2, 6)))]
+        self.readers: list[Reader] = []
+        self.acknowledged: list[tuple[str, Position, str]] = []
+        self.count = 0
+        self.forgetting = rng.random() < 0.4
+        self.forgot = False
+        self.busy: list[Any] = []
+        self.padding = "x" * rng.choice((1, 3000))
+
+    def publish(self) -> None:
+        """Under keys, until it is acknowledged."""
+        rng = self.rng
+        those = []
+        for _ in range(rng.choice((1, 1, 5, 40))):
+            self.count += 1
+            those.append(Publication(rng.choice(self.names), f"{self.count} {self.padding}".encode(), "message", str(self.count)))
+        worker = rng.choice(self.service.workers)
+
+        def work() -> None:
+            left = those
+            while left:
+                try:
+                    answers = worker.backplane.publish(left)
+                except Refusal as refusal:
+                    answers = [refusal] * len(left)
+                for one, answer in zip(left, answers, strict=True):
+                    if isinstance(answer, Receipt):
+                        self.acknowledged.append((one.channel, answer.position, one.data.decode()))
+                    else:
+                        assert answer.slug in ("backplane-away", "unconfirmed"), answer
+                left = [one for one, answer in zip(left, answers, strict=True) if isinstance(answer, Refusal)]
+                gevent.sleep(0.02)
+
+        self.busy.append(gevent.spawn(work))
+
+    def send(self) -> None:
+        self.count += 1
+        body, worker = f"{self.count} {self.padding}".encode(), self.rng.choice(self.service.workers)
+        key = str(self.count)
+
+        def work() -> None:
+            while True:
+                try:
+                    worker.backplane.send(",".join(self.names), "message", body, key)
+                    return
+                except Refusal as refusal:
+                    assert refusal.slug in ("backplane-away", "unconfirmed"), refusal
+                gevent.sleep(0.02)
+
+        self.busy.append(gevent.spawn(work))
+
+    def come(self) -> None:
+        names = self.rng.sample(self.names, self.rng.randint(1, min(2, len(self.names))))
+        reader = Reader(_any(self.service), _any(self.rng.choice(self.service.workers)), names)
+        self.readers.append(reader)
+        self.busy.append(gevent.spawn(self._join, reader))
+
+    def _join(self, reader: Reader) -> None:
+        while True:
+            try:
+                reader.join()
+                return
+            except Refusal as refusal:
+                assert refusal.slug in ("backplane-away", "backplane-busy"), refusal
+            gevent.sleep(0.02)
+
+    def come_back(self) -> None:
+        """With its cursor, perhaps to another worker."""
+        there = [reader for reader in self.readers if reader.subscriber is not None]
+        if there:
+            reader = self.rng.choice(there)
+            reader.leave()
+            reader.worker = _any(self.rng.choice(self.service.workers))
+            self.busy.append(gevent.spawn(self._join, reader))
+
+    def doze(self) -> None:
+        for reader in self.readers:
+            if self.rng.random() < 0.5:
+                reader.doze()
+
+    def cut(self) -> None:
+        self.rng.choice(self.service.workers).proxy.cut()
+
+    def freeze(self) -> None:
+        """For shorter or longer than the silence that is borne."""
+        proxy = self.rng.choice(self.service.workers).proxy
+        proxy.frozen.clear()
+        gevent.spawn_later(self.rng.choice((0.05, SILENCE + 0.2)), proxy.frozen.set)
+
+    def drop(self) -> None:
+        self.rng.choice(self.service.workers).dropping = self.rng.randint(1, 4)
+
+    def kill_clients(self) -> None:
+        self.service.redis.ask("CLIENT", "KILL", "TYPE", "pubsub")
+
+    def flush_scripts(self) -> None:
+        self.service.redis.ask("SCRIPT", "FLUSH")
+
+    def forget(self) -> None:
+        if not self.forgetting:
+            return
+        self.forgot = True
+        if self.rng.random() < 0.5:
+            self.service.redis.ask("FLUSHALL")
+        else:
+            self.busy.append(gevent.spawn(self._delete, self.rng.choice(self.names), self.rng.choice(self.service.workers)))
+
+    def _delete(self, channel: str, worker: Worker) -> None:
+        try:
+            worker.backplane.delete(channel)
+        except Refusal as refusal:
+            assert refusal.slug in ("backplane-away", "unconfirmed"), refusal
+
+    def run(self, steps: int) -> None:
+        what: list[Callable[[], None]] = [
+            *[self.publish] * 8, self.send, *[self.come] * 3, *[self.come_back] * 3, self.doze, self.cut, self.freeze, self.drop,
+            self.kill_clients, self.flush_scripts, self.forget,
+        ]  # fmt: skip
+        for _ in range(steps):
+            self.rng.choice(what)()
+            gevent.sleep(self.rng.choice((0, 0.001, 0.02)))
+        for worker in self.service.workers:
+            worker.proxy.frozen.set()
+            worker.dropping = 0
+        gevent.joinall(self.busy, raise_error=True, timeout=20)
+        assert all(greenlet.ready() for greenlet in self.busy)
+        wait_until(self.service.ready)
+        for name in self.names:  # whoever missed the last message finds it out with the next one
+            self.service.publish(self.service.workers[0], name, "the end")
+
+    def check(self) -> None:
+        for reader in self.readers:
+            if reader.subscriber is None and reader.greenlet is None:  # its channel was deleted
+                assert self.forgot, reader.ended
+                continue
+            try:
+                wait_until(lambda reader=reader: self.service.heads(reader), 10)  # type: ignore[misc]
+            except AssertionError:
+                states = reader.worker.backplane._following._channels  # type: ignore[attr-defined]
+                there = {channel: self.service.workers[0].backplane.info(channel) for channel in reader.channels}
+                host = reader.subscriber and reader.subscriber.host
+                raise AssertionError((reader.stands, there, states, host, reader.greenlet, reader.got[-3:], self.forgot)) from None
+            if not self.forgot:
+                assert not reader.gaps, reader.gaps
+        if not self.forgot:
+            for channel, position, body in self.acknowledged:
+                assert self.service.truth[channel][position.epoch][position.offset - 1] == body
+        held: defaultdict[str, int] = defaultdict(int)
+        for reader in self.readers:
+            if reader.subscriber is not None or reader.greenlet is not None:
+                for channel in reader.channels:
+                    held[channel] += 1
+        counts = {}
+
+        def counted() -> bool:
+            counts.update({name: self.service.count(name) for name in self.names})
+            return counts == {name: held[name] for name in self.names}
+
+        try:
+            wait_until(counted, 10)
+        except AssertionError:
+            states = [worker.following._channels for worker in self.service.workers]
+            hubs = [
+                {name: getattr(present, "alive", 1) for name, present in worker.hub._channels.items()} for worker in self.service.workers
+            ]
+            readers = [(one.subscriber and one.subscriber.host, one.greenlet, one.ended) for one in self.readers]
+            raise AssertionError(
+                (counts, held, states, hubs, readers, self.forgot, [worker.following.node for worker in self.service.workers])
+            ) from None
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_random_history(start: Open, seed: int) -> None:
+    service = start(workers=3, timeout=2.0)
+    chaos = Chaos(service, random.Random(seed))
+    try:
+        chaos.run(150)
+        chaos.check()
+    except BaseException as error:
+        error.add_note(f"seed {seed}")
+        raise
+    for reader in chaos.readers:
+        reader.leave()
+    wait_until(lambda: all(service.count(name) == 0 for name in chaos.names))
+
+
+# -- what may happen, one by one
+
+
+def slug(what: Callable[[], Any]) -> str:
+    """What it is refused for."""
+    with pytest.raises(Refusal) as refusal:
+        what()
+    return refusal.value.slug
+
+
+def eventually(what: Callable[[], Any]) -> Any:
+    """Its answer, once Redis gives one."""
+
+    def tried() -> Any:
+        try:
+            return [what()]
+        except Refusal:
+            return None
+
+    return wait_until(tried)[0]
+
+
+def test_what_was_published_while_a_connection_was_broken_is_made_good(service: Service) -> None:
+    one, two = service.workers
+    awake, asleep = service.reader(one, "a"), service.reader(one, "a")
+    asleep.doze()
+    service.publish(two, "a", "1")
+    wait_until(lambda: len(asleep.got) == 1)
+    one.proxy.refusing = True
+    one.proxy.cut()
+    service.publish(two, "a", *map(str, range(2, 500)))
+    wait_until(lambda: not one.backplane.ready())
+    one.proxy.refusing = False
+    wait_until(lambda: len(awake.got) == len(asleep.got) == 499)
+    assert awake.gaps == asleep.gaps == []
+    assert service.count("a") == 2
+
+
+def test_a_dropped_message_is_read_when_the_next_one_comes(service: Service) -> None:
+    one, two = service.workers
+    reader = service.reader(one, "a")
+    one.dropping = 2
+    service.publish(two, "a", "1")
+    service.publish(two, "a", "2", "3")
+    assert reader.got == []
+    service.publish(two, "a", "4")
+    wait_until(lambda: reader.got == ["1", "2", "3", "4"])
+    one.dropping = 1
+    service.publish(two, "a", "5")
+    (late,) = one.backplane.subscribe(["a"], [None])  # a join finds it out as well
+    assert late.position.offset == 5
+    wait_until(lambda: len(reader.got) == 5)
+    one.dropping = 1
+    service.publish(two, "a", "6")
+    one.following.prolong()  # and so does what is said now and then
+    wait_until(lambda: len(reader.got) == 6)
+    assert not reader.gaps
+
+
+def test_a_restart_of_a_redis_that_keeps_everything_loses_nothing(start: Open) -> None:
+    with redis_server("--appendonly", "yes", "--appendfsync", "always") as redis:
+        service = start(redis, timeout=0.5)
+        one, two = service.workers
+        readers = [service.reader(worker, "a") for worker in service.workers]
+        service.publish(one, "a", "1", "2")
+        redis.kill()
+        wait_until(lambda: not one.backplane.ready())
+        began = time.monotonic()
+        assert slug(lambda: service.publish(one, "a", "lost")) == "backplane-away"
+        assert slug(lambda: service.count("a")) == "backplane-away"
+        assert slug(lambda: one.backplane.send("a", "message", b"x")) == "backplane-away"
+        assert slug(lambda: one.backplane.subscribe(["new"], [None])) == "backplane-away"
+        assert time.monotonic() - began < 4
+        redis.start()
+        wait_until(service.ready)
+        assert service.count("a") == 2
+        service.publish(two, "a", "3")
+        wait_until(lambda: all(reader.got == ["1", "2", "3"] for reader in readers))
+        assert not readers[0].gaps
+        assert service.count("new") is None, "who gave up is not counted"
+        service.close()
+
+
+@pytest.mark.parametrize("published", [0, 1, 5])
+def test_a_rewound_redis_is_another_epoch_and_each_is_told_one_gap(start: Open, published: int) -> None:
+    with redis_server("--save", "3600 1000000") as redis:
+        service = start(redis)
+        one, two = service.workers
+        readers = [service.reader(worker, "a") for worker in service.workers]
+        service.publish(one, "a", "1", "2")
+        (quiet, *_) = service.publish(two, "nobody is there", "1")
+        redis.ask("SAVE")
+        service.publish(one, "a", "3", "4")
+        (cursor,) = service.publish(two, "nobody is there", "2")
+        wait_until(lambda: all(len(reader.got) == 4 for reader in readers))
+        redis.kill()
+        wait_until(lambda: not any(worker.backplane.ready() for worker in service.workers))
+        redis.start()
+        wait_until(service.ready)
+        if published:
+            service.publish(one, "a", *"56789"[:published])
+            service.publish(one, "nobody is there", *"56789"[:published])
+        wait_until(lambda: all(service.heads(reader) for reader in readers))
+        assert all(reader.got == ["1", "2", "3", "4", "GAP", *"56789"[:published]] for reader in readers)
+        (joined,) = one.backplane.subscribe(["nobody is there"], [cursor])
+        assert joined.gap
+        assert joined.position.epoch != quiet.epoch
+        service.close()
+
+
+def test_an_emptied_redis_is_another_epoch_and_each_is_told_one_gap_soon(service: Service) -> None:
+    one, two = service.workers
+    readers = [service.reader(worker, "a", "b") for worker in service.workers]
+    service.publish(one, "a", "1")
+    wait_until(lambda: all(reader.got == ["1"] for reader in readers))
+    service.redis.ask("FLUSHALL")
+    wait_until(lambda: all(len(reader.gaps) == 2 for reader in readers), 5)  # one a channel, though nobody publishes
+    service.publish(two, "a", "2")
+    wait_until(lambda: all(reader.got == ["1", "GAP", "GAP", "2"] for reader in readers))
+    assert service.count("a") == service.count("b") == 2
+
+
+@pytest.mark.parametrize("what", ["log", "stream"])
+def test_keys_that_redis_evicts_are_a_gap_for_who_needs_them(service: Service, what: str) -> None:
+    one, two = service.workers
+    reader = service.reader(one, "a")
+    (old, *_) = service.publish(one, "a", "1", "2", "3")
+    wait_until(lambda: len(reader.got) == 3)
+    service.redis.ask("DEL", "c:{a}" if what == "log" else "c:{a}:log")
+    (joined,) = two.backplane.subscribe(["a"], [old])
+    assert joined.gap
+    assert joined.messages == []
+    two.backplane.unsubscribe(["a"])
+    service.publish(two, "a", "4")
+    wait_until(lambda: reader.got[-1] == "4")
+    assert reader.got == ["1", "2", "3", *(["GAP"] if what == "log" else []), "4"]
+
+
+def test_a_redis_that_sleeps_is_away_and_nothing_hangs(start: Open) -> None:
+    service = start(timeout=1.0)
+    one, two = service.workers
+    readers = [service.reader(worker, "a") for worker in service.workers]
+    service.publish(one, "a", "1")
+    sleeping = gevent.get_hub().threadpool.spawn(service.redis.ask, "DEBUG", "SLEEP", "2.5")
+    gevent.sleep(0.1)
+    began = time.monotonic()
+    assert slug(lambda: service.publish(one, "a", "perhaps")) in ("unconfirmed", "backplane-away")
+    assert time.monotonic() - began < 1.5
+    wait_until(lambda: not one.backplane.ready())
+    sleeping.get()
+    wait_until(service.ready)
+    service.publish(two, "a", "2")
+    wait_until(lambda: all(reader.got[-1] == "2" for reader in readers))
+    assert not any(reader.gaps for reader in readers)
+    assert all([one for one in reader.got if one != "perhaps"] == ["1", "2"] for reader in readers)
+
+
+def test_a_redis_without_memory_refuses_and_goes_on(start: Open) -> None:
+    with redis_server() as redis:
+        service = start(redis)
+        one, _ = service.workers
+        reader = service.reader(one, "a")
+        service.publish(one, "a", "1")
+        wait_until(lambda: reader.got == ["1"])
+        redis.ask("CONFIG", "SET", "maxmemory", "1")
+        assert slug(lambda: service.publish(one, "a", "2")) == "backplane-full"
+        assert slug(lambda: one.backplane.subscribe(["new"], [None])) == "backplane-full"
+        redis.ask("CONFIG", "SET", "maxmemory", "0")
+        service.publish(one, "a", "3")
+        wait_until(lambda: reader.got == ["1", "3"])
+        wait_until(lambda: service.count("a") == 1)
+        assert service.count("new") is None
+        service.close()
+
+
+def test_a_redis_that_evicts_forgets_whole_channels_and_takes_the_next(start: Open) -> None:
+    with redis_server("--maxmemory-policy", "volatile-lru") as redis:
+        service = start(redis)
+        one, _ = service.workers
+        used = int(redis.ask("INFO", "memory").decode().split("used_memory:")[1].split("\r")[0])
+        redis.ask("CONFIG", "SET", "maxmemory", str(used + (4 << 20)))
+        first = [service.publish(one, f"c{number}", "1", "2")[0] for number in range(10)]
+        for lot in range(30):  # a stream takes 4 KiB at least
+            answers = one.backplane.publish([Publication(f"d{lot}.{number}", b"x") for number in range(100)])
+            assert all(isinstance(answer, Receipt) for answer in answers)
+        told = [one.backplane.subscribe([f"c{number}"], [position])[0] for number, position in enumerate(first)]
+        assert any(joined.gap for joined in told)
+        assert all(joined.gap != (len(joined.messages) == 1) for joined in told), "what is not told is there"
+        service.close()
+
+
+def test_a_read_only_replica_is_no_backplane(start: Open) -> None:
+    with redis_server() as master, redis_server() as redis:
+        service = start(redis, timeout=0.5)
+        reader = service.reader(service.workers[0], "a")
+        service.publish(service.workers[0], "a", "1")
+        redis.ask("REPLICAOF", "127.0.0.1", master.port)
+        assert slug(lambda: service.publish(service.workers[1], "a", "2")) in ("backplane-away", "unconfirmed")
+        wait_until(lambda: not any(worker.backplane.ready() for worker in service.workers))
+        redis.ask("REPLICAOF", "NO", "ONE")
+        wait_until(service.ready)
+        eventually(lambda: service.publish(service.workers[0], "a", "3"))
+        wait_until(lambda: reader.got[-1] == "3")
+        service.close()
+
+
+def test_who_dies_is_not_counted_for_long(start: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(redis_following, "LEASE", 2.5)
+    service = start()
+    one, two = service.workers
+    service.reader(one, "a")
+    service.reader(two, "a")
+    assert service.count("a") == 2
+    two.proxy.refusing = True
+    two.proxy.cut()
+    wait_until(lambda: service.count("a") == 1)
+    two.proxy.refusing = False
+    wait_until(lambda: service.count("a") == 2)  # it comes back under another id
+
+
+def test_who_ends_in_order_is_not_counted_any_more(service: Service) -> None:
+    service.workers.append(Worker(service))
+    wait_until(service.ready)
+    service.reader(service.workers[2], "a")
+    assert service.count("a") == 1
+    service.workers[0].following._since -= 60
+    service.workers.pop().close()
+    wait_until(lambda: service.count("a") == 0, 3)
+
+
+def test_an_acknowledgement_may_wait_for_replicas(start: Open) -> None:
+    with redis_server() as redis, redis_server("--replicaof", "127.0.0.1", str(redis.port)) as replica:
+        wait_until(lambda: replica.ask("ROLE")[3] == b"connected")
+        service = start(redis)
+        service.workers.append(Worker(service, replicas=1))
+        wait_until(service.ready)
+        worker = service.workers[-1]
+        reader = service.reader(worker, "a")
+        keyed = [Publication("a", b"1", "message", "k")]
+        assert isinstance(worker.backplane.publish(keyed)[0], Receipt)
+        replica.signal(19)
+        assert slug(lambda: worker.backplane.publish([Publication("a", b"2", "message", "l")])) == "unconfirmed"
+        assert slug(lambda: worker.backplane.send("a", "message", b"3", "m")) == "unconfirmed"
+        replica.signal(18)
+        (again,) = eventually(lambda: worker.backplane.publish([Publication("a", b"2", "message", "l")]))
+        assert again.position.offset == 2
+        assert eventually(lambda: worker.backplane.send("a", "message", b"3", "m")).position.offset == 3
+        wait_until(lambda: reader.got == ["1", "2", "3"])
+        service.close()
+
+
+def settings(url: str) -> Settings:
+    return Settings(backplane=url)
+
+
+def test_who_is_not_let_in_is_told_so() -> None:
+    with redis_server("--requirepass", "secret") as redis:
+        for url in (redis.url, redis.url.replace("//", "//:wrong@"), redis.url.replace("//", "//nobody:secret@")):
+            with pytest.raises(Denied, match="user and password"):
+                RedisBackplane.of(settings(url))
+        backplane = RedisBackplane.of(settings(redis.url.replace("//", "//default:secret@")))
+        backplane.attach(lambda messages: None, lambda channel, epoch: None, lambda answers: None)
+        backplane.start()
+        wait_until(backplane.ready)
+        backplane.close()
+
+
+@pytest.mark.parametrize(
+    ("url", "why"),
+    [
+        ("http://x", "scheme"),
+        ("redis://x?maxmemory=1", "can't be said"),
+        ("redis+cluster://x/1", "the database 0 alone"),
+        ("unix://", "has a path"),
+        ("redis://x:port", "port|Port"),
+    ],
+)
+def test_a_url_that_can_not_be_read_is_a_sentence(url: str, why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        RedisBackplane.of(settings(url))
+
+
+def test_a_prefix_with_braces_would_hide_the_hash_tag() -> None:
+    with pytest.raises(ValueError, match="no braces"):
+        RedisBackplane.of(Settings(backplane="redis://127.0.0.1:1", redis_prefix="{x}"))
+
+
+def test_two_services_on_one_redis_have_a_prefix_each(service: Service) -> None:
+    one = service.workers[0]
+    other = Worker(service, prefix="ö:")
+    service.workers.append(other)
+    wait_until(service.ready)
+    readers = [service.reader(worker, "a") for worker in (one, other)]
+    service.publish(one, "a", "1")
+    service.publish(other, "a", "2")
+    wait_until(lambda: [reader.got for reader in readers] == [["1"], ["2"]])
+
+
+def test_too_much_that_waits_is_refused(start: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(redis_calls, "MAX_WAITING", 1000)
+    service = start(timeout=0.5)
+    one = service.workers[0]
+    one.proxy.frozen.clear()
+    first = gevent.spawn(slug, lambda: service.publish(one, "a", "x" * 2000))
+    gevent.sleep(0.05)
+    assert slug(lambda: service.publish(one, "a", "2")) == "backplane-busy"
+    assert slug(lambda: one.backplane.send("a", "message", b"2")) == "backplane-busy"
+    assert first.get() == "unconfirmed"
+    one.proxy.frozen.set()
+    eventually(lambda: service.publish(one, "a", "3"))
+
+
+def test_what_a_url_says() -> None:
+    target = read("rediss://me:p%40ss@example.org:7000/3")
+    assert (target.address, target.database, target.username, target.password) == (("example.org", 7000), 3, "me", "p@ss")
+    assert target.tls is not None
+    assert not target.cluster
+    assert read("redis+cluster://h").cluster
+    assert read("unix:///run/redis.sock").address == "/run/redis.sock"
+
+
+def test_a_unix_socket_will_do(start: Open, tmp_path: Path) -> None:
+    path = tmp_path / "redis.sock"
+    with redis_server("--unixsocket", str(path)):
+        backplane = RedisBackplane.of(settings(f"unix://{path}"))
+        backplane.attach(lambda messages: None, lambda channel, epoch: None, lambda answers: None)
+        backplane.start()
+        wait_until(backplane.ready)
+        assert backplane.publish([Publication("a", b"1")])
+        backplane.close()
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="there is no openssl here to make a certificate with")
+def test_tls_will_do_and_a_stranger_will_not(tmp_path: Path, shared: RedisServer) -> None:
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out", certificate, "-days", "2",
+         "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    port = free_port()
+    options = ("--tls-port", str(port), "--tls-cert-file", str(certificate), "--tls-key-file", str(key), "--tls-auth-clients", "no")
+    with redis_server(*options):
+        with pytest.raises(Denied, match="certificate"):
+            RedisBackplane.of(settings(f"rediss://127.0.0.1:{port}"))
+        backplane = RedisBackplane.of(settings(f"rediss://127.0.0.1:{port}?ssl_ca_certs={certificate}"))
+        got: list[Any] = []
+        backplane.attach(got.extend, lambda channel, epoch: None, lambda answers: None)
+        backplane.start()
+        wait_until(backplane.ready)
+        backplane.subscribe(["a"], [None])
+        large = [Publication("a", b"x" * 60_000) for _ in range(100)]  # more than a TLS record, and than a read
+        gevent.joinall([gevent.spawn(backplane.publish, large[start : start + 10]) for start in range(0, 100, 10)], raise_error=True)
+        wait_until(lambda: len(got) == 100)
+        joined = backplane.read("a", "oldest")
+        assert joined is not None
+        assert len(joined.messages) == 100
+        backplane.close()
+
+
+# -- a whole server
+
+
+def test_clients_stay_while_redis_is_away(tmp_path: Path) -> None:
+    with redis_server("--appendonly", "yes", "--appendfsync", "always") as redis:
+        flags = ("--backplane", redis.url, "--backplane-timeout", "1", "--redis-timeout", "0.8")
+        with Server(tmp_path / "one.log", *flags) as one, Server(tmp_path / "two.log", "--workers", "2", *flags) as two:
+            wait_until(lambda: all(server.request("GET", "/readyz").status == 200 for server in (one, two)))
+            with one.events("news") as near, two.events("news") as far, two.client() as poller:
+                poller.ask("GET", "/poll/news")
+                wait_until(lambda: one.request("GET", "/channels/news").json["subscribers"] == 3)
+                two.publish("news", "1")
+                assert near.next().data == far.next().data == "1"
+                assert [message["data"] for message in poller.read().json["messages"]] == ["1"]
+                one.request("PUT", "/users/alice/following/rj")
+                assert two.request("GET", "/users/rj/followers").json["followers"] == ["alice"]
+                redis.kill()
+                wait_until(lambda: all(server.request("GET", "/readyz").status == 503 for server in (one, two)))
+                for method, path in (
+                    ("POST", "/publish/news"),
+                    ("POST", "/send/rj"),
+                    ("GET", "/users/rj/followers"),
+                    ("GET", "/channels/news"),
+                ):
+                    answer = one.request(method, path, b"lost" if method == "POST" else None)
+                    assert (answer.status, answer.json["error"]) == (503, "backplane-away"), answer
+                    assert int(answer.headers["retry-after"]) > 0
+                assert one.stats()["connections"] > 0
+                redis.start()
+                wait_until(lambda: all(server.request("GET", "/readyz").status == 200 for server in (one, two)))
+                one.publish("news", "2")
+                assert near.next().data == far.next().data == "2"
+                assert two.request("GET", "/users/rj/followers").json["followers"] == ["alice"]
+            for server in (one, two):
+                server.assert_healthy()
+
+
+def test_a_server_that_is_not_let_in_says_so_and_ends(tmp_path: Path) -> None:
+    with redis_server("--requirepass", "secret") as redis, pytest.raises(AssertionError, match="set its user and password"):
+        Server(tmp_path / "log", "--backplane", redis.url)
+
+
+# -- a cluster
+
+
+@pytest.mark.parametrize("failover", ["killed", "asked"])
+def test_a_cluster_of_six_and_a_failover(start: Open, failover: str) -> None:
+    with redis_cluster() as servers:
+        service = start(servers[0], workers=0)
+        url = servers[0].url.replace("redis://", "redis+cluster://")
+        service.workers += [Worker(service, url=url, replicas=1) for _ in range(2)]
+        one, two = service.workers
+        wait_until(service.ready)
+        names = [f"c{number}" for number in range(30)]
+        readers = [service.reader(worker, *names[start_ : start_ + 10]) for worker in service.workers for start_ in (0, 10, 20)]
+        answers = one.backplane.publish([Publication(name, b"1") for name in names])
+        assert {isinstance(answer, Receipt) and answer.subscribers for answer in answers} == {2}
+        sent = two.backplane.send(",".join(names), "message", b"2", "key")
+        assert (sent.targets, sent.delivered) == (30, 60)
+        assert two.backplane.send(",".join(names), "message", b"2", "key") == sent
+        wait_until(lambda: all(len(reader.got) == 20 for reader in readers))
+        if failover == "killed":
+            servers[0].kill()  # a master, as redis-cli makes them
+            wait_until(lambda: sum(server.ask("ROLE")[0] == b"master" for server in servers[1:]) == 3)
+            servers[0].start()  # else there would be no replica to confirm
+        else:
+            replica = next(server for server in servers if server.ask("ROLE")[0] == b"slave")
+            replica.ask("CLUSTER", "FAILOVER")
+        deadline = time.monotonic() + 30
+        for number in range(3, 6):
+            left = [Publication(name, str(number).encode(), "message", f"k{number}") for name in names]
+            while left:
+                assert time.monotonic() < deadline, left
+                try:
+                    answers = one.backplane.publish(left)
+                except Refusal as refusal:
+                    answers = [refusal] * len(left)
+                left = [publication for publication, answer in zip(left, answers, strict=True) if isinstance(answer, Refusal)]
+                gevent.sleep(0.05)
+        wait_until(lambda: all(len(reader.got) >= 50 for reader in readers))
+        for reader in readers:
+            assert not reader.gaps
+            assert sorted(reader.got) == sorted(str(number) for number in range(1, 6) for _ in range(10))
+        service.close()
