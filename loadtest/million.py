@@ -57,6 +57,7 @@ class Order:
     open_rate: float = 15_000.0
     senders: int = 1000
     churn: float = 0.001
+    nap: float = 0.02
     port: int = 8000
     apply: bool = False
     each: int = 15
@@ -184,7 +185,7 @@ def locust(order: Order, planned: plans.Plan, folder: Path, friends: str, url: s
     """Locust's command line."""
     asked = {
         "clients": order.clients, "message-rate": order.rate, "seconds": order.duration, "senders": order.senders,
-        "open-rate": order.open_rate, "endpoints": order.endpoints, "churn": order.churn, "sources": order.sources,
+        "open-rate": order.open_rate, "endpoints": order.endpoints, "churn": order.churn, "nap": order.nap, "sources": order.sources,
         "then": order.then, "friends": friends, "out": folder,
     }  # fmt: skip
     flags = [word for name, value in asked.items() if value != "" for word in (f"--{name}", str(value))]

@@ -24,6 +24,7 @@ class Asked:
     churn: float
     sources: str
     late: float
+    nap: float
     size: int
     key: str
     wall_clock: bool
@@ -51,6 +52,13 @@ def add_flags(parser: Any) -> None:
     )  # fmt: skip
     add("--churn", type=float, default=0.001, metavar="SHARE", help="of the clients, leaving and coming back each second (default: 0.001)")
     add("--sources", default="", metavar="ADDRESS,…", help="local addresses to connect from (default on loopback: 127.1.0.1 and on)")
+    add(
+        "--nap",
+        type=float,
+        default=0.0,
+        metavar="S",
+        help="of a SwarmUser between two batches: saves cores, and is in latencies (default: 0)",
+    )
     add("--late", type=float, default=5.0, metavar="S", help="a message that took longer is a failure (default: 5)")
     add("--size", type=int, default=SIZE, metavar="BYTES", help=f"of a message (default: {SIZE})")
     add("--key", default="", help="the publish key", env_var="COMET_PUBLISH_KEY", is_secret=True)

@@ -69,7 +69,8 @@ def plan(clients: int, port: int, here: bool = True, machine: Machine = check.HE
     available = machine.memory_available() or memory
     objections = []
     if memory > available:
-        most = int(clients * available / memory)
+        fixed = SPARE + MASTER
+        most = max(0, int(clients * 0.99 * (available - fixed) / (memory - fixed)))
         objections.append(
             f"{memory / 2**30:.1f} GiB would be needed and {available / 2**30:.1f} GiB are available: about {most:,} clients fit"
         )

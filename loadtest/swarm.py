@@ -98,9 +98,11 @@ class _Opening:
 
 class Swarm:
     """Clients that are logged in as `users`, endpoint by endpoint in turn; `first` is the number of the first in the whole
-    test. `rate` is how many are opened a second."""
+    test. `rate` is how many are opened a second. `nap` seconds pass between two batches: with many processes on few cores each
+    message would wake one of them otherwise, which costs more than to read it; latencies have that time in them."""
 
-    def __init__(self, target: Target, users: range, endpoints: Sequence[Endpoint], counts: Counts, rate: float) -> None:
+    def __init__(self, target: Target, users: range, endpoints: Sequence[Endpoint], counts: Counts, rate: float, nap: float = 0.0) -> None:
+        self.nap = nap
         self.target = target
         self.counts = counts
         self.rate = rate
@@ -121,6 +123,8 @@ class Swarm:
         self._rests: dict[int, bytes] = {}
         self._places: dict[int, Place] = {}
         self._known: list[int] = []  # clients that know their place
+        self._looked = monotonic()
+        self._budget = self._leaving = 0.0
         self._same = b""
         self._same_number = self._same_sent = 0
 
@@ -135,7 +139,9 @@ class Swarm:
             while True:
                 get_hub().wait(watcher)
                 self._batch()
-                gevent.sleep(0)
+                if self._opening:
+                    self._open_some()
+                gevent.sleep(0 if self._opening else self.nap)
         finally:
             pace.kill()
             watcher.close()
@@ -152,26 +158,28 @@ class Swarm:
     # -- opening
 
     def _pace(self) -> None:
-        last = monotonic()
-        budget = leaving = 0.0
         while True:
-            gevent.sleep(TICK)
-            now = monotonic()
-            budget = min(budget + self.rate * (now - last), max(1.0, self.rate * 0.2))
-            leaving += self.churning * (now - last)
-            last = now
-            while leaving >= 1 and self._known:
-                leaving -= 1
-                self._leave(random.choice(self._known), now)
-            while budget >= 1 and len(self._opening) < UNDER_WAY:
-                if self._new:
-                    client = self._new.popleft()
-                elif self._later and self._later[0][0] <= now:
-                    client = heapq.heappop(self._later)[1]
-                else:
-                    break
-                budget -= 1
-                self._connect(client)
+            gevent.sleep(TICK if self._new or self._later or self.churning else 10 * TICK)
+            self._open_some()
+
+    def _open_some(self) -> None:
+        """Have those leave and come that are due."""
+        now = monotonic()
+        passed, self._looked = now - self._looked, now
+        self._budget = min(self._budget + self.rate * passed, max(1.0, self.rate * 0.2))
+        self._leaving += self.churning * passed
+        while self._leaving >= 1 and self._known:
+            self._leaving -= 1
+            self._leave(random.choice(self._known), now)
+        while self._budget >= 1 and len(self._opening) < UNDER_WAY:
+            if self._new:
+                client = self._new.popleft()
+            elif self._later and self._later[0][0] <= now:
+                client = heapq.heappop(self._later)[1]
+            else:
+                return
+            self._budget -= 1
+            self._connect(client)
 
     def _connect(self, client: int) -> None:
         sock = _socket.socket(_socket.AF_INET, _socket.SOCK_STREAM | _socket.SOCK_NONBLOCK)

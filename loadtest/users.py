@@ -169,7 +169,7 @@ class SwarmUser(User):
     def swarm(self) -> Swarm:
         """The one it holds."""
         work = self.work
-        return Swarm(work.target, work.share(), work.endpoints, work.counts, work.asked.open_rate / work.processes)
+        return Swarm(work.target, work.share(), work.endpoints, work.counts, work.asked.open_rate / work.processes, work.asked.nap)
 
     @task
     def hold(self) -> None:
@@ -189,7 +189,7 @@ class Churn(SwarmUser):
     def swarm(self) -> Swarm:
         """One of such clients alone."""
         work = self.work
-        swarm = Swarm(work.target, work.share(), [STREAM], work.counts, work.asked.open_rate / work.processes)
+        swarm = Swarm(work.target, work.share(), [STREAM], work.counts, work.asked.open_rate / work.processes, work.asked.nap)
         swarm.churning = work.asked.churn * len(swarm)
         return swarm
 
