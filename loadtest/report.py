@@ -97,8 +97,8 @@ def within(data: Mapping[str, Sequence[Any]], name: str, since: float, until: fl
 def spans(document: Document) -> dict[str, tuple[float, float]]:
     """When each section began and ended."""
     began = document["series"]["sections"]
-    ends = [at for at, _ in began[1:]] + [max(document["series"]["clients"]["at"], default=0.0)]
-    return {name: (at, end) for (at, name), end in zip(began, ends, strict=True)}
+    last = max(document["series"]["clients"]["at"], default=0.0)
+    return {name: (at, end) for (at, name), end in zip(began, [*(at for at, _ in began), last][1:], strict=True)}
 
 
 def figures(document: Document) -> list[tuple[str, str]]:
@@ -126,7 +126,7 @@ def figures(document: Document) -> list[tuple[str, str]]:
             f"most {one['max']:,.0f} ms"
         )
         found.append((f"messages: {one['name']}", text))
-        cores = [within(machine, f"{part}_cores", *when[one["name"]]) for part in ("service", "load")]
+        cores = [within(machine, f"{part}_cores", *when.get(one["name"], (0.0, 0.0))) for part in ("service", "load")]
         if all(cores):
             shares = [sum(part) / len(part) for part in cores]
             found.append((f"CPU: {one['name']}", f"service {shares[0]:.2f} cores, load {shares[1]:.2f} cores"))
