@@ -29,7 +29,6 @@ from time import monotonic
 from typing import Any
 
 import gevent
-from gevent import get_hub
 
 from comet.kernel.limits import raise_file_limit
 from comet.kernel.processes import close
@@ -42,8 +41,12 @@ from loadtest.wire import Ended, Endpoint, Malformed, head, pieces
 PER_ADDRESS = 2000
 """Connections from one source address: connect looks for a free port one by one, and must not have to look far."""
 
-UNDER_WAY = 50
+UNDER_WAY = 100
 """Connections of a process that are being opened at a time, at most."""
+
+NAP = 0.002
+"""Seconds between two looks at the epoll. The event loop does not watch it: an epoll that another one watches has the kernel
+walk all its sockets whenever it is added, and holds a lock of the whole machine meanwhile."""
 
 TICK = 0.02
 """Seconds between two looks at what is to be opened."""
@@ -98,8 +101,8 @@ class _Opening:
 
 class Swarm:
     """Clients that are logged in as `users`, endpoint by endpoint in turn; `first` is the number of the first in the whole
-    test. `rate` is how many are opened a second. `nap` seconds pass between two batches: with many processes on few cores each
-    message would wake one of them otherwise, which costs more than to read it; latencies have that time in them."""
+    test. `rate` is how many are opened a second. `nap` seconds pass between two looks for what has come: with many processes on few
+    cores each message would wake one of them otherwise, which costs more than to read it; latencies have that time in them."""
 
     def __init__(self, target: Target, users: range, endpoints: Sequence[Endpoint], counts: Counts, rate: float, nap: float = 0.0) -> None:
         self.nap = nap
@@ -133,18 +136,15 @@ class Swarm:
 
     def run(self) -> None:
         """Until it is killed; then all are closed."""
-        pace = gevent.spawn(self._pace)
-        watcher = get_hub().loop.io(self._epoll.fileno(), 1)
+        looked = 0.0
         try:
             while True:
-                get_hub().wait(watcher)
-                self._batch()
-                if self._opening:
+                full = self._batch()
+                if self._opening or monotonic() - looked >= TICK:
+                    looked = monotonic()
                     self._open_some()
-                gevent.sleep(0 if self._opening else self.nap)
+                gevent.sleep(0 if full else self.nap)
         finally:
-            pace.kill()
-            watcher.close()
             self.close()
 
     def close(self) -> None:
@@ -156,11 +156,6 @@ class Swarm:
         self.counts.open = 0
 
     # -- opening
-
-    def _pace(self) -> None:
-        while True:
-            gevent.sleep(TICK if self._new or self._later or self.churning else 10 * TICK)
-            self._open_some()
 
     def _open_some(self) -> None:
         """Have those leave and come that are due."""
@@ -298,15 +293,16 @@ class Swarm:
         self.counts.bytes += len(data)
         return data
 
-    def _batch(self) -> None:
-        """What has come for up to `BATCH` clients. This is the hot loop: `Counts.take` stands in it once more, for one
+    def _batch(self) -> bool:
+        """What has come for up to `BATCH` clients; whether there may be more. The hot loop: `Counts.take` stands in it once more, for one
         whole message in one read; everything else goes the long way."""
         counts, opening, rests, clients = self.counts, self._opening, self._rests, self._clients
         clock, late, base = counts.clock, counts.late, self._base
         tallies, sums, latencies = counts.ledger.counts, counts.ledger.sums, [one.buckets for one in counts.latencies]
         same, number, sent = self._same, self._same_number, self._same_sent
         received = size = 0
-        for descriptor, event in self._epoll.poll(0, BATCH):
+        events = self._epoll.poll(0, BATCH)
+        for descriptor, event in events:
             try:
                 if descriptor in opening:
                     self._answer(descriptor, event)
@@ -350,6 +346,7 @@ class Swarm:
         self._same, self._same_number, self._same_sent = same, number, sent
         counts.received += received
         counts.bytes += size
+        return len(events) == BATCH
 
     def _parse(self, descriptor: int, client: int, data: bytes) -> tuple[int, int] | None:
         """Number and time of the one message that `data` is. Anything else is done here, and None."""

@@ -29,7 +29,7 @@ def free_port() -> int:
 
 def command(out: Path, *flags: str) -> list[str]:
     made = [sys.executable, "-m", "loadtest", "million", "--out", str(out), "--port", str(free_port()), "--shape", "Smoke"]
-    return [*made, "--clients", str(CLIENTS), "--senders", "40", "--rate", "100", "--nap", "0", *flags]
+    return [*made, "--clients", str(CLIENTS), "--senders", "40", "--rate", "100", *flags]
 
 
 @pytest.fixture(scope="module")
