@@ -14,13 +14,19 @@ epoll = stock(select, "epoll")
 """The real `select.epoll`; gevent's patch removes it, and our own sleeps in nobody's loop."""
 
 
+KEEP_IDLE, KEEP_INTERVAL, KEEP_PROBES = 120, 10, 4
+"""Seconds of silence before a probe, seconds between two, and how many may go unanswered. TCP_USER_TIMEOUT overrides their
+number: Linux resets a connection at the first unanswered probe once the silence is longer than it. One lost packet would
+do then, so it is never less than all of them take."""
+
+
 def listen(host: str, port: int, send_buffer: int = 0, unacknowledged: float = 0.0, reuse_port: bool = False) -> socket.socket:
     """A listening TCP socket on `host` (a name or an address, IPv4 or IPv6) and `port` (0: any).
 
     Accepted sockets inherit its options, which saves system calls a connection: TCP_NODELAY; a small
     send buffer (`send_buffer` bytes, 0: the kernel's), so that a client that reads nothing costs little;
-    an end of peers that acknowledge nothing for `unacknowledged` seconds; keepalive probes, after two
-    minutes of silence, which find those that died while nothing was sent. With `reuse_port` others of
+    an end of peers that acknowledge nothing for `unacknowledged` seconds, or for as long as the probes take if that is
+    longer; keepalive probes, after two minutes of silence, which find those that died while nothing was sent. With `reuse_port` others of
     this user may listen on the same port, and the kernel spreads connections over them. Raises OSError.
     """
     family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
@@ -29,10 +35,11 @@ def listen(host: str, port: int, send_buffer: int = 0, unacknowledged: float = 0
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 120)
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 30)
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4)
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(unacknowledged * 1000))
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEP_IDLE)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEP_INTERVAL)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEP_PROBES)
+        patience = max(unacknowledged, KEEP_IDLE + KEEP_INTERVAL * KEEP_PROBES)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(patience * 1000))
         if reuse_port:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         if send_buffer:
