@@ -12,6 +12,7 @@ import json
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -189,8 +190,23 @@ def locust(order: Order, planned: plans.Plan, folder: Path, friends: str, url: s
         "then": order.then, "friends": friends, "out": folder,
     }  # fmt: skip
     flags = [word for name, value in asked.items() if value != "" for word in (f"--{name}", str(value))]
-    own = ["--headless", "--only-summary", "--processes", str(planned.processes), "--host", url, "--csv", str(folder / "locust")]
-    return ["-m", "locust", "-f", "loadtest/locustfile.py", *own, "--html", str(folder / "locust.html"), *flags]
+    port = str(free_port())
+    meet = ["--master-bind-host", "127.0.0.1", "--master-bind-port", port, "--master-host", "127.0.0.1", "--master-port", port]
+    own = ["--headless", "--only-summary", "--processes", str(planned.processes), *meet, "--host", url]
+    files = ["--csv", str(folder / "locust"), "--html", str(folder / "locust.html")]
+    return ["-m", "locust", "-f", "loadtest/locustfile.py", *own, *files, *flags]
+
+
+def free_port() -> int:
+    """For Locust's master: its usual one, or the next that nobody has."""
+    for port in range(5557, 6557):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise Refused("no port from 5557 to 6556 is free for Locust's master")
 
 
 def wait_until_ready(service: "subprocess.Popen[bytes]", port: int, folder: Path) -> None:

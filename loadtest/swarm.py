@@ -28,7 +28,8 @@ from itertools import pairwise
 from time import monotonic
 from typing import Any
 
-import gevent
+from gevent import get_hub
+from gevent.event import AsyncResult
 
 from comet.kernel.limits import raise_file_limit
 from comet.kernel.processes import close
@@ -58,6 +59,9 @@ AWAY = 0.2, 2.0
 """Seconds that one stays away on purpose."""
 
 BATCH = 512
+TURN = 8
+"""Batches before everything else in the process has its turn."""
+
 READ_SIZE = 4096
 IP_BIND_ADDRESS_NO_PORT = 24  # linux/in.h; Python has a name for it from 3.12 on
 _AT_ONCE = frozenset((0, errno.EINPROGRESS))
@@ -105,7 +109,6 @@ class Swarm:
     cores each message would wake one of them otherwise, which costs more than to read it; latencies have that time in them."""
 
     def __init__(self, target: Target, users: range, endpoints: Sequence[Endpoint], counts: Counts, rate: float, nap: float = 0.0) -> None:
-        self.nap = nap
         self.target = target
         self.counts = counts
         self.rate = rate
@@ -126,6 +129,8 @@ class Swarm:
         self._rests: dict[int, bytes] = {}
         self._places: dict[int, Place] = {}
         self._known: list[int] = []  # clients that know their place
+        self._timer: Any = get_hub().loop.timer(nap, nap)
+        self._over = AsyncResult()
         self._looked = monotonic()
         self._budget = self._leaving = 0.0
         self._same = b""
@@ -136,16 +141,26 @@ class Swarm:
 
     def run(self) -> None:
         """Until it is killed; then all are closed."""
-        looked = 0.0
+        self._timer.start(self._look)
         try:
-            while True:
-                full = self._batch()
-                if self._opening or monotonic() - looked >= TICK:
-                    looked = monotonic()
-                    self._open_some()
-                gevent.sleep(0 if full else self.nap)
+            self._over.get()
         finally:
+            self._timer.close()
             self.close()
+
+    def _look(self) -> None:
+        """Called by the event loop itself, since a greenlet's turn costs more than to find nothing."""
+        try:
+            for _ in range(TURN):
+                events = self._epoll.poll(0, BATCH)
+                if events:
+                    self._batch(events)
+                if self._opening or monotonic() - self._looked >= TICK:
+                    self._open_some()
+                if len(events) < BATCH:
+                    return
+        except Exception as error:
+            self._over.set_exception(error)
 
     def close(self) -> None:
         """All connections."""
@@ -293,15 +308,14 @@ class Swarm:
         self.counts.bytes += len(data)
         return data
 
-    def _batch(self) -> bool:
-        """What has come for up to `BATCH` clients; whether there may be more. The hot loop: `Counts.take` stands in it once more, for one
+    def _batch(self, events: Sequence[tuple[int, int]]) -> None:
+        """What has come for up to `BATCH` clients. The hot loop: `Counts.take` stands in it once more, for one
         whole message in one read; everything else goes the long way."""
         counts, opening, rests, clients = self.counts, self._opening, self._rests, self._clients
         clock, late, base = counts.clock, counts.late, self._base
         tallies, sums, latencies = counts.ledger.counts, counts.ledger.sums, [one.buckets for one in counts.latencies]
         same, number, sent = self._same, self._same_number, self._same_sent
         received = size = 0
-        events = self._epoll.poll(0, BATCH)
         for descriptor, event in events:
             try:
                 if descriptor in opening:
@@ -346,7 +360,6 @@ class Swarm:
         self._same, self._same_number, self._same_sent = same, number, sent
         counts.received += received
         counts.bytes += size
-        return len(events) == BATCH
 
     def _parse(self, descriptor: int, client: int, data: bytes) -> tuple[int, int] | None:
         """Number and time of the one message that `data` is. Anything else is done here, and None."""
