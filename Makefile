@@ -2,7 +2,8 @@
 # make test   run the tests
 # make chaos  kill, stop, reload and fill up what there is, under load, and count what clients get: nine minutes
 # make lint   ruff and mypy
-# make bench  what a client costs and how fast it is served, beside baselines, in one run of about six minutes
+# make bench  what a client costs and how fast it is served, beside baselines, in one run of about eight minutes
+# make friends  a million users who follow 15 each, into data/ (smaller: make friends ARGS="--users 10000")
 # make million  metabrew's test, a million clients on this machine: CLIENTS=, DURATION= (seconds), RATE= (messages/s),
 #             APPLY=1 to set what the kernel must allow (as root), ARGS= for more (--help). CLIENTS=20000 for a laptop
 # make soak   10,000 clients, messages for an hour, and whether memory grows: the same variables
@@ -12,7 +13,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test chaos lint bench million soak clean
+.PHONY: run test chaos lint bench friends million soak clean
 
 run: $(VENV)/.run
 	@exec $(BIN)/python app.py $(ARGS)
@@ -23,13 +24,17 @@ test: $(VENV)/.load
 chaos: $(VENV)/.run
 	COMET_CHAOS=full $(BIN)/python -m pytest -s tests/behaviour/test_chaos.py $(ARGS)
 
-bench: $(VENV)/.run
+bench: $(VENV)/.load
 	$(BIN)/python -m loadtest.bench $(ARGS)
 
 LOADTEST := $(if $(CLIENTS),--clients $(CLIENTS)) $(if $(DURATION),--duration $(DURATION)) $(if $(RATE),--rate $(RATE)) $(if $(APPLY),--apply)
 
 million soak: $(VENV)/.load
 	@$(BIN)/python -m loadtest $@ $(LOADTEST) $(ARGS)
+
+friends: $(VENV)/.load
+	$(BIN)/python -m loadtest friends --out friends.txt $(ARGS)
+	$(BIN)/python -m comet load-friends friends.txt --data data
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

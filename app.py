@@ -95,6 +95,7 @@ from comet.kernel import check, limits, memory, processes, sockets  # noqa: E402
 from comet.server.wsgi import CometServer  # noqa: E402
 from comet.stats import Stats  # noqa: E402
 from comet.subscriptions import Subscriptions  # noqa: E402
+from comet.turn import Soon  # noqa: E402
 from handlers.params import Context  # noqa: E402
 
 
@@ -127,15 +128,15 @@ def serve(settings: Settings, listener: socket.socket, data: Path, place: Place 
     capacity = capacity_of(settings)
     stats = Stats()
     backplane = MemoryBackplane(Bounds.of(settings)) if place is None else RouterBackplane(place.router, settings.backplane_timeout)
-    soon = get_hub().loop.timer(0)
-    hub = Hub(backplane, stats, settings.backlog, soon.start)
+    hub = Hub(backplane, stats, settings.backlog, Soon())
     own = _own(place, stats, hub, capacity)
     application = Bottle()
     said = _alone(own, hub) if place is None else partial(_together, place, own)
     subscriptions = Subscriptions(data)
     context = Context(hub, subscriptions, settings, stats, said, place.worker if place else 0)
     handlers.mount(application, context)
-    server = CometServer(listener, application, handlers.reader(application, context), hub, settings, stats, capacity)
+    reader, caller = handlers.reader(application, context), handlers.caller(application, context)
+    server = CometServer(listener, application, reader, caller, hub, settings, stats, capacity)
     stopping = Event()
     grace = settings.grace
 

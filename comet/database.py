@@ -96,9 +96,12 @@ def prepare(folder: Path, *, whole: bool) -> None:
 
 
 def open_reader(folder: Path) -> sqlite3.Connection:
-    """For look-ups; it never waits for a lock. The file must have been prepared."""
-    database = _connect(path_in(folder), patience=0.0)
+    """For look-ups; none waits for a lock. The opening does: the first of all processes puts the log in order and
+    keeps the others out meanwhile. The file must have been prepared."""
+    database = _connect(path_in(folder))
     database.execute("PRAGMA query_only = ON")
+    database.execute("SELECT 1 FROM follows LIMIT 1").fetchall()  # opens the log's files now, and not in a request
+    database.execute("PRAGMA busy_timeout = 0")
     return database
 
 

@@ -13,7 +13,7 @@ block. Joins append to a channel; leaves leave holes, which go when no sweep is 
 
 import logging
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Generic, Protocol, TypeVar, cast
 
@@ -29,6 +29,9 @@ SLICE = 0.0005
 MAX_PENDING = 16 << 20
 """Bytes (as `Message.cost` counts) that wait for a channel's next sweep. Beyond it all but the newest
 are let go: subscribers notice the skip and read them from history, or are told a gap."""
+
+AT_ONCE = 64
+"""Channels whose messages are handed out where they arrive, in one turn of the loop: most have a subscriber or none."""
 
 STRIDE = 16
 """Subscribers between two looks at the clock."""
@@ -152,7 +155,7 @@ class Fanout:
         """Serve the next few of a channel; whether it has more to do."""
         batch = members.batch
         if batch is None:
-            batch = members.batch = next(batches(members.pending))
+            batch = members.batch = next(iter(batches(members.pending)))
             members.pending = members.pending[len(batch.messages) :]
             members.waiting = sum(message.cost for message in members.pending)
             members.index = 0
@@ -166,6 +169,93 @@ class Fanout:
         members.batch = None
         members.compact()
         return bool(members.pending)
+
+
+class Feeds:
+    """Messages of many channels, each of which mostly has one subscriber: what is sent to a user's followers,
+    or a batch. `hand_out` gives a channel's messages to its subscribers, which for each is a system call; so
+    more than a few channels are handed out in slices, in order a channel. `schedule` and `clock` as above."""
+
+    def __init__(
+        self,
+        hand_out: Callable[[str, Sequence[Message]], None],
+        schedule: Callable[[Callable[[], None]], None],
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._hand_out = hand_out
+        self._schedule = schedule
+        self._clock = clock
+        self._waiting: OrderedDict[str, list[Message]] = OrderedDict()
+        self._bytes = 0
+        self._left = AT_ONCE
+        self._scheduled = False
+
+    def deliver(self, messages: Sequence[Message]) -> None:
+        """Send them on their way, behind those of their channels that are."""
+        if len(messages) == 1 and self._left and not self._waiting:
+            self._left -= 1
+            self._give(messages[0].channel, messages)
+        else:
+            self._spread(messages)
+        if not self._scheduled:
+            self._scheduled = True
+            self._schedule(self._slice)
+
+    def _spread(self, messages: Sequence[Message]) -> None:
+        channels: dict[str, list[Message]] = {}
+        for message in messages:
+            those = channels.get(message.channel)
+            if those is None:
+                channels[message.channel] = [message]
+            else:
+                those.append(message)
+        waiting = self._waiting
+        at_once = len(channels) <= self._left
+        if at_once:
+            self._left -= len(channels)
+        for channel, those in channels.items():
+            before = waiting.get(channel)
+            if before is None and at_once:
+                self._give(channel, those)
+                continue
+            if before is None:
+                waiting[channel] = those
+            else:
+                before += those
+            self._bytes += _cost(those)
+        while self._bytes > MAX_PENDING:  # then this takes its time, and who sends more is not read from
+            self._next()
+
+    def finish(self, channel: str) -> None:
+        """Hand out now what waits of a channel, whose subscribers are about to be ended."""
+        if channel in self._waiting:
+            self._waiting.move_to_end(channel, last=False)
+            self._next()
+
+    def _slice(self) -> None:
+        """Once in a turn of the loop in which there was something."""
+        self._left = AT_ONCE
+        until = self._clock() + SLICE
+        while self._waiting and self._clock() < until:
+            self._next()
+        self._scheduled = bool(self._waiting)
+        if self._scheduled:
+            self._schedule(self._slice)
+
+    def _next(self) -> None:
+        channel, messages = self._waiting.popitem(last=False)
+        self._bytes -= _cost(messages)
+        self._give(channel, messages)
+
+    def _give(self, channel: str, messages: Sequence[Message]) -> None:
+        try:
+            self._hand_out(channel, messages)
+        except Exception:  # as in `_serve`
+            log.exception("messages of %s could not be delivered", channel)
+
+
+def _cost(messages: Sequence[Message]) -> int:
+    return messages[0].cost if len(messages) == 1 else sum(message.cost for message in messages)
 
 
 def _serve(those: Iterable[Receiver], batch: Batch) -> None:

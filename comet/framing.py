@@ -7,7 +7,7 @@ clients are sent, down to the bytes on the wire.
 """
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Final, TypeVar
 
@@ -71,6 +71,10 @@ class Framing:
         """`pieces`: a chunk each."""
         return b"".join(map(chunk, pieces))
 
+    def batch(self, batch: "Batch", date: bytes) -> bytes:
+        """What a subscriber of the batch's channel alone gets who stands before it."""
+        return self.wire(self.encode(batch.messages, Cursor([batch.channel], [Position(batch.epoch, batch.before)])), date)
+
     def end(self, cursor: Cursor, date: bytes, closing: bool) -> bytes:
         """What ends an answer that is under way: a stream's last chunk. `closing`: so does the connection."""
         return b"0\r\n\r\n"
@@ -86,31 +90,40 @@ def chunk(piece: bytes) -> bytes:
 
 
 class Batch:
-    """Messages of one channel that follow each other, on their way to its subscribers: from the offset
-    `before` to `last` of `epoch`, where they end at `position`. Their bytes are made once a framing,
+    """Messages of one channel that follow each other, on their way to its subscribers: behind the offset
+    `before`, up to `last` of `epoch`. Their bytes are made once a framing,
     whoever asks first."""
 
-    __slots__ = ("before", "channel", "epoch", "last", "messages", "position", "wires")
+    __slots__ = ("before", "channel", "epoch", "last", "messages", "wires")
 
     def __init__(self, messages: Sequence[Message]) -> None:
+        last = messages[-1]
         self.messages = messages
-        self.channel = messages[0].channel
-        self.position = messages[-1].position
-        self.epoch, self.last = self.position
+        self.channel = last.channel
+        self.epoch = last.epoch
+        self.last = last.offset
         self.before = messages[0].offset - 1
         self.wires: dict[Framing, bytes] = {}
+
+    @property
+    def position(self) -> Position:
+        """Where they end."""
+        return Position(self.epoch, self.last)
 
     def wire(self, framing: Framing, date: bytes) -> bytes:
         """Make the bytes for a subscriber of this channel alone that stands at `before`, and leave them in
         `wires` for the others."""
-        cursor = Cursor([self.channel], [Position(self.epoch, self.before)])
-        made = self.wires[framing] = framing.wire(framing.encode(self.messages, cursor), date)
+        made = self.wires[framing] = framing.batch(self, date)
         return made
 
 
-def batches(messages: Sequence[Message]) -> Iterator[Batch]:
+def batches(messages: Sequence[Message]) -> Iterable[Batch]:
     """Messages of one channel, in order, in runs that follow each other: a break is where this process
     missed some, or a log began anew."""
+    return (Batch(messages),) if len(messages) == 1 else _runs(messages)
+
+
+def _runs(messages: Sequence[Message]) -> Iterator[Batch]:
     start = 0
     while start < len(messages):
         first, stop = messages[start], len(messages)
@@ -164,6 +177,19 @@ class Text(Framing):
     name = "test"
     content_type = "text/plain; charset=utf-8"
     names_cursor = False
+
+    def __init__(self) -> None:
+        self._made = b"", b""
+
+    def batch(self, batch: Batch, date: bytes) -> bytes:
+        """What was sent to many feeds is made once: nothing in it tells them apart."""
+        if len(batch.messages) > 1:
+            return super().batch(batch, date)
+        data = batch.messages[0].data
+        made = self._made
+        if made[0] is not data:
+            made = self._made = data, chunk(data + b"\n")
+        return made[1]
 
     def opening(self, cursor: Cursor) -> bytes:
         user = next(iter(cursor.positions)).partition(":")[2]

@@ -45,7 +45,7 @@ class History:
     def append(self, channel: str, type: str, data: bytes, time: float) -> Message:
         """Order a message: it gets the next offset and is kept."""
         self.head += 1
-        message = Message(channel, Position(self.epoch, self.head), type, data, time)
+        message = Message(channel, (self.epoch, self.head), type, data, time)
         if self.entries is None:
             self.entries = [message]
         else:

@@ -13,12 +13,13 @@ import gevent
 
 from comet.backplane import Backplane
 from comet.errors import Refusal
-from comet.fanout import Fanout, Members
+from comet.fanout import Fanout, Feeds, Members
 from comet.framing import batches
 from comet.history import Joined
 from comet.message import ChannelInfo, Message, Position, Publication, Receipt, Sent, Since
 from comet.stats import Stats
 from comet.subscriber import Awake, Host, Subscriber, Wish
+from comet.turn import give_way
 
 ENDING_PAUSE = 0.05
 """Seconds between two lots of streams that a drain ends."""
@@ -26,10 +27,13 @@ ENDING_PAUSE = 0.05
 ENDED_AT_ONCE = 20
 """Streams a lot at least: few need no spreading."""
 
+AT_ONCE = 100
+"""Subscribers that go on together after something was missed: half a millisecond."""
+
 
 class Hub:
-    """`backlog` is the bytes of messages that may wait for one client; `schedule` runs a function soon
-    (see `Fanout`)."""
+    """`backlog` is the bytes of messages that may wait for one client; `schedule` runs a function soon,
+    of which several may wait (see `Fanout`, `Feeds`)."""
 
     def __init__(self, backplane: Backplane, stats: Stats, backlog: int, schedule: Callable[[Callable[[], None]], None]) -> None:
         self.backlog = backlog
@@ -38,10 +42,13 @@ class Hub:
         self._backplane = backplane
         self._stats = stats
         self._fanout = Fanout(schedule)
+        self._feeds = Feeds(self._deliver, schedule)
         # a channel's only subscriber stands there itself: most channels are one user's feed
         self._channels: dict[str, Subscriber | Members[Subscriber]] = {}
         # those whose backplane has not answered yet, and what was dropped meanwhile: (channel, epoch)
         self._joining: dict[Subscriber, set[tuple[str, int]]] = {}
+        # those who wait for what was missed, by where they stand
+        self._behind: dict[tuple[tuple[str, Position], ...], list[Subscriber]] = {}
         backplane.attach(self.deliver, self.dropped, self.lost)
 
     # -- subscribing
@@ -126,41 +133,50 @@ class Hub:
             self._backplane.unsubscribe(subscriber.channels)
 
     def resync(self, subscriber: Subscriber) -> None:
-        """It was delivered a later message than it can take: this process missed some."""
-        gevent.spawn(self._catch_up, subscriber)
+        """It was delivered a later message than it can take: this process missed some. Those that stand at the
+        same place, often all of a channel, share what is read."""
+        places = tuple(subscriber.awake.offered.items())
+        behind = self._behind.get(places)
+        if behind is None:
+            self._behind[places] = [subscriber]
+            gevent.spawn(self._catch_up, places)
+        else:
+            behind.append(subscriber)
 
-    def _catch_up(self, subscriber: Subscriber) -> None:
-        if subscriber.ended:
-            return
+    def _catch_up(self, places: tuple[tuple[str, Position], ...]) -> None:
+        behind = self._behind[places]
         answers: dict[str, Joined] = {}
         try:
-            for channel, position in list(subscriber.awake.offered.items()):
+            for channel, position in places:
+                if all(subscriber.ended for subscriber in behind):
+                    return
                 answer = self._backplane.read(channel, position)
-                if answer is None:  # deleted meanwhile: `dropped` has ended it; or else forgotten, and it would hold for ever
-                    subscriber.end("unreadable")
+                if answer is None:  # deleted meanwhile: `dropped` has ended them; or else forgotten, and they would hold for ever
+                    for subscriber in behind:
+                        subscriber.end("unreadable")
                     return
                 answers[channel] = answer
-                if subscriber.ended:
-                    return
-                subscriber.awake.answered(channel)
+                for subscriber in behind:  # at the answer's place in the stream, so before anything else is lost
+                    if not subscriber.ended:
+                        subscriber.awake.answered(channel)
         except Exception:
-            subscriber.end("unreadable")  # it would hold for ever; it resumes by its cursor
+            for subscriber in behind:
+                subscriber.end("unreadable")  # they would hold for ever; they resume by their cursors
             raise
-        if not subscriber.ended:  # it may have left while the backplane read
-            subscriber.join(answers)
+        finally:
+            del self._behind[places]
+        for start in range(0, len(behind), AT_ONCE):
+            if start:
+                give_way()
+            for subscriber in behind[start : start + AT_ONCE]:
+                if not subscriber.ended:  # it may have left while the backplane read
+                    subscriber.join(answers)
 
     # -- what the backplane calls
 
     def deliver(self, messages: Sequence[Message]) -> None:
         """Hand ordered messages to this process's subscribers. Does not block."""
-        if len(messages) == 1:
-            self._deliver(messages[0].channel, messages)
-            return
-        channels: dict[str, list[Message]] = {}
-        for message in messages:
-            channels.setdefault(message.channel, []).append(message)
-        for channel, those in channels.items():
-            self._deliver(channel, those)
+        self._feeds.deliver(messages)
 
     def _deliver(self, channel: str, messages: Sequence[Message]) -> None:
         present = self._channels.get(channel)
@@ -172,14 +188,12 @@ class Hub:
         else:
             self._stats.offered += len(messages)
             for batch in batches(messages):
-                present.deliver(batch)
+                present.host.deliver(present, batch)  # `present.deliver` would be the same, by one call more
 
     def dropped(self, channel: str, epoch: int) -> None:
         """The channel's log is gone: end its subscribers, who may come back to the next one. One that is
         still joining may be of the next already: the epoch of its answer will tell."""
-        present = self._channels.get(channel)
-        if isinstance(present, Members):
-            self._fanout.finish(present)
+        self._finish(channel)
         for subscriber in self._members(self._channels.pop(channel, None)):
             if subscriber in self._joining:
                 self._joining[subscriber].add((channel, epoch))
@@ -192,16 +206,21 @@ class Hub:
         """Tell the subscribers of these channels one gap each, and go on with what is kept."""
         theirs: dict[Subscriber, dict[str, Position]] = {}
         for channel, answer in answers.items():
-            present = self._channels.get(channel)
-            if isinstance(present, Members):
-                self._fanout.finish(present)
-            for subscriber in self._members(present):
+            for subscriber in self._members(self._finish(channel)):
                 theirs.setdefault(subscriber, {})[channel] = answer.position
         for subscriber, places in theirs.items():
             subscriber.skip(places)
         for channel, answer in answers.items():
             if answer.messages:
                 self._deliver(channel, answer.messages)
+
+    def _finish(self, channel: str) -> "Subscriber | Members[Subscriber] | None":
+        """Deliver now all that waits for a channel's subscribers; who they are."""
+        self._feeds.finish(channel)
+        present = self._channels.get(channel)
+        if isinstance(present, Members):
+            self._fanout.finish(present)
+        return present
 
     @staticmethod
     def _members(present: Subscriber | Members[Subscriber] | None) -> list[Subscriber]:
@@ -219,7 +238,7 @@ class Hub:
         self._stats.published += sum(isinstance(answer, Receipt) for answer in answers)
         return answers
 
-    def send(self, channels: Sequence[str], type: str, data: bytes, key: str | None) -> Sent:
+    def send(self, channels: str, type: str, data: bytes, key: str | None) -> Sent:
         """See `Backplane.send`."""
         sent = self._backplane.send(channels, type, data, key)
         self._stats.published += 1
@@ -253,10 +272,8 @@ class Hub:
         back all at once. Until then they get what is published."""
         self.draining = True
         streams: dict[Subscriber, None] = {}  # each once, though it may be on several channels
-        for present in list(self._channels.values()):
-            if isinstance(present, Members):
-                self._fanout.finish(present)
-            for subscriber in self._members(present):
+        for channel in list(self._channels):
+            for subscriber in self._members(self._finish(channel)):
                 if seconds and not subscriber.one_shot:
                     streams[subscriber] = None
                 else:
@@ -271,8 +288,7 @@ class Hub:
                 gevent.sleep(ENDING_PAUSE)
             those = [subscriber for subscriber in streams[start : start + count] if not subscriber.ended]
             channels = {channel for subscriber in those for channel in subscriber.channels}
-            for present in [self._channels[channel] for channel in channels]:
-                if isinstance(present, Members):
-                    self._fanout.finish(present)
+            for channel in channels:
+                self._finish(channel)
             for subscriber in those:
                 subscriber.end("shutdown")

@@ -95,9 +95,9 @@ class Message:
 
     __slots__ = ("channel", "data", "epoch", "frames", "offset", "time", "type")
 
-    def __init__(self, channel: str, position: Position, type: str, data: bytes, time: float = 0.0) -> None:
+    def __init__(self, channel: str, position: tuple[int, int], type: str, data: bytes, time: float = 0.0) -> None:
         self.channel = channel
-        self.epoch, self.offset = position  # kept apart: a tuple would cost 72 bytes a message
+        self.epoch, self.offset = position  # a Position; kept apart: it would cost 72 bytes a message
         self.type = type
         self.data = data
         self.time = time

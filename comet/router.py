@@ -92,7 +92,7 @@ class Link:
 
     def takes(self, channel: str) -> bool:
         """Whether a message of the channel may be sent; if not, it is noted as missed."""
-        if self.full or channel in self.missed:
+        if self._queued + len(self._rest) > MAX_WAITING or channel in self.missed:  # `full`
             self.missed[channel] = None
             return False
         return True
@@ -304,11 +304,21 @@ class Router:
     def _feed(self, messages: Sequence[Message]) -> None:
         """One message for many channels: its data goes once to each worker."""
         places: dict[Link, list[tuple[str, int, int]]] = {}
+        look_up = self._interest.get
         for message in messages:
-            for link in self._links(message.channel):
-                if link.takes(message.channel):
-                    places.setdefault(link, []).append((message.channel, message.epoch, message.offset))
-                self._dirty.add(link)
+            channel = message.channel
+            present = look_up(channel)
+            if present is None:
+                continue
+            for link in present if isinstance(present, list) else (present,):
+                if link.takes(channel):
+                    those = places.get(link)
+                    if those is None:
+                        those = places[link] = []
+                    those.append((channel, message.epoch, message.offset))
+                else:
+                    self._dirty.add(link)
+        self._dirty.update(places)
         for link, those in places.items():
             link.put(frames.frame(frames.Feeds(messages[0].type, messages[0].data, those)))
 

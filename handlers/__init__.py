@@ -4,34 +4,36 @@
 origins, HEAD and OPTIONS, and refusals as JSON.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, NamedTuple
 
 from bottle import Bottle, HTTPError, HTTPResponse, request, response
 
 from comet.errors import Refusal
 from comet.subscriber import Wish
 from handlers import channels, health, metabrew, page, poll, publish, stream, users
-from handlers.params import Asked, Context, allowed_origin, check_origin, check_publish_key, refuse, wait
+from handlers.params import NO_STORE, Asked, Context, allowed_origin, answer, check_origin, check_publish_key, encode, refuse, wait
 
 Handler = Callable[..., Any]
 
 
 class Route(NamedTuple):
     """One row. `secret`: needs the publish key although it is a GET. `waits`: its handler only reads an
-    `Asked` into a `Wish`, and the hub subscribes; it has no HEAD, since that would subscribe."""
+    `Asked` into a `Wish`, and the hub subscribes; it has no HEAD, since that would subscribe. `brief`: its
+    handler takes no more than an `Asked`, and answers a document."""
 
     method: str
     path: str
     handler: Handler
     secret: bool = False
     waits: bool = False
+    brief: bool = False
 
 
 ROUTES = (
     Route("GET", "/", page.show),
     Route("GET", "/test/<user>", metabrew.test, waits=True),
-    Route("POST", "/send/<user>", metabrew.send),
+    Route("POST", "/send/<user>", metabrew.send, brief=True),
     Route("GET", "/poll/<names>", poll.poll, waits=True),
     Route("GET", "/events/<names>", stream.events, waits=True),
     Route("GET", "/stream/<names>", stream.lines, waits=True),
@@ -49,6 +51,12 @@ ROUTES = (
     Route("GET", "/readyz", health.ready),
     Route("GET", "/stats", health.stats, secret=True),
 )
+
+Reply = tuple[str, Sequence[tuple[str, str]], bytes]
+"""As `comet.server.posts` has it."""
+
+_OK: Final = "200 OK"
+_HEADERS: Final = (("Content-Type", "application/json"), *NO_STORE.items())
 
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH", "TRACE"})
 """Every method that gets here; the server refuses the rest."""
@@ -69,8 +77,8 @@ def mount(application: Bottle, context: Context) -> None:
         names.add(route.method)
         if route.method == "GET" and not route.waits:
             names.add("HEAD")  # bottle runs the GET and drops the body
-        waiter = {"waiter": route.handler} if route.waits else {}
-        application.route(route.path, route.method, _guarded(route, context), **waiter)
+        short = {"waiter": route.handler} if route.waits else {"brief": route.handler} if route.brief else {}
+        application.route(route.path, route.method, _guarded(route, context), **short)
     for path, names in methods.items():
         allow = ", ".join(sorted(names))
         application.route(path, "OPTIONS", _options(allow))
@@ -83,33 +91,67 @@ def mount(application: Bottle, context: Context) -> None:
 def reader(application: Bottle, context: Context) -> Callable[[str, Mapping[str, str], str | None], Wish | None]:
     """The short way to the handlers that wait, past bottle's request: path, query and Last-Event-ID to
     what the client wishes; None where bottle has to answer. Raises Refusal, changes nothing."""
-    match = application.router.match
-    waiters: dict[str, tuple[Handler, str] | None] = {}
-
-    def look_up(path: str) -> tuple[Handler, str] | None:
-        """The handler that waits, and the name of its one argument, the path's last part."""
-        try:
-            route, arguments = match({"PATH_INFO": path, "REQUEST_METHOD": "GET"})
-        except HTTPError:
-            return None
-        waiter = route.config.get("waiter")
-        return None if waiter is None else (waiter, *arguments)
+    look_up = _short(application, "GET", "waiter")
 
     def read(path: str, query: Mapping[str, str], last_event_id: str | None) -> Wish | None:
-        folder, _, name = path.rpartition("/")
-        if not name:
-            return None
-        found = waiters.get(folder)
+        found = look_up(path)
         if found is None:
-            found = look_up(path)
-            if found is None:
-                return None
-            waiters[folder] = found  # as many as there are routes that wait
-        waiter, argument = found
-        wish: Wish = waiter(context, Asked(query, last_event_id), **{argument: name})
+            return None
+        waiter, arguments = found
+        wish: Wish = waiter(context, Asked(query, last_event_id), **arguments)
         return wish
 
     return read
+
+
+def caller(application: Bottle, context: Context) -> Callable[[str, str, bytes], Callable[[], Reply] | None]:
+    """The short way to the handlers that are brief, past bottle's request: path, Authorization and body to what
+    answers; None where bottle has to."""
+    look_up = _short(application, "POST", "brief")
+    settings = context.settings
+
+    def call(path: str, authorization: str, body: bytes) -> Callable[[], Reply] | None:
+        found = look_up(path)
+        if found is None or len(body) > settings.max_body or settings.origins:
+            return None
+        handler, arguments = found
+
+        def reply() -> Reply:
+            try:
+                check_publish_key(settings, authorization)
+                return _OK, _HEADERS, encode(handler(context, Asked({}, None, body), **arguments))
+            except Refusal as refusal:
+                refused = refuse(refusal, context.stats)
+                return refused.status_line, refused.headerlist, refused.body
+
+        return reply
+
+    return call
+
+
+def _short(application: Bottle, method: str, kind: str) -> Callable[[str], tuple[Handler, dict[str, str]] | None]:
+    """Looks up the handler of a path, and its one argument, the path's last part, among those that have a short way."""
+    match = application.router.match
+    known: dict[str, tuple[Handler, str]] = {}
+
+    def look_up(path: str) -> tuple[Handler, dict[str, str]] | None:
+        folder, _, last = path.rpartition("/")
+        if not last:
+            return None
+        found = known.get(folder)
+        if found is None:
+            try:
+                route, arguments = match({"PATH_INFO": path, "REQUEST_METHOD": method})
+            except HTTPError:
+                return None
+            handler = route.config.get(kind)
+            if handler is None:
+                return None
+            (name,) = arguments
+            found = known[folder] = handler, name  # as many as there are routes of the kind
+        return found[0], {found[1]: last}
+
+    return look_up
 
 
 def _guarded(route: Route, context: Context) -> Handler:
@@ -123,9 +165,11 @@ def _guarded(route: Route, context: Context) -> Handler:
             if writes:
                 check_origin(context.settings)
             if needs_key:
-                check_publish_key(context.settings)
+                check_publish_key(context.settings, request.headers.get("Authorization", ""))
             if route.waits:
                 return wait(context.hub.subscribe(handler(context, Asked.now(), **arguments)))
+            if route.brief:
+                return answer(handler(context, Asked.now(), **arguments))
             return handler(context, **arguments)
         except Refusal as refusal:
             return refuse(refusal, context.stats)

@@ -27,16 +27,27 @@ NO_STORE = {"Cache-Control": "no-store"}
 
 
 class Asked(NamedTuple):
-    """What a handler that waits, or pages, may want of its request; it has nothing else. So the same
-    handler serves bottle and the server's short way (`handlers.admitter`)."""
+    """What a handler that waits, pages or is brief may want of its request; it has nothing else. So the same
+    handler serves bottle and the server's short ways (`handlers.reader`, `handlers.caller`). A `body` of None
+    is still to be read."""
 
     query: Mapping[str, str]
-    last_event_id: str | None
+    last_event_id: str | None = None
+    body: bytes | None = None
 
     @classmethod
     def now(cls) -> "Asked":
         """Of bottle's current request."""
         return cls(request.query, request.headers.get("Last-Event-ID"))
+
+    def text(self, most: int) -> bytes:
+        """As `text_body`."""
+        return text_body(most) if self.body is None else check_text(self.body)
+
+    @property
+    def key(self) -> str | None:
+        """As `idempotency_key`; who sends one does not come the short way."""
+        return idempotency_key() if self.body is None else None
 
 
 class Context(NamedTuple):
@@ -50,9 +61,14 @@ class Context(NamedTuple):
     worker: int = 0
 
 
-def answer(document: Any, status: int = 200) -> HTTPResponse:
+def encode(document: Any) -> bytes:
     """A JSON document, on one line."""
-    return answer_bytes(msgspec.json.encode(document) + b"\n", status)
+    return msgspec.json.encode(document) + b"\n"
+
+
+def answer(document: Any, status: int = 200) -> HTTPResponse:
+    """As `encode` has it."""
+    return answer_bytes(encode(document), status)
 
 
 def answer_bytes(body: bytes, status: int = 200, content_type: str = "application/json") -> HTTPResponse:
@@ -128,7 +144,11 @@ def pieces(size: int) -> Iterator[bytes]:
 
 def text_body(most: int) -> bytes:
     """As `body`, checked to be UTF-8. Raises Refusal ``bad-body``."""
-    data = body(most)
+    return check_text(body(most))
+
+
+def check_text(data: bytes) -> bytes:
+    """`data` itself. Raises Refusal ``bad-body`` where it is not UTF-8."""
     try:
         data.decode()
     except UnicodeDecodeError:
@@ -149,11 +169,11 @@ def check_key(key: str) -> str:
     return key
 
 
-def check_publish_key(settings: Settings) -> None:
-    """Raises Refusal ``unauthorized`` unless the request carries the publish key, if there is one."""
+def check_publish_key(settings: Settings, authorization: str) -> None:
+    """Raises Refusal ``unauthorized`` unless this Authorization carries the publish key, if there is one."""
     if not settings.publish_key:
         return
-    scheme, _, given = request.headers.get("Authorization", "").partition(" ")
+    scheme, _, given = authorization.partition(" ")
     if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), settings.publish_key.encode()):
         raise Refusal("unauthorized", "This needs the publish key: send it as 'Authorization: Bearer KEY'.")
 

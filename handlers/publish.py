@@ -2,12 +2,12 @@
 
 from typing import Any
 
-import gevent
 import msgspec
 from bottle import HTTPResponse, request
 
 from comet.errors import Refusal
 from comet.message import DEFAULT_TYPE, Publication, Receipt, check_channel, check_type
+from comet.turn import give_way
 from handlers.params import Context, answer, answer_bytes, body, check_key, idempotency_key, text_body
 
 SLICE = 200
@@ -55,7 +55,7 @@ def batch(context: Context) -> HTTPResponse:
     results: list[bytes] = []
     for start in range(0, len(lines), SLICE):
         if start:
-            gevent.sleep(1e-9)
+            give_way()
         results += _publish(context, lines[start : start + SLICE])
     return answer_bytes(b"".join(results), content_type="application/x-ndjson")
 

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator
 from itertools import count
 from typing import Any
 
-import gevent
 from bottle import HTTPResponse
 
 from comet.errors import Refusal
 from comet.message import USER_PREFIX, check_channel
+from comet.turn import give_way
 from handlers.params import Asked, Context, answer, number, pieces
 
 DEFAULT_LIMIT, MAX_LIMIT = 100, 1000
@@ -102,7 +102,7 @@ def _lines() -> Iterator[bytes]:
         yield from lines
         if len(rest) > 2 * MAX_LINE:
             rest = rest[: MAX_LINE + 1]
-        gevent.sleep(1e-9)  # reading does not yield while there is more
+        give_way()  # reading does not yield while there is more
     if rest:
         yield rest
 

@@ -27,6 +27,7 @@ from pathlib import Path
 
 from comet.kernel.limits import raise_file_limit
 from loadtest.baseline_nchan import installed, nchan
+from loadtest.bench_friends import friends
 from loadtest.bench_workers import workers
 from loadtest.generator import MARK, body
 from loadtest.process import cpu, memory, server, worker
@@ -248,7 +249,7 @@ def main() -> int:
     parser.add_argument("--clients", type=int, default=15000, help="clients of each part (default 15000)")
     parser.add_argument("--rounds", type=int, default=25, help="broadcasts of each kind (default 25)")
     parser.add_argument(
-        "--parts", default="sleeping,deliveries,cycles,direct,collections,off,stock,nchan,workers", help="which, comma-separated"
+        "--parts", default="sleeping,deliveries,cycles,direct,collections,off,stock,nchan,workers,friends", help="which, comma-separated"
     )
     parser.add_argument("--json", type=Path, help="write the figures there as well")
     options = parser.parse_args()
@@ -264,6 +265,7 @@ def main() -> int:
         "stock": lambda: stock(clients, rounds),
         "nchan": lambda: in_c(clients, rounds),
         "workers": lambda: workers(clients, rounds),
+        "friends": lambda: friends(clients, rounds),
     }
     figures: list[Figure] = []
     for name in options.parts.split(","):

@@ -3,7 +3,7 @@
 `loadtest.bench` sends it orders, a JSON object a line, and it answers each with one:
 
 - ``open``: open `count` connections with a request each, `{i}` in `path` being the connection's
-  number, at most 500 under way; a connection counts as open when its answer has begun with the bytes
+  number, or of `ids` the one in that place, at most 500 under way; a connection counts as open when its answer has begun with the bytes
   `first` ("" for a poll: when the request is sent). Answers seconds.
 - ``count``: read until `total` messages have come. Answers when the last one came (time.monotonic),
   the slowest connection's share being included by waiting for all.
@@ -24,7 +24,7 @@ import select
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from loadtest.process import cpu
@@ -53,7 +53,7 @@ class Generator:
         self.paths: dict[int, str] = {}
         self.epoll = select.epoll()
 
-    def open(self, count: int, path: str, first: str, start: int = 0) -> dict[str, Any]:
+    def open(self, count: int, path: str, first: str, start: int = 0, ids: Sequence[str] | None = None) -> dict[str, Any]:
         """See the module."""
         began = time.monotonic()
         mark = first.encode()
@@ -72,7 +72,7 @@ class Generator:
                     raise OSError(error, "connect")
                 number = sock.fileno()
                 self.sockets[number] = sock
-                self.paths[number] = path.format(i=next_one)
+                self.paths[number] = path.format(i=next_one if ids is None else ids[next_one])
                 waiting[number] = b""
                 self.epoll.register(number, select.EPOLLOUT)
                 next_one += 1

@@ -135,7 +135,7 @@ class Run:
         channels = self.some()
         held = [channel for channel in channels if channel in self.model.logs]
         heads = [len(self.model.logs[channel]) for channel in held]
-        sent = self.backplane.send(channels, "message", b"sent")
+        sent = self.backplane.send(",".join(channels), "message", b"sent")
         assert (sent.targets, sent.delivered) == (len(channels), sum(self.model.subscribers[channel] for channel in held))
         assert (sent.position is None) == (channels[0] not in held)
         for channel, head in zip(held, heads, strict=True):
@@ -277,7 +277,7 @@ def test_deliveries_come_before_the_answer_and_all_of_a_batch_at_once() -> None:
     backplane.attach(lambda messages: batches.append([message.data for message in messages]), lambda channel, epoch: None)
     backplane.publish([Publication("a", b"1"), Publication("b", b"2")])
     assert batches == [[b"1", b"2"]]
-    backplane.send(["a", "b", "c"], "message", b"3")
+    backplane.send("a,b,c", "message", b"3")
     assert batches == [[b"1", b"2"], [b"3", b"3"]]
 
 
@@ -300,7 +300,7 @@ def test_publish_and_send_under_one_key_are_two_things() -> None:
     backplane.attach(lambda messages: None, lambda channel, epoch: None)
     backplane.publish([Publication("a", b"1", "message", "k")])
     with pytest.raises(Refusal, match="key-conflict"):
-        backplane.send(["a"], "message", b"1", "k")
+        backplane.send("a", "message", b"1", "k")
 
 
 def test_what_is_past_its_time_is_not_used_even_before_it_is_forgotten() -> None:

@@ -36,7 +36,7 @@ from comet.router import Router
 from comet.stats import Stats
 from comet.subscriber import Subscriber, Wish
 from tests.contracts.suite import Clock
-from tests.harness import TIMEOUT, wait_until
+from tests.harness import TIMEOUT, wait_until, waited_for_a_cpu
 
 SEEDS = range(int(os.environ.get("COMET_SEEDS", "12")))
 
@@ -605,7 +605,7 @@ def test_a_send_to_many_feeds_of_one_worker_is_one_frame(start: Open) -> None:
     service = start()
     one, two = service.workers
     readers = [Reader(service, two, [f"user:{number}"]).join() for number in range(50)]
-    sent = one.hub.send([f"user:{number}" for number in range(60)], "message", b"hello", None)
+    sent = one.hub.send(",".join(f"user:{number}" for number in range(60)), "message", b"hello", None)
     assert (sent.targets, sent.delivered) == (60, 50)
     wait_until(lambda: all(reader.got == ["hello"] for reader in readers))
     assert [type(told) for told in two.received] == [frames.Feeds]
@@ -779,11 +779,11 @@ def test_very_many_channels_are_whole_again_within_two_seconds(start: Open) -> N
         reader.doze()
     service.stop()
     wait_until(lambda: not any(worker.backplane.ready() for worker in service.workers))
-    began = time.perf_counter()
+    began = time.perf_counter() - waited_for_a_cpu()
     service.open()
     service.until_ready()
     wait_until(lambda: all(reader.got == ["GAP"] for reader in readers))
-    took = time.perf_counter() - began
+    took = time.perf_counter() - waited_for_a_cpu() - began
     assert took < 2, took
     assert publish(service.workers[0], "c1.77", "1") == [1]
     wait_until(lambda: readers[15_077].got == ["GAP", "1"])
@@ -806,7 +806,7 @@ def test_a_worker_that_does_not_read_costs_bounded_memory_and_makes_good_what_it
     for number in range(200):
         publish(one, "a", f"{number} {'x' * 500}")
         if number % 3 == 0:
-            one.hub.send(["a", "b"], "message", b"to both", None)
+            one.hub.send("a,b", "message", b"to both", None)
         most = max(most, *(link.waiting for link in service.router.links.values()))
     assert most < 22_000
     two.deaf(False)
@@ -928,7 +928,7 @@ def test_a_router_that_does_not_answer_is_away_and_its_late_answers_leave_nothin
     service.turning.kill()
     calls: list[tuple[Callable[[], Any], str]] = [
         (lambda: publish(one, "a", "1"), "unconfirmed"),
-        (lambda: one.hub.send(["a"], "message", b"1", None), "unconfirmed"),
+        (lambda: one.hub.send("a", "message", b"1", None), "unconfirmed"),
         (lambda: Reader(service, one, ["a", "b"]).join((None, None)), "backplane-away"),
         (lambda: one.hub.info("a"), "backplane-away"),
         (lambda: one.hub.read("a", "oldest", 1), "backplane-away"),

@@ -160,7 +160,7 @@ def test_a_backplane_that_fails_to_join_leaves_nothing_behind(world: World) -> N
 
 def test_a_send_counts_as_one_publication(world: World) -> None:
     subscriber = world.join("user:1", framing=TEXT)
-    assert world.hub.send(["user:1", "user:2"], "message", b"1", None).delivered == 1
+    assert world.hub.send("user:1,user:2", "message", b"1", None).delivered == 1
     assert taken(subscriber) == ["1"]
     assert world.stats.published == 1
 
@@ -248,11 +248,48 @@ def test_after_lost_deliveries_history_is_read_and_nothing_is_lost_or_doubled(wo
     world.backplane.before = lambda: world.publish("a", "5")
     world.backplane.after = lambda: world.publish("a", "6")
     world.publish("a", "4")
-    wait_until(lambda: world.backplane.reads == 3)  # one a channel of each subscriber
+    wait_until(lambda: world.backplane.reads == 3)  # one a channel of each place that somebody stands at
     world.publish("a", "7")
     assert taken(first) == taken(second) == list("1234567")
     gevent.sleep(0)
     assert world.backplane.reads == 3
+
+
+def test_who_stands_at_the_same_place_shares_what_is_read_and_holds_up_nobody(world: World, crashes: list[Any]) -> None:
+    several = [world.join("a") for _ in range(1000)]
+    world.publish("a", "1")
+    lose(world, "2")
+    world.backplane.after = several[7].close
+    world.publish("a", "3")
+    turns = 0
+    while any(len(one.awake._queue) < 3 for one in several if not one.ended):
+        gevent.sleep(0)
+        turns += 1
+        assert turns < 1000
+    assert turns > 5, "others had turns meanwhile"
+    world.publish("a", "4")
+    assert world.backplane.reads == 1
+    assert all(taken(one) == list("1234") for one in several if one is not several[7])
+
+
+def test_a_loss_while_the_shared_answer_goes_round_is_told_to_all(world: World, crashes: list[Any]) -> None:
+    several = [world.join("a") for _ in range(300)]
+    lose(world, "1")
+
+    def lose_the_log() -> None:
+        log = world.backplane._open("a")
+        world.hub.lost({"a": Joined(Position(log.epoch + 1, 5), (), True)})
+        log.epoch += 1
+        log.head = 5
+        log.entries = None
+        world.publish("a", "3")
+
+    world.backplane.after = lambda: gevent.spawn(lose_the_log)
+    world.publish("a", "2")
+    wait_until(lambda: all(one.awake.offered["a"].offset == 6 for one in several))
+    got = [taken(one) for one in several]
+    assert {tuple(one) for one in got} == {("1", "2", "GAP", "3"), ("GAP", "3")}
+    assert world.backplane.reads == 1
 
 
 def test_what_is_lost_and_no_longer_kept_is_told_once(world: World, crashes: list[Any]) -> None:
@@ -386,3 +423,20 @@ def test_deliveries_for_nobody_are_ignored(world: World) -> None:
     world.hub.dropped("a", 1)
     assert world.stats.offered == 0
     world.assert_empty("a")
+
+
+def test_who_is_ended_gets_what_was_sent_to_thousands_first(world: World) -> None:
+    subscribers = [world.join(f"user:{number}") for number in range(200)]
+    everybody = ",".join(f"user:{number}" for number in range(200))
+    assert world.hub.send(everybody, "message", b"1", None).delivered == 200
+    assert subscribers[150].awake.take(0) == []
+    world.hub.delete("user:150")
+    items = subscribers[150].awake.take(0)
+    assert [item.data for item in items or [] if isinstance(item, Message)] == [b"1"]
+    late = world.join("user:199", since=None)  # knows it from the start: it is not to get it again
+    world.hub.drain()
+    for subscriber in [*subscribers[:150], *subscribers[151:]]:
+        items = subscriber.awake.take(0)
+        assert [item.data for item in items or [] if isinstance(item, Message)] == [b"1"]
+    assert late.awake.take(0) is None
+    world.sweep()

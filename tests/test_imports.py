@@ -11,11 +11,11 @@ import pytest
 from tests.harness import ROOT
 
 SPOKEN = {"comet.errors", "comet.message"}
-SERVER = {"comet.errors", "comet.settings", "comet.stats", "comet.kernel", "comet.server"}
-HUB = {*SPOKEN, "comet.backplane", "comet.fanout", "comet.framing", "comet.history", "comet.stats", "comet.subscriber"}
+SERVER = {"comet.errors", "comet.settings", "comet.stats", "comet.kernel", "comet.server", "comet.turn"}
+HUB = {*SPOKEN, "comet.backplane", "comet.fanout", "comet.framing", "comet.history", "comet.stats", "comet.subscriber", "comet.turn"}
 PROCESSES = {"comet.board", "comet.kernel", "comet.settings"}
 HANDLER = {
-    "comet.hub", "comet.message", "comet.framing", "comet.subscriber", "comet.stats", "comet.settings", "comet.errors",
+    "comet.hub", "comet.message", "comet.framing", "comet.subscriber", "comet.stats", "comet.settings", "comet.errors", "comet.turn",
     "comet.subscriptions", "handlers.params",
 }  # fmt: skip
 """A handler speaks to the hub; it knows neither the backplane nor the server."""
@@ -31,6 +31,7 @@ ALLOWED: dict[str, set[str]] = {
     "comet.errors": set(),
     "comet.settings": set(),
     "comet.stats": set(),
+    "comet.turn": set(),
     "comet.collector": {"comet.stats"},
     "comet.kernel": set(),
     "comet.kernel.check": {"comet.kernel"},
@@ -61,7 +62,7 @@ ALLOWED: dict[str, set[str]] = {
         "comet.backplane.frames",
         "comet.backplane.memory",
     },
-    "comet.subscriptions": {"comet.errors", "comet.database"},
+    "comet.subscriptions": {"comet.errors", "comet.database", "comet.turn"},
     "comet.hub": HUB,
     "comet.backplane": {*SPOKEN, "comet.history"},
     "comet.backplane.frames": {*SPOKEN},
@@ -74,6 +75,7 @@ ALLOWED: dict[str, set[str]] = {
     "comet.server.crew": SERVER,
     "comet.server.http": SERVER,
     "comet.server.parking": SERVER,
+    "comet.server.posts": SERVER,
     "comet.server.short": SERVER,
     "comet.server.wsgi": SERVER,
     # the endpoints: none knows another
@@ -150,7 +152,8 @@ def test_nothing_imports_the_composition_root() -> None:
 def test_load_tests_know_nothing_but_the_kernel_and_meet_the_server_over_http() -> None:
     for path in (ROOT / "loadtest").rglob("*.py"):
         ours = [target for target in imports(path, str(path)) if target.split(".")[0] != "loadtest"]
-        assert all(target.startswith("comet.kernel") for target in ours), path
+        measured = {"comet.subscriptions", "comet.turn"} if path.name == "lookups.py" else set()  # what takes 20 us is lost in a request
+        assert all(target.startswith("comet.kernel") or target in measured for target in ours), path
 
 
 def test_no_module_runs_an_import_by_name() -> None:

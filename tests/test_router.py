@@ -88,7 +88,7 @@ def served(tmp_path: Path) -> Iterator[Served]:
 SAID: list[frames.Asked] = [
     frames.Subscribe(1, ["a", "b"], [None, "oldest"]),
     frames.Publish(2, [Publication("a", b"1"), Publication("b", b"2", "kind", "key")]),
-    frames.Send(3, ["a", "b"], "message", b"3", None),
+    frames.Send(3, "a,b", "message", b"3", None),
     frames.Info(4, "a"),
     frames.Resume(5, [("c", 2, Position(1, 7))]),
     frames.Read(6, "a", "oldest", 1),

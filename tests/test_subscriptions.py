@@ -148,7 +148,7 @@ def test_no_transaction_has_more_rows_than_it_may(known: Subscriptions, monkeypa
     sizes = []
     transact = Subscriptions._transact
 
-    def counted(self: Subscriptions, statement: str, text: str) -> int:
+    def counted(self: Subscriptions, statement: str, text: str) -> int | sqlite3.Error:
         sizes.append(text.count("],") + 1)
         return transact(self, statement, text)
 
@@ -234,6 +234,28 @@ def test_a_reader_can_not_write(folder: Path) -> None:
     with pytest.raises(sqlite3.OperationalError):
         reader.execute("INSERT INTO follows VALUES (1, 2)")
     reader.close()
+
+
+def test_many_processes_may_open_it_at_the_same_moment(tmp_path: Path) -> None:
+    """As workers do: the first puts the log in order, and the others wait for it."""
+    code = (
+        "import os, pathlib, sys\n"
+        "from comet.database import open_reader, prepare\n"
+        "for turn in range(50):\n"
+        "    folder = pathlib.Path(sys.argv[1]) / str(turn)\n"
+        "    prepare(folder, whole=False)\n"
+        "    children = []\n"
+        "    for _ in range(6):\n"
+        "        child = os.fork()\n"
+        "        if not child:\n"
+        "            open_reader(folder)\n"
+        "            os._exit(0)\n"
+        "        children.append(child)\n"
+        "    for child in children:\n"
+        "        assert not os.waitpid(child, 0)[1]\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_the_folder_is_made(tmp_path: Path) -> None:

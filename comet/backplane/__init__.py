@@ -70,10 +70,11 @@ class Backplane(Protocol):
         ``key-conflict``.
         """
 
-    def send(self, channels: Sequence[str], type: str, data: bytes, key: str | None = None) -> Sent:
+    def send(self, channels: str, type: str, data: bytes, key: str | None = None) -> Sent:
         """One message to many feeds, no feed twice, each in its own order, only where the feed is held.
 
-        Feeds that nobody has held within the linger time cost nothing and keep nothing. `key` is an
+        `channels` are joined by commas, which is how a database gives thousands of them without touching
+        each. Feeds that nobody has held within the linger time cost nothing and keep nothing. `key` is an
         idempotency key of the first channel. Raises Refusal ``key-conflict``.
         """
 

@@ -34,10 +34,10 @@ class Publish(Struct, tag=1, array_like=True, gc=False):
 
 
 class Send(Struct, tag=2, array_like=True, gc=False):
-    """Answered with a `Sent`, or as `Publish`."""
+    """Answered with a `Sent`, or as `Publish`. `channels` are joined by commas."""
 
     call: int
-    channels: Sequence[str]
+    channels: str
     kind: str
     data: bytes
     key: str | None

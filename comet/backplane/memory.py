@@ -126,9 +126,10 @@ class MemoryBackplane:
             self._deliver(messages)
         return answers
 
-    def send(self, channels: Sequence[str], type: str, data: bytes, key: str | None = None) -> Sent:
+    def send(self, channels: str, type: str, data: bytes, key: str | None = None) -> Sent:
         now = self._clock()
-        first = channels[0]
+        names = channels.split(",")
+        first = names[0]
         if key is not None:
             digest = _digest("send", type, data)
             known = self._recall(first, key, digest, now)
@@ -139,13 +140,12 @@ class MemoryBackplane:
                 return remembered
         messages: list[Message] = []
         delivered = 0
-        for channel in channels:
-            log = self._known(channel)
-            if log is not None:
-                messages.append(self._append(channel, log, type, data, now))
-                delivered += log.subscribers
+        for channel in filter(self._channels.__contains__, names):  # nearly all are away: 40 ns for each of those
+            log = self._open(channel)
+            messages.append(self._append(channel, log, type, data, now))
+            delivered += log.subscribers
         position = messages[0].position if messages and messages[0].channel == first else None
-        sent = Sent(position, len(channels), delivered)
+        sent = Sent(position, len(names), delivered)
         if key is not None:
             self._remember(first, key, digest, sent, now)
         if messages:
@@ -158,8 +158,10 @@ class MemoryBackplane:
         self._bytes += message.cost
         self._kept += 1
         self._warm[channel] = log
-        self._trim(channel, log, now)
-        self._use(channel)
+        self._warm.move_to_end(channel)  # as `_use`
+        entries = log.entries
+        if entries and (len(entries) > bounds.history_size or entries[0].time < now - bounds.history_age):
+            self._trim(channel, log, now)
         while self._bytes > bounds.history_bytes:
             coldest, victim = next(iter(self._warm.items()))
             self._drop(victim, 1)

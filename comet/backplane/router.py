@@ -116,7 +116,7 @@ class RouterBackplane:
         answers = self._link.ask(lambda call: frames.Publish(call, publications), _receipts.decode, again=False)
         return [Refusal("key-conflict", one) if isinstance(one, str) else one for one in answers]
 
-    def send(self, channels: Sequence[str], type: str, data: bytes, key: str | None = None) -> Sent:
+    def send(self, channels: str, type: str, data: bytes, key: str | None = None) -> Sent:
         answer = self._link.ask(lambda call: frames.Send(call, channels, type, data, key), _sent.decode, again=False)
         if isinstance(answer, str):
             raise Refusal("key-conflict", answer)
@@ -291,17 +291,17 @@ class RouterBackplane:
     # -- what the router tells
 
     def _on_deliver(self, told: frames.Deliver) -> None:
-        self._arrived([Message(one.channel, Position(one.epoch, one.offset), one.kind, one.data) for one in told.items])
+        self._arrived([Message(one.channel, (one.epoch, one.offset), one.kind, one.data) for one in told.items])
 
     def _on_feeds(self, told: frames.Feeds) -> None:
-        self._arrived([Message(channel, Position(epoch, offset), told.kind, told.data) for channel, epoch, offset in told.places])
+        self._arrived([Message(channel, (epoch, offset), told.kind, told.data) for channel, epoch, offset in told.places])
 
     def _arrived(self, messages: Sequence[Message]) -> None:
-        channels = self._channels
         if self._stale:
             messages = [message for message in messages if message.channel not in self._stale]
+        look_up = self._channels.get
         for message in messages:
-            known = channels.get(message.channel)
+            known = look_up(message.channel)
             if known is not None:
                 known.epoch = message.epoch
                 known.offset = message.offset

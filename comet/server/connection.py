@@ -21,24 +21,21 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
-import gevent
 from gevent.pywsgi import WSGIHandler
 from gevent.socket import socket as GeventSocket
 
 from comet.errors import Refusal
 from comet.server.http import ChunkedBody, Head, split_head
 from comet.server.parking import Parking, Sleeper, os_close, os_read, os_write
+from comet.server.posts import Call, Posts
 from comet.server.short import Shortcut
 from comet.settings import Settings
 from comet.stats import Stats
+from comet.turn import give_way
 
 READ_SIZE = 16384
 LINGER_BYTES = 65536
 LINGER_SECONDS = 1.0
-
-A_TURN = 1e-9
-"""Seconds to sleep for everything else to have its turn. Not 0: gevent runs up to fifty greenlets that
-do so before it looks at sockets again."""
 
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 _NO_BODY = io.BytesIO()
@@ -53,6 +50,7 @@ class Owner(Protocol):
     stats: Stats
     parking: Parking
     shortcut: Shortcut
+    posts: Posts
     hibernate: bool
     draining: bool
     closing: bool
@@ -200,13 +198,15 @@ class Connection(WSGIHandler):
                 return False
             if isinstance(head, Head):
                 self._respond(head)
+            elif callable(head):
+                self._guard(self._call_shortly, head)
             else:
                 self._guard(self._attend_shortly, head)
                 self._release()
             if self.descriptor < 0:
                 return False
             if not self.close_connection and self.buffer:
-                gevent.sleep(A_TURN)  # who pipelines takes turns with the others
+                give_way()  # who pipelines takes turns with the others
             if self.close_connection:
                 return bool(self.buffer) or self._body_is_left
 
@@ -236,17 +236,18 @@ class Connection(WSGIHandler):
         return self._waiting_socket
 
     def _read_head(self, fresh: bool) -> Any:
-        """The next request's `Head`, or its wish where the short way led there; None when the client has
+        """The next request's `Head`, or where a short way led there its wish or `Call`; None when the client has
         none. Raises Refusal."""
         settings, buffer = self.server.settings, self.buffer
         deadline = time.monotonic() + (settings.header_timeout if fresh or buffer else settings.idle_timeout)
         look = bool(buffer)
         idle = not fresh and not buffer
         if look and not fresh:
-            wish = self.server.shortcut.read(bytes(buffer))
-            if wish is not None:
+            data = bytes(buffer)
+            short = self.server.shortcut.read(data) or self.server.posts.read(data)
+            if short is not None:
                 buffer.clear()
-                return wish
+                return short
         while True:
             if look or len(buffer) > settings.max_header:
                 head = split_head(buffer, settings.max_header)
@@ -266,9 +267,9 @@ class Connection(WSGIHandler):
             if not data or (not began and self.server.closing):
                 return None  # what came as it was cut can't be answered
             if not began:
-                wish = self.server.shortcut.read(data)
-                if wish is not None:
-                    return wish
+                short = self.server.shortcut.read(data) or self.server.posts.read(data)
+                if short is not None:
+                    return short
             if idle:  # once: empty lines must not begin it again
                 idle = False
                 deadline = time.monotonic() + settings.header_timeout
@@ -280,7 +281,7 @@ class Connection(WSGIHandler):
         if timeout <= 0:
             raise TimeoutError
         if self._has_read:
-            gevent.sleep(A_TURN)  # reading does not yield while there is data: a flood would stop everyone else
+            give_way()  # reading does not yield while there is data: a flood would stop everyone else
         self._has_read = True
         try:
             return os_read(self.descriptor, READ_SIZE)
@@ -448,6 +449,19 @@ class Connection(WSGIHandler):
             self.result = iter(())  # so that pywsgi frames it as a stream
             self.write(parked.framing.opening(parked.cursor))
         self._go_on(b"")
+
+    def _call_shortly(self, call: Call) -> None:
+        """Answer a POST that came the short way."""
+        server = self.server
+        server.stats.requests += 1
+        self.headers_sent = False
+        status, headers, body = call()
+        self.close_connection = server.draining
+        lines = "".join(f"{name}: {value}\r\n" for name, value in headers)
+        last = "Connection: close\r\n" if self.close_connection else ""
+        head = f"HTTP/1.1 {status}\r\n{lines}Content-Length: {len(body)}\r\n{last}".encode("latin-1")
+        self.headers_sent = True
+        self.send(b"%b%b\r\n%b" % (head, server.date(), body))
 
     def _attend_shortly(self, wish: Any) -> None:
         """Answer a request that came the short way."""

@@ -406,6 +406,7 @@ class Parking:
                 self._request(descriptor, 0)
                 if self._owners[descriptor] is IDLE:
                     self._close(descriptor, "shutdown")
+                    self._close_buried()  # now, as no batch is under way: a request that came meanwhile would be reset
 
     def evict(self) -> None:
         """Close what still sleeps."""

@@ -52,6 +52,8 @@ class Shortcut:
 
     def parse(self, data: bytes) -> tuple[str, Mapping[str, str], str | None] | None:
         """Path, query and Last-Event-ID of exactly one whole plain GET; None for anything else."""
+        if not data.startswith(b"GET "):  # whose block would be parsed for nothing
+            return None
         line, _, block = data.partition(b"\r\n")
         if len(data) > self._limit or (block not in self._blocks and not self._learn(block)):
             return None

@@ -23,6 +23,7 @@ from comet.errors import Refusal
 from comet.server.connection import Connection
 from comet.server.crew import Crew
 from comet.server.parking import Parking, Sleeper
+from comet.server.posts import Call, Posts
 from comet.server.short import Shortcut
 from comet.settings import Settings
 from comet.stats import Stats
@@ -63,6 +64,7 @@ class CometServer(WSGIServer):
         listener: socket.socket,
         application: Callable[..., Iterable[bytes]],
         wishes: Callable[[str, Mapping[str, str], str | None], Any],
+        calls: Callable[[str, str, bytes], Call | None],
         hub: Subscribers,
         settings: Settings,
         stats: Stats,
@@ -83,6 +85,7 @@ class CometServer(WSGIServer):
         self.idle: set[Connection] = set()
         """Those of them that wait for a request to begin."""
         self.shortcut = Shortcut(wishes, settings.max_header)
+        self.posts = Posts(calls, settings.max_header)
         self.subscribe = hub.subscribe
         self.subscribe_asleep = hub.subscribe_asleep
         self._crew = Crew()

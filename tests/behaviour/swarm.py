@@ -111,6 +111,8 @@ class Peer:
         self.buffer = b""
         self.asking = False
         """A request is under way."""
+        self.closing = False
+        """The server has said that it will close the connection."""
         self._out = b""
         self._events = 0
 
@@ -122,6 +124,7 @@ class Peer:
         self._events = select.EPOLLIN | select.EPOLLOUT
         self.swarm.epoll.register(sock.fileno(), self._events)
         self.buffer = b""
+        self.closing = False
         self._out = self.request()
         error = sock.connect_ex(("127.0.0.1", self.swarm.port))
         if error not in (0, errno.EINPROGRESS):
@@ -193,8 +196,8 @@ class Peer:
         headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}
         return int(first.split(" ")[1]), headers, at + 4
 
-    def answer(self) -> tuple[int, bool, bytes] | None:
-        """A whole answer that has a length: its status, whether the connection ends with it, its body."""
+    def answer(self) -> tuple[int, bytes] | None:
+        """A whole answer that has a length: its status and its body."""
         head = self.head()
         if head is None:
             return None
@@ -208,7 +211,8 @@ class Peer:
             self.swarm.answers[f"{type(self).__name__}: {status} {_receipt(body).error}"] += 1
             if status != 503:
                 self.swarm.note(f"{self} was answered {status} {body!r}")
-        return status, headers.get("connection") == "close", body
+        self.closing = headers.get("connection") == "close"
+        return status, body
 
     def request(self) -> bytes:
         raise NotImplementedError
@@ -288,9 +292,9 @@ class Poller(Client):
         answer = self.answer()
         if answer is None:
             return
-        status, closing, body = answer
+        status, body = answer
         if status != 200:
-            if not closing:
+            if not self.closing:
                 self.end("refused")
             return
         told = _poll(body)
@@ -302,7 +306,7 @@ class Poller(Client):
         self.begins(told.cursor)
         if self.cursor != told.cursor:
             self.swarm.note(f"{self} was told the cursor {told.cursor}")
-        if not closing:  # else the server will close
+        if not self.closing:  # else the server will close
             self.send(self.request())
 
 
@@ -373,8 +377,20 @@ class Publisher(Peer):
 
     def publish(self, messages: Sequence[Message]) -> None:
         self.under_way = messages
-        if self.sock is not None:
+        if self.sock is None or self.closing:
+            return  # the next connection asks for it
+        if self._over():  # as any client with kept connections looks before it asks again
+            self.end("closed")
+        else:
             self.send(self.request())
+
+    def _over(self) -> bool:
+        """The server has closed the idle connection."""
+        assert self.sock is not None
+        try:
+            return not self.sock.recv(1, socket.MSG_PEEK)
+        except OSError:  # nothing is there to read; or a reset, which sending will meet
+            return False
 
     def request(self) -> bytes:
         those = self.under_way
@@ -393,7 +409,7 @@ class Publisher(Peer):
         answer = self.answer()
         if answer is None:
             return
-        status, closing, body = answer
+        status, body = answer
         if status < 300:
             for message, line in zip(self.under_way, body.splitlines(), strict=True):
                 receipt = _receipt(line)
@@ -403,7 +419,7 @@ class Publisher(Peer):
                     self.swarm.note(f"{self} was told {receipt.error}")
             self.under_way = ()
             self.swarm.idle.append(self)
-        elif not closing and not self.swarm.leaving:
+        elif not self.closing and not self.swarm.leaving:
             self.swarm.later(self.swarm.pause(), self._again)
 
     def _again(self) -> None:

@@ -129,7 +129,7 @@ class Chaos:
         self.show(report)
         assert report.wrong == [], report
         assert (report.lost, report.doubled) == (0, 0), report
-        assert report.sent == report.acknowledged >= self.load.rate * self.load.seconds * 0.9, report
+        assert report.sent == report.acknowledged >= self.load.rate * self.load.seconds * 0.8, report
         return report
 
     def show(self, report: Report) -> None:

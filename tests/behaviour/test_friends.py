@@ -253,15 +253,88 @@ def test_a_full_disk_is_507_and_the_service_goes_on_delivering(start: Start) -> 
     assert server.stats()["errors"] == 0
 
 
+@pytest.mark.parametrize(
+    ("flags", "user", "body", "status"),
+    [
+        ((), "s1", b"hi", 200),
+        ((), "s1", b"", 200),
+        ((), "s1", b"a\r\n\r\nb", 200),
+        ((), "x" * 124, b"hi", 400),
+        ((), "s1", b"\xff", 400),
+        (("--publish-key", "k"), "s1", b"hi", 401),
+        (("--max-body", "3"), "s1", b"long", 413),
+        (("--origins", "*"), "s1", b"hi", 200),
+    ],
+)
+def test_a_send_is_answered_alike_by_the_short_way_and_the_long(
+    start: Start, flags: tuple[str, ...], user: str, body: bytes, status: int
+) -> None:
+    server = start(*flags)
+    answers = []
+    for query in ("", "?"):  # an empty query is read by bottle
+        with server.client() as client:
+            for _ in range(2):  # fresh, and kept alive
+                answer = client.request("POST", f"/send/{user}{query}", body)
+                answer.headers.pop("date")
+                closing = answer.headers.pop("connection", None)  # the long way, where it has not read the body
+                answers.append((answer.status, answer.headers, answer.body))
+                if closing:
+                    break
+    assert answers[0][0] == status
+    assert all(answer == answers[0] for answer in answers)
+
+
+def test_the_short_way_needs_the_key_and_takes_it(start: Start) -> None:
+    server = start("--publish-key", "k")
+    with server.client() as client:
+        for key, status in (("k", 200), ("x", 401), ("k", 200)):
+            assert client.request("POST", "/send/a", b"hi", {"Authorization": f"Bearer {key}"}).status == status
+        assert client.request("POST", "/send/a", b"hi").status == 401
+        foreign = {"Authorization": "Bearer k", "Origin": "https://evil.example"}
+        assert error(client.request("POST", "/send/a", b"hi", foreign)) == (403, "origin-refused")
+
+
+def test_a_message_to_thousands_reaches_each_and_passes_nobody(server: Server) -> None:
+    """More than go out at once: what comes later for one of them comes later."""
+    follow(server, *(f"f{number} crowd" for number in range(300)))
+    clients = [server.client() for _ in range(300)]
+    try:
+        for number, client in enumerate(clients):
+            client.ask("GET", f"/test/f{number}")
+            client.read_head()
+            client.read_chunk()
+        for turn in range(5):
+            assert send(server, "crowd", f"m{turn}") == (301, 300)
+            server.publish("user:f299", f"alone {turn}")
+        for number, client in enumerate(clients):
+            got = b""
+            expected = b"".join(b"m%d\n%b" % (turn, b"alone %d\n" % turn if number == 299 else b"") for turn in range(5))
+            while len(got) < len(expected):
+                got += client.read_chunk()
+            assert got == expected
+    finally:
+        for client in clients:
+            client.close()
+
+
 @only_asleep
 def test_two_workers_have_one_database(start: Start) -> None:
     server = start("--workers", "2")
     connections: dict[int, Client] = {}
     while len(connections) < 2:
         client = server.client()
-        connections.setdefault(client.request("GET", "/healthz").json["pid"], client)
-    one, two = connections.values()
-    with connect(server, "alice") as alice, connect(server, "bob") as bob, connect(server, "carol") as carol:
+        number = client.request("GET", "/healthz").json["worker"]
+        if number in connections:
+            client.close()
+        else:
+            connections[number] = client
+    with (
+        connections.popitem()[1] as one,
+        connections.popitem()[1] as two,
+        connect(server, "alice") as alice,
+        connect(server, "bob") as bob,
+        connect(server, "carol") as carol,
+    ):
         for number in range(20):
             name = f"rj{number}"
             assert one.request("PUT", f"/users/alice/following/{name}").status == 200

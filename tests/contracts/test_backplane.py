@@ -446,7 +446,7 @@ def test_without_history_messages_are_delivered_and_not_kept(start: Open) -> Non
 def test_send_goes_to_held_feeds_alone(h: Harness) -> None:
     h.join("a")
     h.join("a", "c")
-    sent = h.backplane.send(["a", "b", "c"], "kind", b"1")
+    sent = h.backplane.send("a,b,c", "kind", b"1")
     info = h.backplane.info("a")
     assert info is not None
     assert (sent.position, sent.targets, sent.delivered) == (info.position, 3, 3)
@@ -458,8 +458,8 @@ def test_send_goes_to_held_feeds_alone(h: Harness) -> None:
 
 def test_send_without_its_first_feed_has_no_position(h: Harness) -> None:
     h.join("b")
-    assert h.backplane.send(["a", "b"], "message", b"1") == (None, 2, 1)
-    assert h.backplane.send(["c"], "message", b"1") == (None, 1, 0)
+    assert h.backplane.send("a,b", "message", b"1") == (None, 2, 1)
+    assert h.backplane.send("c", "message", b"1") == (None, 1, 0)
 
 
 def test_send_reaches_a_lingering_feed_and_does_not_keep_it_alive(start: Open) -> None:
@@ -467,22 +467,22 @@ def test_send_reaches_a_lingering_feed_and_does_not_keep_it_alive(start: Open) -
     cursor = h.join("a")
     h.backplane.unsubscribe(["a"])
     h.advance(40)
-    assert h.backplane.send(["a"], "message", b"1").position == Position(cursor[0].epoch, 1)
+    assert h.backplane.send("a", "message", b"1").position == Position(cursor[0].epoch, 1)
     assert h.kept("a") == ["1"]
     h.advance(21)
     assert h.backplane.info("a") is None
 
 
 def test_a_repeated_send_answers_what_the_first_did(h: Harness) -> None:
-    first = h.backplane.send(["a", "b"], "message", b"1", "k")  # nobody was there
+    first = h.backplane.send("a,b", "message", b"1", "k")  # nobody was there
     h.join("a", "b")
-    assert h.backplane.send(["a", "b"], "message", b"1", "k") == first == (None, 2, 0)
+    assert h.backplane.send("a,b", "message", b"1", "k") == first == (None, 2, 0)
     for type, data in (("message", b"2"), ("kind", b"1")):
         with pytest.raises(Refusal, match="key-conflict"):
-            h.backplane.send(["a", "b"], type, data, "k")
+            h.backplane.send("a,b", type, data, "k")
     h.settle()
     assert h.got("a") == h.got("b") == []
-    assert h.backplane.send(["b", "a"], "message", b"2", "k").delivered == 2  # a key of the first feed alone
+    assert h.backplane.send("b,a", "message", b"2", "k").delivered == 2  # a key of the first feed alone
 
 
 # -- delete
