@@ -130,9 +130,9 @@ class Phased(LoadTestShape):
             "%s clients open in %.1f s: %s a second; %s", f"{clients:,}", seconds, f"{clients / seconds:,.0f}", section.opening.summary()
         )
 
-    def settle(self) -> Iterator[Tick]:
+    def settle(self, name: str = "idle") -> Iterator[Tick]:
         """Nothing happens."""
-        self.master.begin("idle")
+        self.master.begin(name)
         yield from self.wait(SETTLE)
 
     def messages(self, name: str, rate: float, seconds: float, **orders: float) -> Iterator[Tick]:
@@ -216,6 +216,7 @@ class Metabrew10kMessages(Phased):
         yield from self.settle()
         self.users(FriendSender, asked.senders)
         yield self.now()
+        yield from self.settle("senders")
         yield from self.messages("messages", asked.message_rate, asked.seconds)
         yield from self.audit()
 
@@ -238,6 +239,7 @@ class Million(Phased):
             self.users(DirectSender, DIRECT_SENDERS)
             self.users(EveryoneSender, 1)
         yield self.now()
+        yield from self.settle("senders")  # a thousand that connect at once are no part of the messages
         if asked.message_rate:
             yield from self.messages("messages", asked.message_rate, asked.seconds)
         for what in then:

@@ -222,14 +222,14 @@ class Publisher(User):
         """One message, when it is due."""
         pace = self.pace()
         if pace <= 0:
-            gevent.sleep(0.2)
+            gevent.sleep(1.0)
             self.due = 0.0
             return
         now = time.monotonic()
         if not self.due:
             self.due = now + random.random() / pace  # not all at once
         if self.due > now:
-            gevent.sleep(min(self.due - now, 0.5))
+            gevent.sleep(min(self.due - now, 1.0))
             if self.due > time.monotonic() + 0.001:
                 return
         self.due = max(self.due + 1 / pace, time.monotonic() - 1 / pace)
