@@ -19,6 +19,7 @@ from locust import runners
 from locust.env import Environment
 from locust.runners import MasterRunner, Runner, WorkerRunner
 
+from comet.kernel.processes import die_with_parent
 from loadtest import tally
 from loadtest.counting import Counts, Send, sends
 from loadtest.histogram import Histogram
@@ -305,6 +306,8 @@ class Master:
 
 def set_up(environment: Environment, runner: Runner, **_: Any) -> None:
     """Locust's `init`: this process is a worker, the master, or both."""
+    if isinstance(runner, WorkerRunner) and getattr(environment.parsed_options, "processes", None):
+        die_with_parent()  # a master that is killed leaves its workers for a minute otherwise
     if not isinstance(runner, WorkerRunner):
         Master(environment, runner)
     if not isinstance(runner, MasterRunner):

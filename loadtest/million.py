@@ -58,7 +58,8 @@ class Order:
     open_rate: float = 15_000.0
     senders: int = 1000
     churn: float = 0.001
-    nap: float = 0.02
+    nap: float = 0.0
+    """Of a swarm; 0: so that all processes together look a thousand times a second."""
     port: int = 8000
     apply: bool = False
     each: int = 15
@@ -186,7 +187,8 @@ def locust(order: Order, planned: plans.Plan, folder: Path, friends: str, url: s
     """Locust's command line."""
     asked = {
         "clients": order.clients, "message-rate": order.rate, "seconds": order.duration, "senders": order.senders,
-        "open-rate": order.open_rate, "endpoints": order.endpoints, "churn": order.churn, "nap": order.nap, "sources": order.sources,
+        "open-rate": order.open_rate, "endpoints": order.endpoints, "churn": order.churn, "nap": order.nap or planned.processes / 1000,
+        "sources": order.sources,
         "then": order.then, "friends": friends, "out": folder,
     }  # fmt: skip
     flags = [word for name, value in asked.items() if value != "" for word in (f"--{name}", str(value))]

@@ -24,6 +24,7 @@ from array import array
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from time import monotonic
 from typing import Any
@@ -48,6 +49,9 @@ UNDER_WAY = 100
 NAP = 0.002
 """Seconds between two looks at the epoll. The event loop does not watch it: an epoll that another one watches has the kernel
 walk all its sockets whenever it is added, and holds a lock of the whole machine meanwhile."""
+
+BURST = 32
+"""Connections that are opened together."""
 
 TICK = 0.02
 """Seconds between two looks at what is to be opened."""
@@ -77,7 +81,7 @@ class Target:
     sources: tuple[str, ...] = ()
     per_address: int = PER_ADDRESS
 
-    @property
+    @cached_property
     def name(self) -> str:
         """For the Host header."""
         return f"{self.host}:{self.port}"
@@ -181,6 +185,8 @@ class Swarm:
         while self._leaving >= 1 and self._known:
             self._leaving -= 1
             self._leave(random.choice(self._known), now)
+        if self._budget < BURST and self._budget < self.rate * 0.2:
+            return  # a few at a time would wake the server, and this process, for each
         while self._budget >= 1 and len(self._opening) < UNDER_WAY:
             if self._new:
                 client = self._new.popleft()

@@ -32,7 +32,7 @@ class Endpoint(NamedTuple):
     def request(self, user: int, host: str, cursor: bytes = b"") -> bytes:
         """What a client sends."""
         since = f"?since={cursor.decode()}" if cursor else ""
-        return f"GET {self.path.format(id=user)}{since} HTTP/1.1\r\nHost: {host}\r\n\r\n".encode()
+        return f"GET {self.path.replace('{id}', str(user))}{since} HTTP/1.1\r\nHost: {host}\r\n\r\n".encode()
 
     def text(self, piece: bytes) -> bytes | None:
         """The message in a chunk, from its start; None for heartbeats and the like."""
