@@ -68,6 +68,8 @@ TURN = 8
 
 READ_SIZE = 4096
 IP_BIND_ADDRESS_NO_PORT = 24  # linux/in.h; Python has a name for it from 3.12 on
+_WATCHED = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET  # told once: the kernel need not look again at what was read
+_ENDING = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
 _AT_ONCE = frozenset((0, errno.EINPROGRESS))
 
 
@@ -215,9 +217,9 @@ class Swarm:
             self._lost(descriptor, errno.errorcode.get(error, str(error)))
             return
         if self._request(descriptor, client):  # on loopback it is connected by now
-            self._epoll.register(descriptor, select.EPOLLIN)
+            self._epoll.register(descriptor, _WATCHED)
         elif descriptor in self._opening:
-            self._epoll.register(descriptor, select.EPOLLIN | select.EPOLLOUT)
+            self._epoll.register(descriptor, _WATCHED | select.EPOLLOUT)
 
     def _request(self, descriptor: int, client: int) -> bool:
         """Ask; whether that was possible already."""
@@ -240,7 +242,7 @@ class Swarm:
         opening = self._opening[descriptor]
         if event & select.EPOLLOUT:
             if self._request(descriptor, opening.client):
-                self._epoll.modify(descriptor, select.EPOLLIN)
+                self._epoll.modify(descriptor, _WATCHED)
             return
         data = self._read(descriptor)
         if not data:
@@ -302,19 +304,24 @@ class Swarm:
 
     def _read(self, descriptor: int) -> bytes:
         """What has come; b"" where nothing has, or the connection has ended."""
+        found = b""
         try:
-            data = os.read(descriptor, READ_SIZE)
+            while True:
+                data = os.read(descriptor, READ_SIZE)
+                if not data and not found:
+                    self._lost(descriptor, "by the server")
+                found += data
+                if len(data) < READ_SIZE:
+                    break
         except BlockingIOError:
-            return b""
+            pass  # that was all
         except OSError as error:
             self._lost(descriptor, errno.errorcode.get(error.errno or 0, str(error)))
             return b""
-        if not data:
-            self._lost(descriptor, "by the server")
-        self.counts.bytes += len(data)
-        return data
+        self.counts.bytes += len(found)
+        return found
 
-    def _batch(self, events: Sequence[tuple[int, int]]) -> None:
+    def _batch(self, events: list[tuple[int, int]]) -> None:
         """What has come for up to `BATCH` clients. The hot loop: `Counts.take` stands in it once more, for one
         whole message in one read; everything else goes the long way."""
         counts, opening, rests, clients = self.counts, self._opening, self._rests, self._clients
@@ -326,12 +333,16 @@ class Swarm:
             try:
                 if descriptor in opening:
                     self._answer(descriptor, event)
+                    if event & _ENDING and clients[descriptor] >= 0 and descriptor not in opening:
+                        events.append((descriptor, event))
                     continue
                 try:
                     data = os.read(descriptor, READ_SIZE)
                 except BlockingIOError:
                     continue
                 client = clients[descriptor]
+                if data and (len(data) == READ_SIZE or event & _ENDING):
+                    events.append((descriptor, event))  # there is more, or its end, and it is not told again
                 if data != same or descriptor in rests:
                     if not data:
                         self._lost(descriptor, "by the server")
