@@ -183,6 +183,11 @@ class Phased(LoadTestShape):
         log.info("verdict: %s", master.judge(complete))
 
 
+def fast(step: dict[str, Any]) -> bool:
+    """What `Phased.messages` has measured is what was asked for."""
+    return bool(step["p99"] <= PATIENCE and step["achieved"] >= 0.9 * step["asked"])
+
+
 class Metabrew10k(Phased):
     """His part 1: clients come at 10 a second, and each is sent a message every 10 seconds."""
 
@@ -255,15 +260,17 @@ class Million(Phased):
         log.info("churn: %s", self.master.facts["churn"])
 
     def search(self) -> Iterator[Tick]:
-        """The rate raised until p99 passes a second, or no more can be sent."""
-        rate = self.master.asked.message_rate
+        """The rate raised until p99 passes a second or no more can be sent; or lowered until it does not."""
+        facts, rate = self.master.facts, self.master.asked.message_rate
+        enough = "messages" in facts and fast(facts["messages"][0])
         while True:
-            rate *= FASTER
+            rate = rate * FASTER if enough else rate / FASTER
             yield from self.messages(f"{rate:,.0f} messages/s", rate, STEP)
-            step = self.master.facts["messages"][-1]
-            if step["p99"] > PATIENCE or step["achieved"] < 0.9 * rate:
+            step = facts["messages"][-1]
+            if fast(step):
+                facts["fastest"] = step
+            if fast(step) != enough or rate < 1:
                 return
-            self.master.facts["fastest"] = step
 
     def broadcast(self) -> Iterator[Tick]:
         """Messages to everyone, one after the other, with messages to single users meanwhile."""
