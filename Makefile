@@ -4,13 +4,16 @@
 # make lint   ruff and mypy
 # make bench  what a client costs and how fast it is served, beside baselines, in one run of about eight minutes
 # make friends  a million users who follow 15 each, into data/ (smaller: make friends ARGS="--users 10000")
+# make million  metabrew's test, a million clients on this machine: CLIENTS=, DURATION= (seconds), RATE= (messages/s),
+#             APPLY=1 to set what the kernel must allow (as root), ARGS= for more (--help). CLIENTS=20000 for a laptop
+# make soak   10,000 clients, messages for an hour, and whether memory grows: the same variables
 # Each makes the virtual environment in .venv when it is missing or its requirements changed.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test chaos lint bench friends clean
+.PHONY: run test chaos lint bench friends million soak clean
 
 run: $(VENV)/.run
 	@exec $(BIN)/python app.py $(ARGS)
@@ -23,6 +26,11 @@ chaos: $(VENV)/.run
 
 bench: $(VENV)/.load
 	$(BIN)/python -m loadtest.bench $(ARGS)
+
+LOADTEST := $(if $(CLIENTS),--clients $(CLIENTS)) $(if $(DURATION),--duration $(DURATION)) $(if $(RATE),--rate $(RATE)) $(if $(APPLY),--apply)
+
+million soak: $(VENV)/.load
+	@$(BIN)/python -m loadtest $@ $(LOADTEST) $(ARGS)
 
 friends: $(VENV)/.load
 	$(BIN)/python -m loadtest friends --out friends.txt $(ARGS)
@@ -48,6 +56,6 @@ $(VENV)/.load: loadtest/requirements.txt $(VENV)/.run
 	$(BIN)/pip install --quiet --disable-pip-version-check -r loadtest/requirements.txt
 	@touch $@
 
-$(VENV)/.lint: requirements-dev.txt $(VENV)/.run
+$(VENV)/.lint: requirements-dev.txt $(VENV)/.load
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@

@@ -5,11 +5,15 @@ Used by the bench and the reports; neighbours are `loadtest.bench` and `loadtest
 
 import contextlib
 import json
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from comet.kernel.processes import die_with_parent
 
 ROOT = Path(__file__).parent.parent
 
@@ -28,11 +32,12 @@ def cpu(pid: int) -> float:
 
 
 def descendants(pid: int) -> list[int]:
-    """A process and all that it started, and what those started."""
+    """A process and all that it started, and what those started; without those that end meanwhile."""
     found = [pid]
     for one in found:
         for children in Path(f"/proc/{one}/task").glob("*/children"):
-            found += map(int, children.read_text().split())
+            with contextlib.suppress(OSError):
+                found += map(int, children.read_text().split())
     return found
 
 
@@ -86,6 +91,34 @@ def stop(process: "subprocess.Popen[str]") -> None:
         if pipe is not None:
             with contextlib.suppress(BrokenPipeError):
                 pipe.close()
+
+
+@contextlib.contextmanager
+def program(command: Sequence[str], log: Path, patience: float = 30.0, **environment: str) -> Iterator["subprocess.Popen[bytes]"]:
+    """A Python program of ours in a session of its own, so that Ctrl-C is this process's to handle. It ends with this process,
+    whatever happens to that. SIGTERM ends it afterwards, and SIGKILL, with all it started, where `patience` seconds pass."""
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            [sys.executable, *command],
+            cwd=ROOT,
+            env=os.environ | environment,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=die_with_parent,
+        )
+    try:
+        yield process
+    finally:
+        process.terminate()
+        try:
+            process.wait(patience)
+        except subprocess.TimeoutExpired:
+            pass  # it is killed with the others
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # its own session: whatever of it is left
+        process.wait()
 
 
 @contextlib.contextmanager

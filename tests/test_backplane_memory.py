@@ -27,6 +27,7 @@ def assert_sound(backplane: MemoryBackplane, bounds: Bounds) -> None:
     assert [known.until for known in keys.values()] == sorted(known.until for known in keys.values())
     kept = [log.entries or [] for log in channels.values()]
     assert sum(message.cost for entries in kept for message in entries) == backplane._bytes <= bounds.history_bytes
+    assert sum(map(len, kept)) == backplane.totals()["messages_kept"]
     assert all(len(entries) <= bounds.history_size for entries in kept)
     assert len(idle) <= bounds.max_idle
     assert len(keys) <= bounds.max_keys

@@ -14,6 +14,12 @@ epoll = stock(select, "epoll")
 """The real `select.epoll`; gevent's patch removes it, and our own sleeps in nobody's loop."""
 
 
+KEEP_IDLE, KEEP_INTERVAL, KEEP_PROBES = 120, 10, 4
+"""Seconds of silence before a probe, seconds between two, and how many may go unanswered. TCP_USER_TIMEOUT overrides their
+number: Linux resets a connection at the first unanswered probe once the silence is longer than it. One lost packet would
+do then, so it is never less than all of them take."""
+
+
 def listen(host: str, port: int, send_buffer: int = 0, unacknowledged: float = 0.0, reuse_port: bool = False) -> socket.socket:
     """A listening TCP socket on `host` (a name or an address, IPv4 or IPv6) and `port` (0: any).
 
@@ -38,16 +44,18 @@ def listen(host: str, port: int, send_buffer: int = 0, unacknowledged: float = 0
 def tune(listener: socket.socket, send_buffer: int = 0, unacknowledged: float = 0.0) -> None:
     """Set what accepted sockets inherit, which saves system calls a connection; also on a listener that somebody else
     has bound. TCP_NODELAY; a small send buffer (`send_buffer` bytes, 0: the kernel's), so that a client that reads
-    nothing costs little; an end of peers that acknowledge nothing for `unacknowledged` seconds; keepalive probes,
-    after two minutes of silence, which find those that died while nothing was sent. It does not block from now on,
-    in all processes that have it: one that shares its queue may find that another was faster."""
+    nothing costs little; an end of peers that acknowledge nothing for `unacknowledged` seconds, or for as long as the
+    probes take if that is longer; keepalive probes, after two minutes of silence, which find those that died while
+    nothing was sent. It does not block from now on, in all processes that have it: one that shares its queue may find
+    that another was faster."""
     listener.setblocking(False)
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 120)
-    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 30)
-    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4)
-    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(unacknowledged * 1000))
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEP_IDLE)
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEP_INTERVAL)
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEP_PROBES)
+    patience = max(unacknowledged, KEEP_IDLE + KEEP_INTERVAL * KEEP_PROBES)
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(patience * 1000))
     if send_buffer:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
 

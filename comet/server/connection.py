@@ -187,6 +187,7 @@ class Connection(WSGIHandler):
             log.exception("a connection failed")
         finally:
             self.server.awake.discard(self)
+            self._body = None  # it holds this connection: another cycle, with the body's buffer
             if self.descriptor >= 0:
                 self.close()
                 self.server.gone(self.network)
@@ -387,7 +388,7 @@ class Connection(WSGIHandler):
         self.environ = self._environ(head)
         self.application = self.server.application
         self._guard(self._run, None)
-        self.environ = {}  # the old one holds `park`, which holds this handler: break the cycle
+        self.environ.clear()  # it holds `park`, which holds this handler, and bottle's headers, which hold it: break the cycles
         self._release()
         if self._body_is_left:
             self.close_connection = True
