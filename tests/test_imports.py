@@ -59,6 +59,7 @@ ALLOWED: dict[str, set[str]] = {
         "comet.stats",
         "comet.collector",
         "comet.board",
+        "comet.kernel",
         "comet.backplane.frames",
         "comet.backplane.memory",
     },
