@@ -81,7 +81,7 @@ def _test(parser: argparse.ArgumentParser, clients: int, seconds: float, shape: 
     add("--shape", default=shape, help=f"of loadtest/shapes.py (default: {shape})")
     add("--then", default="", metavar="WHAT,…", help="after the messages: churn, search, broadcast")
     add("--churn", type=float, default=0.001, metavar="SHARE", help="of the clients that leave and come back each second (default: 0.001)")
-    add("--endpoints", default="test:9,stream:1", metavar="NAME:SHARE,…", help="what clients ask for (default: test:9,stream:1)")
+    add("--endpoints", default="test:49,stream:1", metavar="NAME:SHARE,…", help="what clients ask for (default: test:49,stream:1)")
     add("--open-rate", type=float, default=15_000.0, metavar="R", help="clients opened a second at most (default: 15000)")
     add("--senders", type=_number, default=1000, metavar="N", help="how many send (default: 1000)")
     add("--nap", type=float, default=0.0, metavar="S", help="of a swarm between two looks; latencies have it (default: 1 ms a process)")

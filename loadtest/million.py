@@ -54,7 +54,7 @@ class Order:
     rate: float
     shape: str = "Million"
     then: str = ""
-    endpoints: str = "test:9,stream:1"
+    endpoints: str = "test:49,stream:1"
     open_rate: float = 15_000.0
     senders: int = 1000
     churn: float = 0.001

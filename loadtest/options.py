@@ -47,8 +47,8 @@ def add_flags(parser: Any) -> None:
     add("--senders", type=int, default=1000, metavar="N", help="how many send them (default: 1000)")
     add("--open-rate", type=float, default=15_000.0, metavar="R", help="clients opened a second at most (default: 15000)")
     add(
-        "--endpoints", default="test:9,stream:1", metavar="NAME:SHARE,…",
-        help=f"what a SwarmUser's clients ask for, of {', '.join(ENDPOINTS)} (default: test:9,stream:1)",
+        "--endpoints", default="test:49,stream:1", metavar="NAME:SHARE,…",
+        help=f"what a SwarmUser's clients ask for, of {', '.join(ENDPOINTS)} (default: test:49,stream:1)",
     )  # fmt: skip
     add("--churn", type=float, default=0.001, metavar="SHARE", help="of the clients, leaving and coming back each second (default: 0.001)")
     add("--sources", default="", metavar="ADDRESS,…", help="local addresses to connect from (default on loopback: 127.1.0.1 and on)")

@@ -19,7 +19,7 @@ from comet.kernel.machine import Machine
 from comet.kernel.memory import sockets
 from loadtest.process import cpu, descendants, memory
 
-SHARE = 0.015
+SHARE = 0.01
 TREE = 5.0
 """Seconds between two looks at which processes there are."""
 

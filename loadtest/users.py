@@ -207,7 +207,6 @@ class Publisher(User):
         self.work = Worker.of(environment)
         self.sender: Sender = self.work.counts.sender()
         self.connection: Connection | None = None
-        self.due = 0.0
 
     def choose(self) -> int:
         """A user."""
@@ -219,21 +218,21 @@ class Publisher(User):
 
     @task
     def send(self) -> None:
-        """One message, when it is due."""
-        pace = self.pace()
-        if pace <= 0:
-            gevent.sleep(1.0)
-            self.due = 0.0
-            return
-        now = time.monotonic()
-        if not self.due:
-            self.due = now + random.random() / pace  # not all at once
-        if self.due > now:
-            gevent.sleep(min(self.due - now, 1.0))
-            if self.due > time.monotonic() + 0.001:
-                return
-        self.due = max(self.due + 1 / pace, time.monotonic() - 1 / pace)
-        self.publish()
+        """A message whenever one is due, until it ends: a task for each would cost as much as the message."""
+        due = 0.0
+        while True:
+            pace, now = self.pace(), time.monotonic()
+            if pace <= 0:
+                due = 0.0
+                gevent.sleep(1.0)
+                continue
+            if not due:
+                due = now + random.random() / pace  # not all at once
+            if due > now:
+                gevent.sleep(min(due - now, 1.0))
+            if due <= time.monotonic() + 0.001 and self.pace() > 0:
+                due = max(due + 1 / pace, time.monotonic() - 1 / pace)
+                self.publish()
 
     def publish(self) -> None:
         """Send it, and record what came of it."""
@@ -317,9 +316,9 @@ class EveryoneSender(Publisher):
 
     @task
     def send(self) -> None:
-        """One message, when it was asked for."""
-        if self.sent < self.work.everyone:
-            self.sent += 1
-            self.publish()
-        else:
+        """One message, whenever it was asked for."""
+        while True:
+            if self.sent < self.work.everyone:
+                self.sent += 1
+                self.publish()
             gevent.sleep(0.05)

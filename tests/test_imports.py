@@ -68,6 +68,7 @@ ALLOWED: dict[str, set[str]] = {
         "comet.collector",
         "comet.log",
         "comet.board",
+        "comet.kernel",
         "comet.backplane.frames",
         "comet.backplane.memory",
     },

@@ -2,6 +2,7 @@
 
 import logging
 import socket
+import time
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
@@ -109,6 +110,34 @@ def test_frames_may_be_cut_anywhere(served: Served) -> None:
         served.turn(1)
     assert not served.router.links
     assert not served.router._interest
+
+
+def test_with_more_workers_than_cores_what_comes_within_a_rest_is_handled_together(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    publisher, other, subscriber = served.peer(), served.peer(), served.peer()
+    subscriber.say(frames.Subscribe(1, ["a"], [None]))
+    served.turn()
+    subscriber.heard()
+    assert served.router.rest == 0, "two workers a core are no crowd"
+    monkeypatch.setattr(served.router, "_cores", 1)
+    monkeypatch.setattr(router_module, "REST_A_WORKER", 0.02)
+    time.sleep(0.03)
+    publisher.say(frames.Publish(2, [Publication("a", b"1")]))
+    began = time.monotonic()
+    served.turn(1)
+    assert time.monotonic() - began < 0.015, "after a silence it is handled at once"
+    assert len(subscriber.heard()) == 1
+    publisher.say(frames.Publish(3, [Publication("a", b"2")]))
+    other.say(frames.Publish(4, [Publication("a", b"3")]))
+    served.turn(1)
+    assert time.monotonic() - began >= 0.02
+    assert len(subscriber.heard()) == 1, "both in one frame"
+    assert publisher.answer()
+    assert other.answer()
+
+
+def test_a_rest_is_short_however_many_there_are(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(served.router, "_cores", -10_000)
+    assert served.router.rest == router_module.MOST_REST
 
 
 def test_what_is_sent_byte_by_byte_is_whole_in_the_end() -> None:
