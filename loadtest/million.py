@@ -76,8 +76,9 @@ def run(order: Order) -> int:
     console = Console(highlight=False, soft_wrap=True)
     planned = plans.plan(order.clients, order.port, here=not order.host)
     console.print(planned.text())
-    # SIGTERM ends it as Ctrl-C does
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # SIGTERM ends it as Ctrl-C does, which a shell's background jobs inherit as ignored
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.default_int_handler)
     try:
         prepare(planned, order, console)
         folder = order.out / time.strftime(f"run-%Y%m%d-%H%M%S-{order.clients}")
