@@ -71,18 +71,19 @@ def series(timeline: Sequence[Document], samples: Sequence[Document]) -> Documen
         }  # fmt: skip
         for name, value in row.items():
             clients[name].append(round(value, 3) if isinstance(value, float) else value)
-    names = ("at", "service", "load", "slab", "buffers", "available", "service_cores", "load_cores")
+    names = ("at", "service", "load", "slab", "buffers", "available", "service_cores", "load_cores", "busy_cores")
     here: Document = {name: [] for name in names}
     for before, now in itertools.pairwise(samples):
         seconds = max(0.1, now["time"] - before["time"])
         row = {"at": now["time"] - start, "slab": now["kernel"]["Slab"], "buffers": now["sockets"]["memory_bytes"]}
+        row["busy_cores"] = (now["busy"] - before["busy"]) / seconds if "busy" in before else None
         row["available"] = now["kernel"]["MemAvailable"]
         for name in ("service", "load"):
             mine, was = now.get(name), before.get(name)
             row[name] = mine["memory"] if mine else 0
             row[name + "_cores"] = max(0.0, mine["cpu"] - was["cpu"]) / seconds if mine and was else 0.0
         for name in names:
-            here[name].append(round(row[name], 3))
+            here[name].append(None if row[name] is None else round(row[name], 3))
     sections = [
         (now["time"] - start, now["section"]) for at, now in enumerate(timeline) if not at or timeline[at - 1]["section"] != now["section"]
     ]
@@ -126,10 +127,15 @@ def figures(document: Document) -> list[tuple[str, str]]:
             f"most {one['max']:,.0f} ms"
         )
         found.append((f"messages: {one['name']}", text))
-        cores = [within(machine, f"{part}_cores", *when.get(one["name"], (0.0, 0.0))) for part in ("service", "load")]
+        cores = [within(machine, f"{part}_cores", *when.get(one["name"], (0.0, 0.0))) for part in ("service", "load", "busy")]
         if all(cores):
             shares = [sum(part) / len(part) for part in cores]
-            found.append((f"CPU: {one['name']}", f"service {shares[0]:.2f} cores, load {shares[1]:.2f} cores"))
+            found.append(
+                (
+                    f"CPU: {one['name']}",
+                    f"service {shares[0]:.2f} cores, load {shares[1]:.2f}, others {shares[2] - shares[0] - shares[1]:.2f}",
+                )
+            )
     if "fastest" in facts:
         found.append(
             (

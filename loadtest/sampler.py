@@ -1,7 +1,7 @@
 """What the machine says while a test runs, a line a second in `samples.jsonl`.
 
 Of the service and of the load apart, all their processes: memory (proportional set size, so what is shared counts once),
-CPU seconds. Of the machine: TCP sockets and the bytes in their buffers, the kernel's slabs (the sockets themselves are
+CPU seconds. Of the machine: CPU seconds in all, TCP sockets and the bytes in their buffers, the kernel's slabs (the sockets themselves are
 there), free memory. To add up a process's set the kernel walks all its pages; with a hundred processes that is not free,
 so it is done as often as takes `SHARE` of a core, and the last sum is repeated between.
 """
@@ -23,6 +23,7 @@ SHARE = 0.01
 TREE = 5.0
 """Seconds between two looks at which processes there are."""
 
+_TICKS = os.sysconf("SC_CLK_TCK")
 _FIELDS = re.compile(r"^(MemAvailable|Slab|KernelStack|PageTables|Cached|Percpu): +(\d+) kB", re.MULTILINE)
 
 
@@ -82,6 +83,7 @@ class Sampler:
         line: dict[str, Any] = {"time": round(time.time(), 3)}
         for name, pids in self._pids.items():
             line[name] = {"processes": len(pids), "memory": self._sums.get(name, 0), "cpu": round(sum(map(self._cpu, pids)), 3)}
+        line["busy"] = _busy()
         line["sockets"] = sockets()
         line["kernel"] = {name: int(kilobytes) * 1024 for name, kilobytes in _FIELDS.findall(Machine().text("/proc/meminfo"))}
         return line
@@ -93,6 +95,12 @@ class Sampler:
         except OSError:
             pass
         return self._spent.get(pid, 0.0)
+
+
+def _busy() -> float:
+    """Seconds that the machine's cores were not idle, whoever it was."""
+    user, nice, system, _idle, _waiting, *rest = map(int, Machine().text("/proc/stat").split("\n", 1)[0].split()[1:])
+    return (user + nice + system + sum(rest[:2])) / _TICKS
 
 
 def _memory(pid: int) -> int:
