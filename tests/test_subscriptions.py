@@ -1,4 +1,4 @@
-"""Who follows whom: the calls, what is stored how, and what must not hurt it."""
+"""Who follows whom, in SQLite: what is stored how, and what must not hurt it. The calls: `tests.contracts`."""
 
 import os
 import random
@@ -17,7 +17,7 @@ import pytest
 from comet import database, subscriptions
 from comet.database import Unusable, key, open_reader, open_writer, prepare
 from comet.errors import Refusal
-from comet.subscriptions import STEP, Subscriptions
+from comet.subscriptions import Subscriptions
 from tests.harness import ROOT
 
 LARGEST = (1 << 63) - 1
@@ -87,51 +87,7 @@ def test_only_a_number_as_it_is_written_is_stored_as_one(text: str, stored: data
     assert known.following(text) == ["x"]
 
 
-# -- the calls
-
-
-def test_unknown_users_follow_nobody_and_are_followed_by_nobody(known: Subscriptions) -> None:
-    assert known.get_subscribers("x") == known.following("x") == known.page_of_subscribers("x", None, 10) == []
-    assert known.count_subscribers("x") == known.count_following("x") == 0
-
-
-def test_adding_and_removing_count_what_has_changed(known: Subscriptions) -> None:
-    assert known.add_subscriptions([("alice", "rj"), ("bob", "rj"), ("alice", "rj"), ("alice", "bob")]) == 3
-    assert known.add_subscriptions([("alice", "rj"), ("7", "rj")]) == 1
-    assert known.get_subscribers("rj") == ["7", "alice", "bob"]
-    assert known.following("alice") == ["bob", "rj"]
-    assert (known.count_subscribers("rj"), known.count_following("alice")) == (3, 2)
-    assert known.remove_subscriptions([("alice", "rj"), ("nobody", "rj"), ("7", "rj")]) == 2
-    assert known.remove_subscriptions([("alice", "rj")]) == 0
-    assert known.get_subscribers("rj") == ["bob"]
-    assert known.following("alice") == ["bob"]
-    assert known.add_subscriptions([]) == known.remove_subscriptions([]) == 0
-
-
-@pytest.mark.parametrize("count", [STEP - 1, STEP, STEP + 1, 3 * STEP])
-def test_long_lists_are_whole_at_every_length(known: Subscriptions, count: int) -> None:
-    followers = [str(number) for number in range(count - 10)] + [f"t{number}" for number in range(10)]
-    random.shuffle(followers)
-    assert known.add_subscriptions([(one, "star") for one in followers]) == count
-    assert known.add_subscriptions([("fan", one) for one in followers]) == count
-    assert sorted(known.get_subscribers("star")) == sorted(known.following("fan")) == sorted(followers)
-    assert known.count_subscribers("star") == known.count_following("fan") == count
-
-
-def test_pages_join_to_the_whole_list_in_order(known: Subscriptions) -> None:
-    known.add_subscriptions([(str(number), "star") for number in range(0, 500, 2)] + [(f"t{number:03}", "star") for number in range(250)])
-    found: list[str] = []
-    after = None
-    while page := known.page_of_subscribers("star", after, 37):
-        assert len(page) <= 37
-        found += page
-        after = page[-1]
-    assert (
-        found == known.get_subscribers("star") == [str(number) for number in range(0, 500, 2)] + [f"t{number:03}" for number in range(250)]
-    )
-    assert known.page_of_subscribers("star", "101", 2) == ["102", "104"]  # one that is not there
-    assert known.page_of_subscribers("star", "498", 1) == ["t000"]
-    assert known.page_of_following("t007", None, 5) == ["star"]
+# -- readers and writers
 
 
 def test_a_write_is_seen_at_once_by_whoever_else_has_the_file_open(known: Subscriptions, folder: Path) -> None:
