@@ -110,11 +110,11 @@ class _Opening:
 
 
 class Swarm:
-    """Clients that are logged in as `users`, endpoint by endpoint in turn; `first` is the number of the first in the whole
-    test. `rate` is how many are opened a second. `nap` seconds pass between two looks for what has come: with many processes on few
-    cores each message would wake one of them otherwise, which costs more than to read it; latencies have that time in them."""
+    """Clients that are logged in as `users`, endpoint by endpoint in turn. `rate` is how many are opened
+    a second. `nap` seconds pass between two looks for what has come: with many processes on few cores each message would
+    wake one of them otherwise, which costs more than to read it; latencies have that time in them."""
 
-    def __init__(self, target: Target, users: range, endpoints: Sequence[Endpoint], counts: Counts, rate: float, nap: float = 0.0) -> None:
+    def __init__(self, target: Target, users: range, endpoints: Sequence[Endpoint], counts: Counts, rate: float, nap: float = NAP) -> None:
         self.target = target
         self.counts = counts
         self.rate = rate
@@ -135,11 +135,11 @@ class Swarm:
         self._rests: dict[int, bytes] = {}
         self._places: dict[int, Place] = {}
         self._known: list[int] = []  # clients that know their place
-        self._timer: Any = get_hub().loop.timer(nap, nap)
+        self._timer: Any = get_hub().loop.timer(max(nap, 0.001), max(nap, 0.001))  # 0 would be once
         self._over = AsyncResult()
         self._looked = monotonic()
         self._budget = self._leaving = 0.0
-        self._same = b""
+        self._same = b"\0"  # no answer is that, and the end of a connection is none
         self._same_number = self._same_sent = 0
 
     def __len__(self) -> int:
@@ -385,7 +385,7 @@ class Swarm:
             data = self._rests.pop(descriptor) + data
         elif not endpoint.id_mark:
             end = data.find(b"\r\n")
-            if end > 0 and len(data) == end + int(data[:end], 16) + 4 and data.endswith(b"\r\n"):
+            if end > 0 and len(data) == end + int(data[:end], 16) + 4 > end + 4 and data.endswith(b"\r\n"):
                 text = endpoint.text(data[end + 2 :])
                 return None if text is None else read(text)
         told, rest = pieces(data)
