@@ -23,6 +23,7 @@ def main() -> None:
     """Obey orders from standard input until it ends."""
     raise_file_limit()
     listener = listen("127.0.0.1", 0)
+    listener.setblocking(True)
     sockets: list[socket.socket] = []
     print(json.dumps({"port": listener.getsockname()[1]}), flush=True)
     for line in sys.stdin:
