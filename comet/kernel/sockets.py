@@ -3,6 +3,7 @@
 Linux only, nothing of ours but the way past the patch. `comet.server` and `comet.supervisor` build on it.
 """
 
+import ctypes
 import os
 import select
 import socket
@@ -14,10 +15,31 @@ epoll = stock(select, "epoll")
 """The real `select.epoll`; gevent's patch removes it, and our own sleeps in nobody's loop."""
 
 
-KEEP_IDLE, KEEP_INTERVAL, KEEP_PROBES = 120, 10, 4
-"""Seconds of silence before a probe, seconds between two, and how many may go unanswered. TCP_USER_TIMEOUT overrides their
-number: Linux resets a connection at the first unanswered probe once the silence is longer than it. One lost packet would
-do then, so it is never less than all of them take."""
+SILENCE = 90
+"""Seconds in which a connection was sent nothing, after which its peer is asked for a sign of life (`probe`)."""
+
+UNACKNOWLEDGED = 2.5 * SILENCE
+"""Seconds without a sign of life after which Linux ends a connection at the next probe (TCP_USER_TIMEOUT). One lost packet
+must not do, so it is more than two silences."""
+
+_NEVER = 32767
+"""Seconds: the most that TCP_KEEPIDLE and TCP_KEEPINTVL take."""
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_one = ctypes.c_int(1)
+
+
+def probe(descriptor: int) -> None:
+    """Have the kernel ask the peer of a connection, which has been silent for a second at least, for a sign of life, now.
+
+    The kernel's own timers (SO_KEEPALIVE) fire together: one for two minutes is kept to two seconds or four, so of a million
+    connections tens of thousands send their probes in one go, which no queue takes (net.core.netdev_max_backlog is 1,000);
+    those that find it full try again in step with each other, and at last the kernel ends their connections, whose clients
+    are alive. So `tune` puts these timers off for hours, and whoever watches a connection asks when it suits, a few at a
+    time: a shorter TCP_KEEPIDLE counts from the last sign of life, and is over. Raises OSError."""
+    if _libc.setsockopt(descriptor, socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, ctypes.byref(_one), 4) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
 
 
 def listen(host: str, port: int, send_buffer: int = 0, unacknowledged: float = 0.0, reuse_port: bool = False) -> socket.socket:
@@ -44,18 +66,15 @@ def listen(host: str, port: int, send_buffer: int = 0, unacknowledged: float = 0
 def tune(listener: socket.socket, send_buffer: int = 0, unacknowledged: float = 0.0) -> None:
     """Set what accepted sockets inherit, which saves system calls a connection; also on a listener that somebody else
     has bound. TCP_NODELAY; a small send buffer (`send_buffer` bytes, 0: the kernel's), so that a client that reads
-    nothing costs little; an end of peers that acknowledge nothing for `unacknowledged` seconds, or for as long as the
-    probes take if that is longer; keepalive probes, after two minutes of silence, which find those that died while
-    nothing was sent. It does not block from now on, in all processes that have it: one that shares its queue may find
+    nothing costs little; an end of peers that acknowledge nothing for `unacknowledged` seconds, or for as long as `probe`
+    needs if that is longer. It does not block from now on, in all processes that have it: one that shares its queue may find
     that another was faster."""
     listener.setblocking(False)
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEP_IDLE)
-    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEP_INTERVAL)
-    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEP_PROBES)
-    patience = max(unacknowledged, KEEP_IDLE + KEEP_INTERVAL * KEEP_PROBES)
-    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(patience * 1000))
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _NEVER)
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _NEVER)
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(max(unacknowledged, UNACKNOWLEDGED) * 1000))
     if send_buffer:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
 

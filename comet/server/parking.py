@@ -9,10 +9,13 @@ event loop watches the epoll. What can happen to a sleeper:
 - *input*: an idle connection has a request. `Server.again` may answer it here (a poll that only waits
   again); otherwise it wakes in a greenlet. A stream's input waits until the stream is over.
 - *a hang-up*: everything it had is freed.
-- *a deadline* (`_scan`): a poll is answered empty, a stream gets a heartbeat, an idle one is closed.
+- *a deadline* (`_walk`): a poll is answered empty, a stream gets a heartbeat, an idle one is closed; the peer of one
+  that has no heartbeats (`/test`) is asked by the kernel for a sign of life.
 
-Deadlines are a number a descriptor; a walk that passes the whole table once a second takes the due
-ones, so a million heartbeats never fire together, and none needs a timer.
+Deadlines are a number a descriptor, and none needs a timer. Of each block of descriptors a bound is kept that
+none of its deadlines is before; a look at the bounds once a second finds the blocks with something due, and
+they are walked one by one over that second, so a million heartbeats never fire together. A process of which
+nobody has something due wakes once a second for it, and looks at twenty numbers.
 
 A descriptor has one owner. `take` unlinks it before a greenlet may have it, `_close` before it is
 closed; the close itself waits until the events at hand are done (`_bury`), so that the kernel can't
@@ -21,6 +24,7 @@ give the number to a new connection while an old event or write for it is still 
 
 import logging
 import os
+import random
 import select
 import time
 from array import array
@@ -31,7 +35,7 @@ from typing import Any, Protocol
 from gevent import get_hub, monkey
 from greenlet import getcurrent
 
-from comet.kernel.sockets import epoll
+from comet.kernel.sockets import SILENCE, epoll, probe
 
 _EVENTS = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET  # EPOLLHUP and EPOLLERR are always told
 _GONE = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
@@ -40,9 +44,14 @@ _BATCH = 512
 REQUEST_SIZE = 4096
 """Bytes read of a request to an idle connection: larger ones are read on in a greenlet."""
 
-SCAN_SECONDS = 0.05
-"""Between two walks, each over a twentieth of the table: a deadline is kept to about a second."""
-SCANS = 20
+BLOCK = 1024
+"""Descriptors that share a bound on their deadlines, and are walked together."""
+
+LOOK_SECONDS = 1.0
+"""Between two looks for blocks with something due: a deadline is kept to this, and as much again while they are walked."""
+
+WALK_SECONDS = 0.05
+"""Between two walks, each of a twentieth of those blocks: everything else has its turn."""
 
 NEVER = 2**62
 
@@ -119,10 +128,12 @@ class Parking:
         self._owners: list[Sleeper | _Idle | None] = []
         self._networks: list[str] = []
         self._deadlines = array("q")  # milliseconds of time.monotonic
+        self._soonest = array("q")  # a block of those: none is before it
+        self._due_blocks: list[int] = []
+        self._at_once = 0  # blocks a walk
         self._buried: list[int] = []
-        self._at = 0
-        self._now = int(time.monotonic() * 1000)
-        """As of the last walk or events: deadlines are coarse, and asking the time for each would cost more."""
+        self._now = _milliseconds()
+        """As of the last look, walk or events: for heartbeats, where asking the time at each delivery would cost more."""
         self._early: set[int] = set()
         self._draining = False
         self._epoll = epoll()
@@ -130,8 +141,9 @@ class Parking:
         self._loop = self._hub.loop
         self._watcher = self._loop.io(self._epoll.fileno(), _READ, priority=self._loop.MAXPRI)
         self._watcher.start(self._notice)
-        self._scanner = self._loop.timer(SCAN_SECONDS, SCAN_SECONDS)
-        self._scanner.start(self._scan)
+        self._looker = self._loop.timer(LOOK_SECONDS, LOOK_SECONDS)
+        self._looker.start(self._look_for_due)
+        self._walker = self._loop.timer(WALK_SECONDS, WALK_SECONDS)
 
     # -- coming and going
 
@@ -143,7 +155,7 @@ class Parking:
         """Block the greenlet of a watched subscriber until it has something to take, has ended, or its
         patience is over: its deadline stands in the table like a sleeper's, and costs no timer. Answers
         what is to be sent first."""
-        self._deadlines[descriptor] = self._after(awake.patience)
+        self._set_deadline(descriptor, _deadline(awake.patience))
         awake.waker = partial(self._loop.run_callback, getcurrent().switch)
         awake.ready = b""
         self._hub.switch()
@@ -154,34 +166,41 @@ class Parking:
     def sleep(self, descriptor: int, network: str, subscriber: Sleeper, patience: float | None) -> None:
         """A subscriber with nothing waiting sleeps here from now on; it owns the descriptor."""
         subscriber.sleep(self, descriptor)
-        self._put(descriptor, subscriber, network, self._after(patience))
+        self._put(descriptor, subscriber, network, _deadline(patience))
 
     def put(self, descriptor: int, subscriber: Sleeper, network: str, patience: float | None) -> None:
         """As `sleep`, for a subscriber whose host this has been from its start."""
         subscriber.descriptor = descriptor
-        self._put(descriptor, subscriber, network, self._after(patience))
+        self._put(descriptor, subscriber, network, _deadline(patience))
 
     def idle(self, descriptor: int, network: str) -> None:
         """A kept-alive connection waits here for its next request."""
-        self._put(descriptor, IDLE, network, self._now + self._idle_timeout)
+        self._put(descriptor, IDLE, network, _milliseconds() + self._idle_timeout)
 
     def again(self, descriptor: int, subscriber: Sleeper, patience: float | None) -> None:
         """An idle connection sleeps again as `subscriber`, whose host this is."""
         subscriber.descriptor = descriptor
         self._owners[descriptor] = subscriber
-        self._deadlines[descriptor] = self._after(patience)
+        self._set_deadline(descriptor, _deadline(patience))
 
     def _put(self, descriptor: int, owner: Sleeper | _Idle, network: str, deadline: int) -> None:
         owners = self._owners
         if descriptor >= len(owners):
-            more = descriptor + 1024 - len(owners)
-            owners.extend([None] * more)
-            self._networks.extend([""] * more)
-            self._deadlines.extend([NEVER] * more)
+            blocks = descriptor // BLOCK + 1 - len(self._soonest)
+            owners.extend([None] * blocks * BLOCK)
+            self._networks.extend([""] * blocks * BLOCK)
+            self._deadlines.extend([NEVER] * blocks * BLOCK)
+            self._soonest.extend([NEVER] * blocks)
         owners[descriptor] = owner
         self._networks[descriptor] = network
-        self._deadlines[descriptor] = deadline
+        self._set_deadline(descriptor, deadline)
         self._epoll.register(descriptor, _EVENTS)
+
+    def _set_deadline(self, descriptor: int, deadline: int) -> None:
+        """What only ever puts a deadline off may write it to the table alone: the bound stays one."""
+        self._deadlines[descriptor] = deadline
+        if deadline < self._soonest[descriptor // BLOCK]:
+            self._soonest[descriptor // BLOCK] = deadline
 
     def take(self, descriptor: int) -> str:
         """Nobody sleeps or is watched there any more; the caller owns the descriptor. Its network."""
@@ -283,7 +302,7 @@ class Parking:
     def _rest(self, descriptor: int) -> None:
         """An answer is over: what stays is a kept-alive connection, perhaps with a request that came early."""
         self._owners[descriptor] = IDLE
-        self._deadlines[descriptor] = self._now + self._idle_timeout
+        self._set_deadline(descriptor, _milliseconds() + self._idle_timeout)
         if self._proxied:
             self._networks[descriptor] = self._floor.rested(self._networks[descriptor])
         if descriptor in self._early:  # its edge was told already and will not be told again
@@ -302,7 +321,7 @@ class Parking:
             return
         patience: float | None = None
         if subscriber.one_shot:
-            patience = max(0.0, (self._deadlines[descriptor] - self._now) / 1000)
+            patience = max(0.0, (self._deadlines[descriptor] - _milliseconds()) / 1000)
         elif subscriber.framing.heartbeat:
             patience = self._heartbeat / 1000
         network = self.take(descriptor)
@@ -332,7 +351,7 @@ class Parking:
 
     def _notice(self) -> None:
         owners = self._owners
-        self._now = int(time.monotonic() * 1000)
+        self._now = _milliseconds()
         for descriptor, event in self._epoll.poll(0, _BATCH):
             owner = owners[descriptor]
             if owner is None:
@@ -376,29 +395,44 @@ class Parking:
             network = self.take(descriptor)
             self._floor.resume(descriptor, network, None, data)
 
-    def _scan(self) -> None:
+    def _look_for_due(self) -> None:
+        now = self._now = _milliseconds()
+        if not self._due_blocks:
+            self._due_blocks = [block for block, soonest in enumerate(self._soonest) if soonest <= now]
+            if self._due_blocks:
+                self._at_once = 1 + int(len(self._due_blocks) * WALK_SECONDS / LOOK_SECONDS)
+                self._walker.start(self._walk)
+
+    def _walk(self) -> None:
+        """Do what is due in the next of the blocks."""
+        now = self._now = _milliseconds()
         deadlines, owners = self._deadlines, self._owners
-        now = self._now = int(time.monotonic() * 1000)
-        start = self._at
-        stop = start + len(owners) // SCANS + 1
-        self._at = stop if stop < len(owners) else 0
-        for descriptor, deadline in enumerate(deadlines[start:stop], start):
-            owner = owners[descriptor]
-            if deadline <= now and owner is not None:
-                try:
-                    self._due(descriptor, owner)
-                except Exception:  # the others are due as well
-                    log.exception("a deadline of a sleeping connection failed")
-                    self._give_up(descriptor, owner)
+        for block in self._due_blocks[: self._at_once]:
+            start, stop = block * BLOCK, (block + 1) * BLOCK
+            for descriptor, deadline in enumerate(deadlines[start:stop], start):
+                owner = owners[descriptor]
+                if deadline <= now and owner is not None:
+                    try:
+                        self._due(descriptor, owner)
+                    except Exception:  # the others are due as well
+                        log.exception("a deadline of a sleeping connection failed")
+                        self._give_up(descriptor, owner)
+            self._soonest[block] = min(deadlines[start:stop])
+        del self._due_blocks[: self._at_once]
+        if not self._due_blocks:
+            self._walker.stop()
 
     def _due(self, descriptor: int, owner: Sleeper | _Idle) -> None:
         if isinstance(owner, _Idle):
             self._close(descriptor, "idle")
-        elif owner.host is not self:
+        elif owner.host is self and (owner.one_shot or owner.framing.heartbeat):
+            self.write(owner, owner.framing.wire(owner.encode([]), self._date()))
+        elif owner.host is not self and owner.awake.patience is not None:
             self._deadlines[descriptor] = NEVER
             owner.awake.notify()
         else:
-            self.write(owner, owner.framing.wire(owner.encode([]), self._date()))
+            probe(descriptor)
+            self._deadlines[descriptor] = self._now + 1000 * SILENCE
 
     # -- stopping
 
@@ -424,10 +458,17 @@ class Parking:
 
     def close(self) -> None:
         """Stop for good; nobody sleeps or is watched any more."""
-        for watcher in (self._watcher, self._scanner):
+        for watcher in (self._watcher, self._looker, self._walker):
             watcher.stop()
             watcher.close()
         self._epoll.close()
 
-    def _after(self, seconds: float | None) -> int:
-        return NEVER if seconds is None else self._now + int(seconds * 1000)
+
+def _milliseconds() -> int:
+    return int(time.monotonic() * 1000)
+
+
+def _deadline(patience: float | None) -> int:
+    """The end of so many seconds; of a silence, if there is no end: at first a shorter one, so that those who came
+    together are not asked together."""
+    return int((time.monotonic() + (random.uniform(0.5, 1.0) * SILENCE if patience is None else patience)) * 1000)
