@@ -30,6 +30,7 @@ HALF = (_SLOT - _VERSION) // 2
 
 _HEADER = struct.Struct("<IIqd")  # checksum of what follows; length of the document; pid; time
 _TRIES = 10_000
+_encode = json.JSONEncoder(separators=(",", ":")).encode  # made once: `json.dumps` would make one for each document
 
 
 class Slot(NamedTuple):
@@ -66,7 +67,7 @@ class Board:
 
     def write(self, slot: int, document: Mapping[str, Any]) -> None:
         """Say this, and be alive. A process writes one slot, and nobody else does."""
-        text = json.dumps(document, separators=(",", ":")).encode()
+        text = _encode(document).encode()
         if len(text) > HALF - _HEADER.size:
             raise ValueError(f"a document of {len(text)} bytes; a slot of the board has room for {HALF - _HEADER.size}")
         version = self._versions[self._place(slot) // 8] + 1

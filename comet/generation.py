@@ -41,7 +41,8 @@ from pathlib import Path
 from typing import NamedTuple, Self
 
 from comet.board import Board
-from comet.kernel.processes import close, fork, waitpid
+from comet.kernel import limits
+from comet.kernel.processes import close, fork, give_way, waitpid
 from comet.kernel.sockets import epoll
 from comet.kernel.stock import stock
 
@@ -56,11 +57,12 @@ log = logging.getLogger("comet.generation")
 
 
 class Orders(NamedTuple):
-    """What the supervisor tells a generation. All but `number`, `first_slot` (the board's, of worker 0) and
-    `router`, the path of the router's socket, are descriptors that it inherits. Where there are fewer `listeners`
+    """What the supervisor tells a generation. All but `number`, `workers` (how many), `first_slot` (the board's, of
+    worker 0) and `router`, the path of the router's socket, are descriptors that it inherits. Where there are fewer `listeners`
     than workers, some workers share one, with its queue."""
 
     number: int
+    workers: int
     listeners: list[int]
     board: int
     first_slot: int
@@ -203,6 +205,8 @@ class _Generation:
         nothing = os.open(os.devnull, os.O_RDONLY)
         os.dup2(nothing, 0)
         close(nothing)
+        if limits.crowding(orders.workers, limits.cores()):
+            give_way()
         listener = socket.socket(fileno=orders.listeners[worker % len(orders.listeners)])
         for descriptor in orders.listeners:
             if descriptor != listener.fileno():

@@ -45,7 +45,7 @@ READ_SIZE = 1 << 18
 """Bytes taken of a link before the others have their turn."""
 
 REST_A_WORKER = 0.00025
-"""Seconds between two turns of the loop, for each worker beyond two a core. So many share a core's caches that to wake one
+"""Seconds between two turns of the loop, for each worker that is one too many (`limits.crowding`). Caches are cold then, and to wake one
 costs 100 us, whatever for; 60 workers on two cores are woken 4,000 times a second at most then, for several messages each.
 What comes after a while of silence is handled at once."""
 
@@ -194,7 +194,7 @@ class Router:
     @property
     def rest(self) -> float:
         """Seconds from the beginning of a turn that has something to do to the next: see `REST_A_WORKER`."""
-        return min(MOST_REST, max(0, len(self.links) - 2 * self._cores) * REST_A_WORKER)
+        return min(MOST_REST, limits.crowding(len(self.links), self._cores) * REST_A_WORKER)
 
     def close(self) -> None:
         """End all links."""

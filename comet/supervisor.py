@@ -297,7 +297,7 @@ class Supervisor:
             return
         number, bank = next(self._numbers), min(banks)
         orders = generation.Orders(
-            number, [listener.fileno() for listener in self._listeners], self._board.descriptor,
+            number, self._plan.workers, [listener.fileno() for listener in self._listeners], self._board.descriptor,
             2 + bank * self._plan.workers, self._lifeline, self._said, self._router_path,
         )  # fmt: skip
         process = subprocess.Popen(  # noqa: S603 - the very program that runs here

@@ -32,6 +32,11 @@ def cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
+def crowding(processes: int, cores: int) -> int:
+    """How many of so many busy processes are too many: beyond two a core their caches are never warm."""
+    return max(0, processes - 2 * cores)
+
+
 def system_files() -> int:
     """Files that all processes together may have open (fs.file-max)."""
     return int(Path("/proc/sys/fs/file-max").read_text())

@@ -5,7 +5,6 @@ import os
 import resource
 import signal
 from collections.abc import Callable
-from pathlib import Path
 
 from comet.kernel.stock import stock
 
@@ -36,9 +35,17 @@ def die_with_parent() -> None:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
 
 
+def give_way() -> None:
+    """Have this process wait for the end of another's turn when something wakes it (SCHED_BATCH), rather than interrupt it.
+    It gets as much of a core as before. Of many processes that are busy at once fewer are torn away from what they
+    have in the core's caches, and each finds more to do when its turn comes."""
+    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+
+
 def resident() -> int:
     """Bytes of memory this process has in use, shared pages included."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * _PAGE
+    with open("/proc/self/statm", "rb", buffering=0) as file:
+        return int(file.read().split()[1]) * _PAGE
 
 
 def peak() -> int:

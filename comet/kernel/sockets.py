@@ -15,7 +15,7 @@ epoll = stock(select, "epoll")
 """The real `select.epoll`; gevent's patch removes it, and our own sleeps in nobody's loop."""
 
 
-SILENCE = 90
+SILENCE = 120
 """Seconds in which a connection was sent nothing, after which its peer is asked for a sign of life (`probe`)."""
 
 UNACKNOWLEDGED = 2.5 * SILENCE

@@ -53,6 +53,10 @@ LOOK_SECONDS = 1.0
 WALK_SECONDS = 0.05
 """Between two walks, each of a twentieth of those blocks: everything else has its turn."""
 
+GRAIN = 8192
+"""Milliseconds: the silences of a block end together, this often. Each walk for them wakes the process, and of blocks that
+always have one that ends there would be twenty a second."""
+
 NEVER = 2**62
 
 os_write, os_read = os.write, os.read
@@ -131,6 +135,7 @@ class Parking:
         self._soonest = array("q")  # a block of those: none is before it
         self._due_blocks: list[int] = []
         self._at_once = 0  # blocks a walk
+        self._phases: list[int] = []  # a block: when in every `GRAIN` its silences end
         self._buried: list[int] = []
         self._now = _milliseconds()
         """As of the last look, walk or events: for heartbeats, where asking the time at each delivery would cost more."""
@@ -149,13 +154,13 @@ class Parking:
 
     def watch(self, descriptor: int, subscriber: Sleeper) -> None:
         """Tell an awake subscriber when its peer hangs up, until `take`."""
-        self._put(descriptor, subscriber, "", NEVER)
+        self._put(descriptor, subscriber, "")
 
     def wait(self, descriptor: int, awake: Any) -> bytes:
         """Block the greenlet of a watched subscriber until it has something to take, has ended, or its
         patience is over: its deadline stands in the table like a sleeper's, and costs no timer. Answers
         what is to be sent first."""
-        self._set_deadline(descriptor, _deadline(awake.patience))
+        self._set_deadline(descriptor, self._after(descriptor, awake.patience))
         awake.waker = partial(self._loop.run_callback, getcurrent().switch)
         awake.ready = b""
         self._hub.switch()
@@ -166,24 +171,27 @@ class Parking:
     def sleep(self, descriptor: int, network: str, subscriber: Sleeper, patience: float | None) -> None:
         """A subscriber with nothing waiting sleeps here from now on; it owns the descriptor."""
         subscriber.sleep(self, descriptor)
-        self._put(descriptor, subscriber, network, _deadline(patience))
+        self._put(descriptor, subscriber, network)
+        self._set_deadline(descriptor, self._after(descriptor, patience))
 
     def put(self, descriptor: int, subscriber: Sleeper, network: str, patience: float | None) -> None:
         """As `sleep`, for a subscriber whose host this has been from its start."""
         subscriber.descriptor = descriptor
-        self._put(descriptor, subscriber, network, _deadline(patience))
+        self._put(descriptor, subscriber, network)
+        self._set_deadline(descriptor, self._after(descriptor, patience))
 
     def idle(self, descriptor: int, network: str) -> None:
         """A kept-alive connection waits here for its next request."""
-        self._put(descriptor, IDLE, network, _milliseconds() + self._idle_timeout)
+        self._put(descriptor, IDLE, network)
+        self._set_deadline(descriptor, _milliseconds() + self._idle_timeout)
 
     def again(self, descriptor: int, subscriber: Sleeper, patience: float | None) -> None:
         """An idle connection sleeps again as `subscriber`, whose host this is."""
         subscriber.descriptor = descriptor
         self._owners[descriptor] = subscriber
-        self._set_deadline(descriptor, _deadline(patience))
+        self._set_deadline(descriptor, self._after(descriptor, patience))
 
-    def _put(self, descriptor: int, owner: Sleeper | _Idle, network: str, deadline: int) -> None:
+    def _put(self, descriptor: int, owner: Sleeper | _Idle, network: str) -> None:
         owners = self._owners
         if descriptor >= len(owners):
             blocks = descriptor // BLOCK + 1 - len(self._soonest)
@@ -191,9 +199,9 @@ class Parking:
             self._networks.extend([""] * blocks * BLOCK)
             self._deadlines.extend([NEVER] * blocks * BLOCK)
             self._soonest.extend([NEVER] * blocks)
+            self._phases.extend(random.randrange(GRAIN) for _ in range(blocks))
         owners[descriptor] = owner
         self._networks[descriptor] = network
-        self._set_deadline(descriptor, deadline)
         self._epoll.register(descriptor, _EVENTS)
 
     def _set_deadline(self, descriptor: int, deadline: int) -> None:
@@ -201,6 +209,18 @@ class Parking:
         self._deadlines[descriptor] = deadline
         if deadline < self._soonest[descriptor // BLOCK]:
             self._soonest[descriptor // BLOCK] = deadline
+
+    def _after(self, descriptor: int, patience: float | None) -> int:
+        """The end of so many seconds; of a silence, if there is no end: a shorter one at first, so that those who came together
+        are not asked together."""
+        if patience is None:
+            return self._silence(descriptor, random.uniform(0.5, 1.0) * SILENCE)
+        return _milliseconds() + int(patience * 1000)
+
+    def _silence(self, descriptor: int, seconds: float) -> int:
+        """The end of one that lasts so long, or up to a grain less."""
+        phase = self._phases[descriptor // BLOCK]
+        return (_milliseconds() + int(seconds * 1000) - phase) // GRAIN * GRAIN + phase
 
     def take(self, descriptor: int) -> str:
         """Nobody sleeps or is watched there any more; the caller owns the descriptor. Its network."""
@@ -432,7 +452,7 @@ class Parking:
             owner.awake.notify()
         else:
             probe(descriptor)
-            self._deadlines[descriptor] = self._now + 1000 * SILENCE
+            self._deadlines[descriptor] = self._silence(descriptor, SILENCE)
 
     # -- stopping
 
@@ -466,9 +486,3 @@ class Parking:
 
 def _milliseconds() -> int:
     return int(time.monotonic() * 1000)
-
-
-def _deadline(patience: float | None) -> int:
-    """The end of so many seconds; of a silence, if there is no end: at first a shorter one, so that those who came
-    together are not asked together."""
-    return int((time.monotonic() + (random.uniform(0.5, 1.0) * SILENCE if patience is None else patience)) * 1000)

@@ -234,7 +234,7 @@ def test_what_it_can_set_on_a_socket_it_sets(begin: Begin, listener: socket.sock
     assert listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) == 1
     assert listener.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
     assert listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) > 3600, "probes go at the service's own pace"
-    assert listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 225_000, "as long as the probes take"
+    assert listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 300_000, "as long as the probes take"
     assert listener.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) == 2 * 8192
     assert service.stop() == 0
 
