@@ -118,6 +118,7 @@ from comet.generation import ORPHANED_GRACE, Place  # noqa: E402
 from comet.hub import Hub  # noqa: E402
 from comet.kernel import check, limits, memory, processes, sockets  # noqa: E402
 from comet.kernel.stock import stock  # noqa: E402
+from comet.permit import Permit  # noqa: E402
 from comet.server.wsgi import CometServer  # noqa: E402
 from comet.stats import Stats  # noqa: E402
 from comet.subscriptions import Subscriptions  # noqa: E402
@@ -176,7 +177,9 @@ def serve(settings: Settings, listener: socket.socket, data: Path, place: Place 
     except (Denied, ValueError) as error:
         log.error("%s", error)
         return 1
-    hub = Hub(backplane, stats, settings.backlog, Soon())
+    crowded = place is not None and place.workers > limits.cores()
+    permit = Permit(place.board.descriptor, place.worker % limits.cores()) if place is not None and crowded else None
+    hub = Hub(backplane, stats, settings.backlog, Soon(), permit)
     own = _own(place, stats, hub, capacity)
     application = Bottle()
     said = _alone(own, hub) if place is None else partial(_together, place, own, hub if settings.backplane else None)

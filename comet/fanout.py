@@ -5,7 +5,8 @@ inside the publish; many get them in a sweep, a slice of about a millisecond at 
 with the other channels that have something pending. So a direct message passes a broadcast to a
 million, and new requests are read between slices. What is published while a sweep is under way waits
 for the next sweep, in one batch: one write a client however many messages it holds, which is what
-makes falling behind self-limiting.
+makes falling behind self-limiting. Where a service has more workers than cores, a sweep of very many waits for its
+turn among the workers (`comet.permit`).
 
 Pure but for the `schedule` it is given (the loop's) and the subscribers' hosts, whose `deliver` does not
 block. Joins append to a channel; leaves leave holes, which go when no sweep is under way.
@@ -25,6 +26,12 @@ DIRECT = 16
 
 SLICE = 0.0005
 """Seconds that sweeps hold the loop before everything else has its turn."""
+
+MANY = 512
+"""Subscribers of a channel, here, whose sweeps ask for a permit: some milliseconds."""
+
+HOLD = 0.25
+"""Seconds that a permit is kept at most: about 17,000 deliveries, all clients of a full worker."""
 
 MAX_PENDING = 16 << 20
 """Bytes (as `Message.cost` counts) that wait for a channel's next sweep. Beyond it all but the newest
@@ -49,6 +56,16 @@ class Receiver(Protocol):
 
 
 Anyone = TypeVar("Anyone", bound=Receiver)
+
+
+class Permit(Protocol):
+    """See `comet.permit`."""
+
+    def ask(self, granted: Callable[[], None]) -> None:
+        """Have `granted` called when it is this worker's turn."""
+
+    def give_back(self) -> None:
+        """Let the next one have it."""
 
 
 class _Hole:
@@ -107,48 +124,127 @@ class Members(Generic[Anyone]):
 
 
 class Fanout:
-    """`schedule` runs a function soon, behind whatever else is ready to run; `clock` is in seconds."""
+    """`schedule` runs a function soon, behind whatever else is ready to run; `clock` is in seconds. Without a `permit`
+    none is asked for."""
 
-    def __init__(self, schedule: Callable[[Callable[[], None]], None], clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self,
+        schedule: Callable[[Callable[[], None]], None],
+        clock: Callable[[], float] = time.perf_counter,
+        permit: Permit | None = None,
+    ) -> None:
         self._schedule = schedule
         self._clock = clock
+        self._permit = permit
         self._pending: deque[Members[Any]] = deque()
+        self._scheduled = False
+        self._waiting: list[Members[Any]] = []
+        """Those whose sweep needs a permit that is not here."""
+        self._asked = False
+        self._permitted: set[Members[Any]] = set()
+        """Those of `_pending` that are swept by permit."""
+        self._until = 0.0
+        """When that is given back at the latest."""
 
     def deliver(self, members: Members[Any], messages: Sequence[Message]) -> None:
         """Send `messages` of one channel on their way, behind those that are."""
-        if members.batch is None and not members.pending and len(members.present) <= DIRECT:
+        idle = members.batch is None and not members.pending
+        if idle and len(members.present) <= DIRECT:
             for batch in batches(messages):
                 _serve(members.present, batch)
                 _forget(batch)
             return
-        if members.batch is None and not members.pending:
-            self._pending.append(members)
-            if len(self._pending) == 1:
-                self._schedule(self._slice)
         members.pending += messages
         members.waiting += sum(message.cost for message in messages)
         if members.waiting > MAX_PENDING:
             del members.pending[:-1]
             members.waiting = members.pending[0].cost
+        if idle:
+            if self._permit is not None and len(members.present) >= MANY:
+                self._wait_for_turn(members)
+            else:
+                self._begin(members)
 
     def finish(self, members: Members[Any]) -> None:
         """Deliver now all that is pending on a channel, whose subscribers are about to be ended."""
-        if members in self._pending:
+        for those in (self._pending, self._waiting):
+            if members in those:
+                those.remove(members)
+                while self._stride(members):
+                    pass
+        if members in self._permitted:
+            self._leave_turn(members)
+
+    def _begin(self, members: Members[Any]) -> None:
+        self._pending.append(members)
+        if not self._scheduled:
+            self._scheduled = True
+            self._schedule(self._slice)
+
+    # -- by permit
+
+    def _wait_for_turn(self, members: Members[Any]) -> None:
+        if self._permitted:  # it is this worker's turn
+            self._permitted.add(members)
+            self._begin(members)
+        else:
+            self._waiting.append(members)
+            self._ask()
+
+    def _ask(self) -> None:
+        assert self._permit is not None
+        if not self._asked:
+            self._asked = True
+            self._permit.ask(self._take_turn)
+
+    def _take_turn(self) -> None:
+        """The permit is here."""
+        assert self._permit is not None
+        self._asked = False
+        self._until = self._clock() + HOLD
+        waiting, self._waiting = self._waiting, []
+        self._permitted.update(waiting)
+        for members in waiting:
+            self._begin(members)
+        if not waiting:  # they were finished meanwhile
+            self._permit.give_back()
+
+    def _leave_turn(self, members: Members[Any]) -> None:
+        """One of those that are swept by permit needs it no more."""
+        assert self._permit is not None
+        self._permitted.remove(members)
+        if not self._permitted:
+            self._permit.give_back()
+
+    def _end_turn(self) -> None:
+        """The permit's time is over: who has more to do waits for the next."""
+        assert self._permit is not None
+        for members in self._permitted:
             self._pending.remove(members)
-            while self._stride(members):
-                pass
+        self._waiting += self._permitted
+        self._permitted.clear()
+        self._permit.give_back()
+        self._ask()
+
+    # -- slices
 
     def _slice(self) -> None:
         """About `SLICE` seconds of sweeping, a stride of each channel in turn."""
+        self._scheduled = False
         pending = self._pending
         until = self._clock() + SLICE
         while pending:
             members = pending.popleft()
             if self._stride(members):
                 pending.append(members)
+            elif members in self._permitted:
+                self._leave_turn(members)
             if self._clock() >= until:
                 break
-        if pending:
+        if self._permitted and self._clock() >= self._until:
+            self._end_turn()
+        if pending and not self._scheduled:
+            self._scheduled = True
             self._schedule(self._slice)
 
     def _stride(self, members: Members[Any]) -> bool:

@@ -87,11 +87,12 @@ class Orders(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """What a worker has of the service: its number (`worker`, from 0), its listener, its slot of the board,
-    the path of the router's socket, and the end of the lifeline that ends when the supervisor does."""
+    """What a worker has of the service: its number (`worker`, from 0) among how many (`workers`), its listener, its slot
+    of the board, the path of the router's socket, and the end of the lifeline that ends when the supervisor does."""
 
     generation: int
     worker: int
+    workers: int
     listener: socket.socket
     board: Board
     slot: int
@@ -212,7 +213,8 @@ class _Generation:
             if descriptor != listener.fileno():
                 close(descriptor)
         board = Board.open(orders.board)
-        return Place(orders.number, worker, listener, board, orders.first_slot + worker, orders.lifeline, orders.router, orders.events)
+        slot = orders.first_slot + worker
+        return Place(orders.number, worker, orders.workers, listener, board, slot, orders.lifeline, orders.router, orders.events)
 
     def _reap(self) -> None:
         for worker, pid in list(self._workers.items()):

@@ -13,7 +13,7 @@ import gevent
 
 from comet.backplane import Backplane
 from comet.errors import Refusal
-from comet.fanout import Fanout, Feeds, Members
+from comet.fanout import Fanout, Feeds, Members, Permit
 from comet.framing import batches
 from comet.history import Joined
 from comet.message import ChannelInfo, Message, Position, Publication, Receipt, Sent, Since
@@ -33,15 +33,22 @@ AT_ONCE = 100
 
 class Hub:
     """`backlog` is the bytes of messages that may wait for one client; `schedule` runs a function soon,
-    of which several may wait (see `Fanout`, `Feeds`)."""
+    of which several may wait, and `permit` is asked before a sweep of many (see `Fanout`, `Feeds`)."""
 
-    def __init__(self, backplane: Backplane, stats: Stats, backlog: int, schedule: Callable[[Callable[[], None]], None]) -> None:
+    def __init__(
+        self,
+        backplane: Backplane,
+        stats: Stats,
+        backlog: int,
+        schedule: Callable[[Callable[[], None]], None],
+        permit: Permit | None = None,
+    ) -> None:
         self.backlog = backlog
         self.draining = False
         """Set by `drain`: new subscribers are refused."""
         self._backplane = backplane
         self._stats = stats
-        self._fanout = Fanout(schedule)
+        self._fanout = Fanout(schedule, permit=permit)
         self._feeds = Feeds(self._deliver, schedule)
         # a channel's only subscriber stands there itself: most channels are one user's feed
         self._channels: dict[str, Subscriber | Members[Subscriber]] = {}

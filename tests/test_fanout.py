@@ -20,10 +20,11 @@ COST = SLICE / 20
 class World:
     """A fan-out, whose schedule waits for `turn`, and a clock that only deliveries move."""
 
-    def __init__(self) -> None:
+    def __init__(self, permit: "Permit | None" = None) -> None:
         self.now = 0.0
+        self.permit = permit
         self.scheduled: deque[Callable[[], None]] = deque()
-        self.fanout = Fanout(self.scheduled.append, lambda: self.now)
+        self.fanout = Fanout(self.scheduled.append, lambda: self.now, permit)
         self.trace: list[str] = []
         """Names of receivers, as they are served."""
 
@@ -46,6 +47,34 @@ class World:
     def members(self, count: int, name: str = "r") -> "tuple[Members[Receiver], list[Receiver]]":
         receivers = [Receiver(self, f"{name}{number}") for number in range(count)]
         return Members(*receivers), receivers
+
+
+class Permit:
+    """Grants when the test says so."""
+
+    def __init__(self) -> None:
+        self.granted: Callable[[], None] | None = None
+        self.held = False
+        self.asked = 0
+
+    def ask(self, granted: Callable[[], None]) -> None:
+        assert self.granted is None, "asked twice"
+        assert not self.held, "asked by who has it"
+        self.asked += 1
+        self.granted = granted
+
+    def give_back(self) -> None:
+        assert self.held, "given back by who has it not"
+        self.held = False
+
+    def grant(self) -> bool:
+        """Whether somebody waited."""
+        granted, self.granted = self.granted, None
+        if granted is None:
+            return False
+        self.held = True
+        granted()
+        return True
 
 
 class Host:
@@ -480,10 +509,110 @@ def test_the_bound_begins_anew_with_each_sweep(world: World, monkeypatch: pytest
 # -- all of it at once
 
 
+# -- by permit
+
+
+@pytest.fixture
+def crowd(monkeypatch: pytest.MonkeyPatch) -> World:
+    """One of a service's many workers."""
+    monkeypatch.setattr(fanout, "MANY", 100)
+    monkeypatch.setattr(fanout, "HOLD", 20 * SLICE)
+    return World(Permit())
+
+
+def permit_of(world: World) -> Permit:
+    assert world.permit is not None
+    return world.permit
+
+
+def test_a_sweep_of_very_many_waits_for_its_permit(crowd: World) -> None:
+    members, receivers = crowd.members(100)
+    crowd.fanout.deliver(members, Channel().next())
+    crowd.run()
+    assert not crowd.trace
+    permit_of(crowd).grant()
+    assert not crowd.trace, "it goes in slices"
+    crowd.run()
+    assert [one.offsets for one in receivers] == [[1]] * 100
+    assert not permit_of(crowd).held
+
+
+def test_others_are_served_while_it_waits(crowd: World) -> None:
+    very_many, _ = crowd.members(100)
+    many, receivers = crowd.members(99, "b")
+    few, others = crowd.members(1, "c")
+    crowd.fanout.deliver(very_many, Channel().next())
+    crowd.fanout.deliver(many, Channel("b").next())
+    crowd.fanout.deliver(few, Channel("c").next())
+    crowd.run()
+    assert [one.offsets for one in (*receivers, *others)] == [[1]] * 100
+    assert permit_of(crowd).granted is not None
+
+
+def test_what_is_published_while_it_waits_is_part_of_the_sweep(crowd: World) -> None:
+    members, receivers = crowd.members(100)
+    channel = Channel()
+    crowd.fanout.deliver(members, channel.next())
+    crowd.fanout.deliver(members, channel.next(2))
+    permit_of(crowd).grant()
+    crowd.run()
+    assert [one.sizes for one in receivers] == [[3]] * 100
+    assert permit_of(crowd).asked == 1
+
+
+def test_two_channels_share_a_permit(crowd: World) -> None:
+    first, receivers = crowd.members(100)
+    second, others = crowd.members(100, "s")
+    crowd.fanout.deliver(first, Channel().next())
+    crowd.fanout.deliver(second, Channel("b").next())
+    permit_of(crowd).grant()
+    crowd.run()
+    assert [one.offsets for one in (*receivers, *others)] == [[1]] * 200
+    assert permit_of(crowd).asked == 1
+
+
+def test_whose_time_is_over_waits_again(crowd: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fanout, "HOLD", 3 * SLICE)
+    members, receivers = crowd.members(100)  # five slices
+    crowd.fanout.deliver(members, Channel().next())
+    permit_of(crowd).grant()
+    crowd.run()
+    served = len(crowd.trace)
+    assert 0 < served < 100
+    assert not permit_of(crowd).held
+    permit_of(crowd).grant()
+    crowd.run()
+    assert [one.offsets for one in receivers] == [[1]] * 100
+    assert permit_of(crowd).asked == 2
+
+
+def test_a_channel_that_is_finished_gives_its_permit_back(crowd: World) -> None:
+    waiting, receivers = crowd.members(100)
+    crowd.fanout.deliver(waiting, Channel().next())
+    crowd.fanout.finish(waiting)
+    assert [one.offsets for one in receivers] == [[1]] * 100
+    permit_of(crowd).grant()
+    assert not permit_of(crowd).held
+    sweeping, receivers = crowd.members(100)
+    crowd.fanout.deliver(sweeping, Channel("b").next())
+    permit_of(crowd).grant()
+    crowd.turn()
+    assert permit_of(crowd).held
+    crowd.fanout.finish(sweeping)
+    assert not permit_of(crowd).held
+    assert [one.offsets for one in receivers] == [[1]] * 100
+    crowd.run()
+
+
 @pytest.mark.parametrize("seed", range(30))
-def test_any_interleaving_agrees_with_a_model(world: World, seed: int) -> None:
-    """Whoever is there from a message's publication until nothing waits gets it once and in order; who
+@pytest.mark.parametrize("permitted", [False, True])
+def test_any_interleaving_agrees_with_a_model(monkeypatch: pytest.MonkeyPatch, permitted: bool, seed: int) -> None:
+    """With permits or without: whoever is there from a message's publication until nothing waits gets it once and in order; who
     joins may get what was waiting; who left gets nothing more; no channel is forgotten."""
+    monkeypatch.setattr(fanout, "MANY", DIRECT + 8)
+    monkeypatch.setattr(fanout, "HOLD", 3 * SLICE)
+    permit = Permit() if permitted else None
+    world = World(permit)
     rng = random.Random(seed)
     names = "abcd"
     channels = {name: Channel(name) for name in names}
@@ -516,11 +645,20 @@ def test_any_interleaving_agrees_with_a_model(world: World, seed: int) -> None:
                 part(name, receiver)
         elif action < 0.75:
             world.fanout.deliver(members[name], channels[name].next(rng.randint(1, 3)))
+        elif permit is not None and action < 0.8:
+            permit.grant()
+        elif action < 0.82:
+            world.fanout.finish(members[name])
+            assert not members[name].pending
         else:
             world.turn()
         for each in names:
             assert members[each].alive == len(there[each]), seed
-    world.run()
+    while world.run() or (permit is not None and permit.grant()):
+        pass
+    if permit is not None:
+        assert not permit.held, "kept for ever"
+        assert permit.asked > 5
     for name in names:
         head = channels[name].head
         for receiver in there[name]:

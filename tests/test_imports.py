@@ -40,6 +40,7 @@ ALLOWED: dict[str, set[str]] = {
     "comet.settings": set(),
     "comet.stats": set(),
     "comet.turn": set(),
+    "comet.permit": set(),
     "comet.collector": {"comet.stats"},
     "comet.kernel": set(),
     "comet.kernel.check": {"comet.kernel"},
