@@ -44,12 +44,12 @@ MAX_WAITING = 16 << 20
 READ_SIZE = 1 << 18
 """Bytes taken of a link before the others have their turn."""
 
-REST_A_WORKER = 0.00025
-"""Seconds between two turns of the loop, for each worker that is one too many (`limits.crowding`). Caches are cold then, and to wake one
-costs 100 us, whatever for; 60 workers on two cores are woken 4,000 times a second at most then, for several messages each.
-What comes after a while of silence is handled at once."""
+REST_A_WORKER = 0.001
+"""Seconds between two turns of the loop, for each worker that the first has woken and that is one too many
+(`limits.crowding`). Their caches are cold, and to wake one costs 100 us, whatever for: 60 on two cores are woken 1,000
+times a second then, for several messages each. Who has woken few, as a message to one client does, does not rest."""
 
-MOST_REST = 0.02
+MOST_REST = 0.06
 
 TICK = 1.0
 """Seconds between two looks at what is past its time, and two beats."""
@@ -174,8 +174,7 @@ class Router:
         if rest > 0:
             time.sleep(rest)
         events = self._epoll.poll(0 if self._dirty else timeout)
-        if events:
-            self._rests_until = time.monotonic() + self.rest
+        began = time.monotonic()
         for descriptor, event in events:
             link = self.links.get(descriptor)
             if link is not None:
@@ -188,13 +187,14 @@ class Router:
                 self._accept()
             else:
                 going = False
+        if self._dirty:
+            self._rests_until = began + self.rest(len(self._dirty))
         self._flush()
         return going
 
-    @property
-    def rest(self) -> float:
-        """Seconds from the beginning of a turn that has something to do to the next: see `REST_A_WORKER`."""
-        return min(MOST_REST, limits.crowding(len(self.links), self._cores) * REST_A_WORKER)
+    def rest(self, woken: int) -> float:
+        """Seconds from the beginning of a turn that has something for so many workers to the next: see `REST_A_WORKER`."""
+        return min(MOST_REST, limits.crowding(woken, self._cores) * REST_A_WORKER)
 
     def close(self) -> None:
         """End all links."""

@@ -117,9 +117,8 @@ def test_with_more_workers_than_cores_what_comes_within_a_rest_is_handled_togeth
     subscriber.say(frames.Subscribe(1, ["a"], [None]))
     served.turn()
     subscriber.heard()
-    assert served.router.rest == 0, "two workers a core are no crowd"
-    monkeypatch.setattr(served.router, "_cores", 1)
-    monkeypatch.setattr(router_module, "REST_A_WORKER", 0.02)
+    monkeypatch.setattr(served.router, "_cores", 0)  # the publisher and the subscriber are two too many
+    monkeypatch.setattr(router_module, "REST_A_WORKER", 0.01)
     time.sleep(0.03)
     publisher.say(frames.Publish(2, [Publication("a", b"1")]))
     began = time.monotonic()
@@ -135,9 +134,11 @@ def test_with_more_workers_than_cores_what_comes_within_a_rest_is_handled_togeth
     assert other.answer()
 
 
-def test_a_rest_is_short_however_many_there_are(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(served.router, "_cores", -10_000)
-    assert served.router.rest == router_module.MOST_REST
+def test_who_has_woken_few_does_not_rest_and_a_rest_is_short_whatever_was_done(served: Served) -> None:
+    few = 2 * limits.cores()
+    assert served.router.rest(0) == served.router.rest(few) == 0
+    assert 0 < served.router.rest(few + 1) < served.router.rest(few + 10) < router_module.MOST_REST
+    assert served.router.rest(10_000) == router_module.MOST_REST
 
 
 def test_what_is_sent_byte_by_byte_is_whole_in_the_end() -> None:
