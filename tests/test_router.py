@@ -14,6 +14,7 @@ import pytest
 from comet import router as router_module
 from comet.backplane import frames
 from comet.backplane.memory import Bounds
+from comet.kernel import limits
 from comet.message import Position, Publication
 from comet.router import Router
 from tests.contracts.suite import Clock
