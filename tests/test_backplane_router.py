@@ -698,10 +698,10 @@ def test_messages_pending_in_a_sweep_come_before_the_gap(start: Open) -> None:
     assert not any(reader.got for reader in readers)
     service.restart()
     publish(two, "a", "3")
-    wait_until(lambda: len(held) == 2)
+    wait_until(lambda: one.hub._fanout._pending)
+    one.hub._fanout._schedule = gevent.get_hub().loop.run_callback
     for sweep in held:
         sweep()
-    one.hub._fanout._schedule = gevent.get_hub().loop.run_callback
     publish(two, "a", "4")
     wait_until(lambda: all(reader.got[-1:] == ["4"] for reader in readers))
     assert {tuple(reader.got) for reader in readers} == {("1", "2", "GAP", "3", "4")}

@@ -39,7 +39,7 @@ from comet.message import ChannelInfo, Message, Position, Publication, Receipt, 
 LINGER = 5.0
 """Seconds that the worker stays logged in to a channel that has lost its last subscriber here."""
 
-INTEREST = 0.02
+INTEREST = 0.1
 """Seconds that changes of subscriber counts wait for each other, or for a call, which they precede: a
 poll that ends and the next one cancel out."""
 
