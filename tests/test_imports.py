@@ -95,6 +95,7 @@ ALLOWED: dict[str, set[str]] = {
     "comet.backplane.redis_dial": set(),
     # the server, which knows a subscriber only by its small interface
     "comet.server": set(),
+    "comet.server.body": SERVER,
     "comet.server.connection": SERVER,
     "comet.server.crew": SERVER,
     "comet.server.http": SERVER,
@@ -102,6 +103,7 @@ ALLOWED: dict[str, set[str]] = {
     "comet.server.posts": SERVER,
     "comet.server.proxies": SERVER,
     "comet.server.short": SERVER,
+    "comet.server.transport": SERVER,
     "comet.server.wsgi": SERVER,
     # the endpoints: none knows another
     "handlers": {*HANDLER, "handlers"},
