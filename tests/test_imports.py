@@ -52,7 +52,19 @@ ALLOWED: dict[str, set[str]] = {
     # the processes, which have no greenlets
     "comet.generation": PROCESSES,
     "comet.policy": {"comet.settings", "comet.kernel"},
-    "comet.supervisor": {*PROCESSES, "comet.generation", "comet.policy", "comet.service", "comet.systemd"},
+    "comet.listeners": {"comet.settings", "comet.kernel"},
+    "comet.loop": set(),
+    "comet.children": {"comet.board", "comet.generation", "comet.kernel", "comet.policy"},
+    "comet.supervisor": {
+        *PROCESSES,
+        "comet.children",
+        "comet.generation",
+        "comet.listeners",
+        "comet.loop",
+        "comet.policy",
+        "comet.service",
+        "comet.systemd",
+    },
     "comet.message": {"comet.errors"},
     # the way of a message
     "comet.framing": {"comet.message"},
