@@ -183,6 +183,11 @@ def test_the_supervisor_does_not_even_load_gevent() -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
+def test_without_a_backplane_in_redis_its_client_is_not_loaded() -> None:
+    code = "import sys, app; sys.exit('redis' in sys.modules or 'hiredis' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
 def test_nothing_imports_the_composition_root() -> None:
     everything = [path for folder in ("comet", "handlers", "loadtest", "tests", "deploy") for path in (ROOT / folder).rglob("*.py")]
     assert not [path for path in everything if "app" in imports(path, str(path))]
