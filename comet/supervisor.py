@@ -331,7 +331,7 @@ class Supervisor:
         for number, worker in list(one.workers.items()):
             if worker.pid == 0 or not worker.lives():
                 del one.workers[number]
-                self._board.clear(one.slot(number))
+                self._forget(one, number)
             elif worker.killed:
                 os.kill(worker.pid, signal.SIGKILL)
         if one.leaving:
@@ -351,7 +351,7 @@ class Supervisor:
         worker = one.workers.pop(number, None)
         if worker is None:
             return  # its end was seen before it was told
-        self._board.clear(one.slot(number))
+        self._forget(one, number)
         if one.leaving:
             if not one.workers:
                 self._empty(one)
@@ -373,6 +373,13 @@ class Supervisor:
             return
         log.error("worker %d (process %d) %s; starting another in %.2g s", number, worker.pid, describe(status), delay)
         self._loop.later(delay, lambda: self._fork(one, number))
+
+    def _forget(self, one: Generation, number: int) -> None:
+        """A worker has ended: its slot is free, and what it had counted stays the service's."""
+        said = self._board.look(one.slot(number))
+        if said is not None:
+            service.add(self._ended_counts, said.document, service.LASTING)
+        self._board.clear(one.slot(number))
 
     # -- the router
 

@@ -346,6 +346,21 @@ def test_a_supervisor_that_was_stopped_blames_nobody(begin: Begin) -> None:
     assert service.workers() == before
 
 
+def test_what_workers_have_counted_outlives_them(begin: Begin) -> None:
+    service = begin("--workers", "2", "--grace", "1")
+    for number in range(10):
+        service.publish("a", str(number))
+    before = service.workers()
+    service.process.send_signal(signal.SIGHUP)
+    service.counted("generation", 2)
+    service.gone(*before.values())
+    wait_until(lambda: service.stats()["published"] == 10)
+    for pid in service.workers().values():
+        os.kill(pid, signal.SIGKILL)
+    service.counted("worker_restarts", 2)
+    wait_until(lambda: service.stats()["published"] == 10)
+
+
 # -- reloads
 
 
