@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from comet import database, generation, systemd
+from comet import database, generation, listeners, systemd
 from comet import log as logs
 from comet import settings as knobs
 from comet.settings import Settings
@@ -84,7 +84,8 @@ def greet(settings: Settings, address: tuple[str, int], clients: int) -> None:
 
 
 orders = generation.Orders.take(os.environ) if __name__ == "__main__" else None
-if __name__ == "__main__" and orders is None and knobs.parse(sys.argv[1:]).workers:
+asked = knobs.parse(sys.argv[1:]) if __name__ == "__main__" else Settings()
+if asked.workers and orders is None:
     from comet import supervisor
 
     passed, notifier = take_over()
@@ -110,21 +111,23 @@ from gevent.event import Event  # noqa: E402
 import handlers  # noqa: E402
 from comet import collector, service  # noqa: E402
 from comet.backplane.memory import Bounds, MemoryBackplane  # noqa: E402
-from comet.backplane.redis import RedisBackplane  # noqa: E402
-from comet.backplane.redis_dial import Denied  # noqa: E402
 from comet.backplane.router import RouterBackplane  # noqa: E402
 from comet.board import ROUTER, SUPERVISOR  # noqa: E402
 from comet.generation import ORPHANED_GRACE, Place  # noqa: E402
 from comet.hub import Hub  # noqa: E402
-from comet.kernel import check, limits, memory, processes, sockets  # noqa: E402
+from comet.kernel import check, limits, memory, processes  # noqa: E402
 from comet.kernel.stock import stock  # noqa: E402
 from comet.permit import Permit  # noqa: E402
 from comet.server.wsgi import CometServer  # noqa: E402
 from comet.stats import Stats  # noqa: E402
 from comet.subscriptions import Subscriptions  # noqa: E402
-from comet.subscriptions_redis import RedisSubscriptions, connect  # noqa: E402
 from comet.turn import Soon  # noqa: E402
 from handlers.params import Context  # noqa: E402
+
+if asked.backplane:  # only then: Redis' client is much of what a worker has for itself. And here, before any fork
+    from comet.backplane.redis import RedisBackplane
+    from comet.backplane.redis_dial import Denied
+    from comet.subscriptions_redis import RedisSubscriptions, connect
 
 
 def main(arguments: list[str]) -> int:
@@ -132,8 +135,8 @@ def main(arguments: list[str]) -> int:
     passed, notifier = take_over()
     settings = prepare(arguments, passed)
     limits.raise_file_limit()
-    listener = _listener(settings, passed)
-    if listener is None:
+    listening = listeners.listen(settings, passed, workers=0)
+    if listening is None:
         return 1
     planned = settings.max_connections or min(capacity_of(settings), check.UNPLANNED)
     port = passed[0].getsockname()[1] if passed else settings.port
@@ -142,22 +145,7 @@ def main(arguments: list[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="comet-", ignore_cleanup_errors=True) as temporary:
         if not settings.data:
             prepare_data(Path(temporary), whole=False)
-        return serve(settings, listener, Path(settings.data or temporary), None, notifier)
-
-
-def _listener(settings: Settings, passed: Sequence[socket.socket]) -> socket.socket | None:
-    """The one that was passed on, or one of our own; None, and a sentence in the log, where there can't be one."""
-    if len(passed) > 1:
-        log.error("%d sockets were passed on, and one process serves one: set --workers to %d or more", len(passed), len(passed))
-        return None
-    for listener in passed:
-        sockets.tune(listener, settings.send_buffer, settings.send_timeout)
-        return listener
-    try:
-        return sockets.listen(settings.host, settings.port, settings.send_buffer, settings.send_timeout)
-    except OSError as error:
-        log.error("can't listen on %s port %d: %s. Choose another with --host and --port.", settings.host, settings.port, error)
-        return None
+        return serve(settings, listening[0], Path(settings.data or temporary), None, notifier)
 
 
 def capacity_of(settings: Settings) -> int:
@@ -172,75 +160,96 @@ def serve(settings: Settings, listener: socket.socket, data: Path, place: Place 
     get_hub().print_exception = logs.failed_outside
     capacity = capacity_of(settings)
     stats = Stats()
-    try:
-        backplane = _backplane(settings, place)
-    except (Denied, ValueError) as error:
-        log.error("%s", error)
+    backplane = _backplane(settings, place)
+    if backplane is None:
         return 1
-    crowded = place is not None and place.workers > limits.cores()
-    permit = Permit(place.board.descriptor, place.worker % limits.cores()) if place is not None and crowded else None
-    hub = Hub(backplane, stats, settings.backlog, Soon(), permit)
+    hub = Hub(backplane, stats, settings.backlog, Soon(), _permit(place))
     own = _own(place, stats, hub, capacity)
-    application = Bottle()
     said = _alone(own, hub) if place is None else partial(_together, place, own, hub if settings.backplane else None)
     subscriptions = _subscriptions(settings, data)
-    context = Context(hub, subscriptions, settings, stats, said, place.worker if place else 0)
-    handlers.mount(application, context)
-    roll = logs.Roll() if settings.log_clients else None
-    if roll is not None:
-        hub.left = roll.left
-    reader, caller = handlers.reader(application, context), handlers.caller(application, context)
-    server = CometServer(listener, application, reader, caller, hub, settings, stats, capacity, roll)
-    stopping = Event()
-    grace = settings.grace
-
-    def on_signal() -> None:
-        if stopping.is_set() and place is None:
-            log.warning("a second signal: stopping at once")
-            sys.exit(1)
-        stopping.set()  # a worker may well be told twice, and its supervisor is who loses patience
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        gevent.signal_handler(number, on_signal)
+    server = _server(listener, Context(hub, subscriptions, settings, stats, said, place.worker if place else 0), capacity)
+    stopping = _Stopping(settings.grace, place)
     collector.set_up(stats)
     server.start()
-    gevent.spawn(_every_second, lambda: stats.sample(time.monotonic()))
     if isinstance(backplane, MemoryBackplane):
         gevent.spawn(_every_second, backplane.expire)
     else:
         backplane.start()
+
+    def beat() -> None:
+        stats.sample(time.monotonic())
+        if place is not None:
+            place.board.write(place.slot, own())  # from the loop, so that one that is stuck is noticed
+
+    beat()
+    gevent.spawn(_every_second, beat)
     if place is None:
         greet(settings, listener.getsockname(), capacity)
         _speak(notifier, stats, capacity)
     else:
-
-        def abandoned() -> None:
-            nonlocal grace
-            alone.stop()
-            log.warning("the supervisor is gone: stopping")
-            generation.clean_up(place.router)
-            grace = min(grace, ORPHANED_GRACE)
-            stopping.set()
-
-        alone = get_hub().loop.io(place.lifeline, 1)
-        alone.start(abandoned)
-        place.board.write(place.slot, own())
-        # from the loop, so that one that is stuck is noticed
-        gevent.spawn(_every_second, lambda: place.board.write(place.slot, own()))
         place.ready()
     stopping.wait()
 
     log.info("stopping: %d connections", stats.connections)
-    notifier.stopping(grace + STOPPING)
+    notifier.stopping(stopping.grace + STOPPING)
     server.drain()
-    hub.drain(SPREAD * grace)
-    late = server.join(grace)
+    hub.drain(SPREAD * stopping.grace)
+    late = server.join(stopping.grace)
     subscriptions.close()
     backplane.close()
     if place is not None:
         place.board.write(place.slot, own())  # the supervisor keeps what was counted
-    log.info("stopped; cut off after %g s: %d", grace, late) if late else log.info("stopped")
+    log.info("stopped; cut off after %g s: %d", stopping.grace, late) if late else log.info("stopped")
     return 0
+
+
+def _permit(place: Place | None) -> Permit | None:
+    """Whose turn it is to send to very many is of interest where there are more workers than cores."""
+    if place is None or place.workers <= limits.cores():
+        return None
+    return Permit(place.board.descriptor, place.worker % limits.cores())
+
+
+class _Stopping:
+    """The word to stop, from now on: a signal, or that a worker's supervisor is gone. `grace` is how many seconds it may take."""
+
+    def __init__(self, grace: float, place: Place | None) -> None:
+        self.grace = grace
+        self._place = place
+        self._told = Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            gevent.signal_handler(number, self._on_signal)
+        if place is not None:
+            self._lifeline = get_hub().loop.io(place.lifeline, 1)
+            self._lifeline.start(self._abandoned, place)
+
+    def wait(self) -> None:
+        """Until it comes."""
+        self._told.wait()
+
+    def _on_signal(self) -> None:
+        if self._told.is_set() and self._place is None:
+            log.warning("a second signal: stopping at once")
+            sys.exit(1)
+        self._told.set()  # a worker may well be told twice, and its supervisor is who loses patience
+
+    def _abandoned(self, place: Place) -> None:
+        self._lifeline.stop()
+        log.warning("the supervisor is gone: stopping")
+        generation.clean_up(place.router)
+        self.grace = min(self.grace, ORPHANED_GRACE)
+        self._told.set()
+
+
+def _server(listener: socket.socket, context: Context, capacity: int) -> CometServer:
+    """The endpoints, on the listener."""
+    application = Bottle()
+    handlers.mount(application, context)
+    reader, caller = handlers.reader(application, context), handlers.caller(application, context)
+    roll = logs.Roll() if context.settings.log_clients else None
+    if roll is not None:
+        context.hub.left = roll.left
+    return CometServer(listener, application, reader, caller, context.hub, context.settings, context.stats, capacity, roll)
 
 
 def _speak(notifier: systemd.Notifier, stats: Stats, capacity: int) -> None:
@@ -267,16 +276,20 @@ def _speak(notifier: systemd.Notifier, stats: Stats, capacity: int) -> None:
     gevent.spawn(live)
 
 
-def _backplane(settings: Settings, place: Place | None) -> MemoryBackplane | RouterBackplane | RedisBackplane:
-    """Raises Denied and ValueError, with a sentence, where there can't be one."""
+def _backplane(settings: Settings, place: Place | None) -> "MemoryBackplane | RouterBackplane | RedisBackplane | None":
+    """None, and a sentence in the log, where there can't be one."""
     if settings.backplane:
-        return RedisBackplane.of(settings)
+        try:
+            return RedisBackplane.of(settings)
+        except (Denied, ValueError) as error:
+            log.error("%s", error)
+            return None
     if place is None:
         return MemoryBackplane(Bounds.of(settings))
     return RouterBackplane(place.router, settings.backplane_timeout)
 
 
-def _subscriptions(settings: Settings, data: Path) -> Subscriptions | RedisSubscriptions:
+def _subscriptions(settings: Settings, data: Path) -> "Subscriptions | RedisSubscriptions":
     """Where the messages are ordered for many machines, there they are too."""
     if not settings.backplane:
         return Subscriptions(data)
@@ -328,12 +341,12 @@ if __name__ == "__main__":
     if orders is None:
         sys.exit(main(sys.argv[1:]))
     inherited = [stock(socket, "socket")(fileno=os.dup(descriptor)) for descriptor in orders.listeners]
-    asked = prepare(sys.argv[1:], inherited)
+    settings = prepare(sys.argv[1:], inherited)
     for one in inherited:
         one.close()
     _ = gevent.config.loop, gevent.config.resolver, gevent.config.threadpool  # these import what each worker would import for itself
     assert get_hub_if_exists() is None, "processes can't share an event loop"
-    folder = Path(asked.data) if asked.data else Path(orders.router).parent  # the supervisor removes that one
-    if not asked.data:
+    folder = Path(settings.data) if settings.data else Path(orders.router).parent  # the supervisor removes that one
+    if not settings.data:
         prepare_data(folder, whole=False)
-    sys.exit(generation.run(orders, lambda place: serve(asked, place.listener, folder, place, systemd.Notifier())))
+    sys.exit(generation.run(orders, lambda place: serve(settings, place.listener, folder, place, systemd.Notifier())))

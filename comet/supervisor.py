@@ -3,8 +3,8 @@
 Standard library only, no greenlets, no threads: it must outlive everything that can go wrong in the
 others. It owns what may never be lost, hands it on as descriptors, and decides what is restarted:
 
-- the listeners, one a worker, bound before anything is executed: what waits in the queue of a worker
-  that died is served by the next one. Or those that a service manager passed on, and no others;
+- the listeners (`comet.listeners`), one a worker, bound before anything is executed: what waits in the queue of a
+  worker that died is served by the next one. Or those that a service manager passed on, and no others;
 - the router's Unix socket, the board (`comet.board`), and the *lifeline*, a pipe that nobody writes to:
   it ends when this process does, and then so do all the others;
 - the router process (`comet.router`), where no Redis is in its place, and a generation of workers (`comet.generation`).
@@ -13,33 +13,31 @@ A new generation (SIGHUP) is the program executed anew: new code. Until it is re
 then the old one drains. Should the process that forks a generation die, the kernel gives its workers
 to this process as children, and they go on until the next generation is ready.
 
-All happens in one loop, `Supervisor.run`: signals, what generations say, and what is due. It alone speaks to the
-service manager, if there is one (`comet.systemd`).
+All happens in one loop, `Supervisor.run` (`comet.loop`): signals, what generations report, and what is due. What the
+processes are to it, and how it tells them, is `comet.children`; the rules by which it decides are `comet.policy`. It alone
+speaks to the service manager, if there is one (`comet.systemd`).
 """
 
-import heapq
 import logging
-import math
 import os
-import select
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-from comet import generation, service, systemd
+from comet import listeners, service, systemd
 from comet.board import FIRST_WORKER, ROUTER, SUPERVISOR, Board
+from comet.children import Generation, Reports, Router, Worker
+from comet.generation import Orders
 from comet.kernel import check, limits, sockets
 from comet.kernel.processes import adopt_orphans, waitpid
+from comet.loop import Loop
 from comet.policy import MOST_DEATHS, CrashLoop, Plan, Restarts, Vigil, describe, plan
 from comet.settings import Settings
 
@@ -60,43 +58,6 @@ Greet = Callable[[Settings, Any, int], None]
 log = logging.getLogger("comet.supervisor")
 
 
-@dataclass(slots=True, eq=False)
-class _Worker:
-    number: int
-    born: float
-    pid: int = 0  # until it has said so
-    ready: bool = False
-    killed: bool = False  # as hung, or because it took too long to drain
-
-
-@dataclass(slots=True, eq=False)
-class _Generation:
-    number: int
-    bank: int
-    born: float
-    process: subprocess.Popen[bytes]
-    restarts: list[Restarts]
-    workers: dict[int, _Worker] = field(default_factory=dict)
-    ready: bool = False
-    leaving: bool = False
-    orphaned: bool = False
-    """Its process has died: its workers are children of the supervisor."""
-
-    def __str__(self) -> str:
-        return f"generation {self.number}"
-
-    def command(self, text: str) -> None:
-        """Tell its process. One that has died is noticed otherwise; one that doesn't read is killed."""
-        assert self.process.stdin is not None
-        try:
-            os.write(self.process.stdin.fileno(), text.encode() + b"\n")
-        except BrokenPipeError:
-            return
-        except BlockingIOError:
-            log.error("%s does not read what it is told: killing it", self)
-            self.process.kill()
-
-
 class Supervisor:
     """`program` is how this very program was started: the generations are started the same way.
     `arguments` are its own, for the router. `passed` are listeners that were passed on, if any were."""
@@ -115,15 +76,14 @@ class Supervisor:
         self._arguments = arguments
         self._greet = greet
         self._plan = Plan(0, 0, 0, [])
-        self._listeners = list(passed)
+        self._passed = passed
         self._notifier = notifier
         self._vigil = Vigil(2 * (settings.hang_limit + MARGIN))
         self._told = False
         """The manager knows that the service is ready."""
-        self._generations: list[_Generation] = []
+        self._generations: list[Generation] = []
         self._numbers = count(1)
-        self._router: subprocess.Popen[bytes] | None = None
-        self._router_born = 0.0
+        self._router: Router | None = None
         self._router_restarts = Restarts()
         self._generation_restarts = Restarts()
         self._greeted = False
@@ -131,9 +91,6 @@ class Supervisor:
         self._stopping = False
         self._finished = False
         self._status = 0
-        self._due: list[tuple[float, int, Callable[[], None]]] = []
-        self._sequence = count()
-        self._events = b""
         self._looked = time.monotonic()
         self._amnesty = 0.0
         self._counts = Counter[str]()
@@ -149,14 +106,16 @@ class Supervisor:
         self._plan = plan(
             settings.workers, settings.clients, settings.max_connections, file_limit, limits.system_files(), limits.cores()
         )  # fmt: skip
-        port = self._listeners[0].getsockname()[1] if self._listeners else settings.port
+        port = self._passed[0].getsockname()[1] if self._passed else settings.port
         asked = check.Plan(self._plan.clients, port, self._plan.workers, settings.hibernate)
         for warning in (*self._plan.warnings, *check.warnings(asked)):
             log.warning("%s", warning)
         adopt_orphans()
         self._open()  # signals are kept from here on: one that comes early must not leave the folder behind
-        if not self._listen():
+        listening = listeners.listen(settings, self._passed, self._plan.workers)
+        if listening is None:
             return 1
+        self._listeners = listening
         folder = Path(tempfile.mkdtemp(prefix="comet-", dir=systemd.runtime_folder(os.environ)))
         try:
             path = folder / "router"
@@ -173,7 +132,7 @@ class Supervisor:
             try:
                 self._start_router()
                 self._start_generation()
-                self._later(LOOK, self._look)
+                self._loop.later(LOOK, self._look)
                 self._sign()
                 while not self._finished:
                     self._step()
@@ -183,49 +142,15 @@ class Supervisor:
             shutil.rmtree(folder, ignore_errors=True)  # who noticed the end first may have removed it
         return self._status
 
-    def _listen(self) -> bool:
-        """On what was passed on, or on an address of our own; whether that can be."""
-        settings, count = self._settings, len(self._listeners)
-        if count > self._plan.workers:
-            log.error("%d sockets were passed on to %d workers: set --workers to %d or more", count, self._plan.workers, count)
-            return False
-        for listener in self._listeners:
-            sockets.tune(listener, settings.send_buffer, settings.send_timeout)
-        if count:
-            log.info("%d workers accept on what was passed on: %d socket%s", self._plan.workers, count, "s" if count > 1 else "")
-            return True
-        try:
-            self._listeners = sockets.listen_together(
-                settings.host, settings.port, self._plan.workers, settings.send_buffer, settings.send_timeout
-            )
-        except OSError as error:
-            log.error("can't listen on %s port %d: %s. Choose another with --host and --port.", settings.host, settings.port, error)
-            return False
-        return True
-
     def _open(self) -> None:
         """What the loop waits on, and what the others inherit."""
-        self._board = Board.create(2 + BANKS * self._plan.workers)
+        self._board = Board.create(FIRST_WORKER + BANKS * self._plan.workers)
         self._lifeline, self._lifeline_held = os.pipe()
-        self._heard, self._said = os.pipe()
-        self._wakeup, wake = os.pipe()
-        for descriptor in (self._heard, self._wakeup, wake):
-            os.set_blocking(descriptor, False)
-        signal.set_wakeup_fd(wake)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
-            signal.signal(number, lambda number, frame: None)  # its number arrives at the other end of `wake`
-        self._poll = select.poll()
-        for descriptor in (self._heard, self._wakeup):
-            self._poll.register(descriptor, select.POLLIN)
+        self._reports = Reports()
+        self._loop = Loop((signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD), [self._reports.descriptor])
 
     def _step(self) -> None:
-        now = time.monotonic()
-        timeout = max(0.0, self._due[0][0] - now) if self._due else LOOK
-        self._poll.poll(math.ceil(timeout * 1000))
-        try:
-            numbers = os.read(self._wakeup, 4096)
-        except BlockingIOError:
-            numbers = b""
+        numbers = self._loop.wait(LOOK)
         self._hear()
         if signal.SIGCHLD in numbers:
             self._reap()
@@ -235,30 +160,18 @@ class Supervisor:
             elif number == signal.SIGHUP:
                 self._reload_wanted = True
         self._reload_if_wanted()
-        while self._due and self._due[0][0] <= time.monotonic():
-            heapq.heappop(self._due)[2]()
+        self._loop.run_due()
 
-    def _later(self, seconds: float, work: Callable[[], None]) -> None:
-        heapq.heappush(self._due, (time.monotonic() + seconds, next(self._sequence), work))
-
-    # -- what generations say
+    # -- what generations report
 
     def _hear(self) -> None:
-        while True:
-            try:
-                data = os.read(self._heard, 65536)
-            except BlockingIOError:
-                return
-            *lines, self._events = (self._events + data).split(b"\n")
-            for line in lines:
-                self._heard_of(line.decode())
+        for what, number, more in self._reports.read():
+            one = next((one for one in self._generations if one.number == number), None)
+            if one is not None:  # else it was given up, and this is its last word
+                self._heard(one, what, more)
 
-    def _heard_of(self, line: str) -> None:
-        what, number, *rest = line.split()
-        one = next((one for one in self._generations if one.number == int(number)), None)
-        if one is None:
-            return  # it was given up, and this is its last word
-        match what, [int(text) for text in rest]:
+    def _heard(self, one: Generation, what: str, more: list[int]) -> None:
+        match what, more:
             case "loaded", []:
                 if not one.leaving:
                     for worker in range(self._plan.workers):
@@ -272,15 +185,15 @@ class Supervisor:
             case "died", [worker, pid, status]:
                 self._worker_died(one, worker, status)
             case _:
-                raise ValueError(f"a generation said: {line}")
+                raise ValueError(f"{one} said: {what} {more}")
 
-    def _born(self, one: _Generation, number: int, pid: int) -> None:
-        worker = one.workers.setdefault(number, _Worker(number, time.monotonic()))
+    def _born(self, one: Generation, number: int, pid: int) -> None:
+        worker = one.workers.setdefault(number, Worker(number, time.monotonic()))
         worker.pid = pid
-        if one.orphaned and not self._ours(worker):
+        if one.orphaned and not worker.lives():
             self._worker_died(one, number, -signal.SIGKILL)
         elif one.leaving:
-            self._signal(one, worker, signal.SIGTERM)
+            one.signal(worker, signal.SIGTERM)
 
     # -- generations
 
@@ -288,37 +201,27 @@ class Supervisor:
         """Execute the program anew. It forks its workers when it has loaded."""
         if self._stopping:
             return
-        banks = set(range(BANKS)) - {one.bank for one in self._generations}
+        workers = self._plan.workers
+        banks = set(range(FIRST_WORKER, FIRST_WORKER + BANKS * workers, workers)) - {one.first_slot for one in self._generations}
         if not banks:  # crash upon crash: who drains longest makes room
             oldest = self._generations[0]
             log.warning("%s still drains, and is in the way of the next: killing it", oldest)
             self._kill(oldest)
-            self._later(0.1, self._start_generation)
+            self._loop.later(0.1, self._start_generation)
             return
-        number, bank = next(self._numbers), min(banks)
-        orders = generation.Orders(
-            number, self._plan.workers, [listener.fileno() for listener in self._listeners], self._board.descriptor,
-            2 + bank * self._plan.workers, self._lifeline, self._said, self._router_path,
+        orders = Orders(
+            next(self._numbers), workers, [listener.fileno() for listener in self._listeners], self._board.descriptor,
+            min(banks), self._lifeline, self._reports.inherited, self._router_path,
         )  # fmt: skip
-        process = subprocess.Popen(  # noqa: S603 - the very program that runs here
-            self._program,
-            stdin=subprocess.PIPE,
-            pass_fds=orders.descriptors(),
-            env={**os.environ, generation.VARIABLE: orders.text()},
-            process_group=0,  # a Ctrl-C in a terminal is for this process: it ends the others in order
-        )
-        assert process.stdin is not None
-        os.set_blocking(process.stdin.fileno(), False)
-        one = _Generation(number, bank, time.monotonic(), process, [Restarts() for _ in range(self._plan.workers)])
+        one = Generation.start(self._program, orders)
         self._generations.append(one)
-        self._later(2 * self._settings.hang_limit, lambda: self._check_ready(one))
+        self._loop.later(2 * self._settings.hang_limit, lambda: self._check_ready(one))
 
-    def _fork(self, one: _Generation, number: int) -> None:
+    def _fork(self, one: Generation, number: int) -> None:
         if not self._stopping and not one.leaving and not one.orphaned:
-            one.workers[number] = _Worker(number, time.monotonic())
-            one.command(f"fork {number}")
+            one.fork(number)
 
-    def _is_ready(self, one: _Generation) -> None:
+    def _is_ready(self, one: Generation) -> None:
         """Once all its workers are."""
         if (
             one.ready
@@ -337,11 +240,11 @@ class Supervisor:
             if other is not one:
                 self._leave(other)
 
-    def _check_ready(self, one: _Generation) -> None:
+    def _check_ready(self, one: Generation) -> None:
         if one in self._generations and not one.ready and not one.leaving:
             self._unfit(one, f"was not ready after {2 * self._settings.hang_limit:g} s")
 
-    def _unfit(self, one: _Generation, why: str) -> None:
+    def _unfit(self, one: Generation, why: str) -> None:
         """A generation that never got ready."""
         if any(other.ready and not other.leaving and not other.orphaned for other in self._generations):
             self._counts["failed_reloads"] += 1
@@ -355,7 +258,7 @@ class Supervisor:
             self._discard(one)
             self._restart_generation(one, why)
 
-    def _restart_generation(self, one: _Generation, why: str) -> None:
+    def _restart_generation(self, one: Generation, why: str) -> None:
         self._counts["generation_restarts"] += 1
         try:
             delay = self._generation_restarts.after(time.monotonic() - one.born, one.ready)
@@ -363,7 +266,7 @@ class Supervisor:
             self._give_up(f"{one} {why}, as did {MOST_DEATHS - 1} before it; what is wrong should stand above")
             return
         log.error("%s %s; starting another in %.2g s", one, why, delay)
-        self._later(delay, self._start_generation)
+        self._loop.later(delay, self._start_generation)
 
     def _reload_if_wanted(self) -> None:
         """A new generation, once nothing else is under way."""
@@ -377,26 +280,26 @@ class Supervisor:
             self._notifier.reloading()
             self._start_generation()
 
-    def _leave(self, one: _Generation) -> None:
+    def _leave(self, one: Generation) -> None:
         """Drain it, and kill what is left after the grace time."""
         if one.leaving:
             return
         one.leaving = True
         for worker in one.workers.values():
-            self._signal(one, worker, signal.SIGTERM)
+            one.signal(worker, signal.SIGTERM)
         if one.workers:
-            self._later(self._settings.grace + MARGIN, lambda: self._kill(one))
+            self._loop.later(self._settings.grace + MARGIN, lambda: self._kill(one))
         else:
             self._empty(one)
 
-    def _discard(self, one: _Generation) -> None:
+    def _discard(self, one: Generation) -> None:
         """Nobody is served by it."""
         one.leaving = True
         self._kill(one)
         if not one.workers:
             self._empty(one)
 
-    def _kill(self, one: _Generation) -> None:
+    def _kill(self, one: Generation) -> None:
         """What is left of it, and its own process if it can't even do that."""
         if one not in self._generations:
             return
@@ -404,33 +307,31 @@ class Supervisor:
             log.warning("%s: killing %d workers that have not ended", one, len(one.workers))
         for worker in one.workers.values():
             worker.killed = True
-            self._signal(one, worker, signal.SIGKILL)
-        self._later(MARGIN, lambda: self._kill_process(one))
+            one.signal(worker, signal.SIGKILL)
+        self._loop.later(MARGIN, lambda: self._kill_process(one))
 
-    def _kill_process(self, one: _Generation) -> None:
+    def _kill_process(self, one: Generation) -> None:
         if one in self._generations and not one.orphaned:
             log.error("the process of %s does not answer: killing it", one)
-            one.process.kill()
+            one.kill()
 
-    def _empty(self, one: _Generation) -> None:
+    def _empty(self, one: Generation) -> None:
         """The last worker of one that leaves has ended."""
         if not one.orphaned:
-            one.command("end")  # and hear of its end in `_generation_died`
-            self._later(MARGIN, lambda: self._kill_process(one))
+            one.end()  # and hear of its end in `_generation_died`
+            self._loop.later(MARGIN, lambda: self._kill_process(one))
             return
         self._generations.remove(one)
         log.info("%s has ended", one)
         if self._stopping and not self._generations:
             self._stop_router()
 
-    def _generation_died(self, one: _Generation, status: int) -> None:
-        one.orphaned = True
-        assert one.process.stdin is not None
-        one.process.stdin.close()
+    def _generation_died(self, one: Generation, status: int) -> None:
+        one.died(status)
         for number, worker in list(one.workers.items()):
-            if worker.pid == 0 or not self._ours(worker):
+            if worker.pid == 0 or not worker.lives():
                 del one.workers[number]
-                self._board.clear(self._slot(one, number))
+                self._forget(one, number)
             elif worker.killed:
                 os.kill(worker.pid, signal.SIGKILL)
         if one.leaving:
@@ -446,20 +347,11 @@ class Supervisor:
 
     # -- workers
 
-    def _slot(self, one: _Generation, number: int) -> int:
-        return FIRST_WORKER + one.bank * self._plan.workers + number
-
-    def _signal(self, one: _Generation, worker: _Worker, number: int) -> None:
-        if not one.orphaned:
-            one.command(f"signal {worker.number} {number}")
-        elif worker.pid:
-            os.kill(worker.pid, number)  # ours, and not reaped
-
-    def _worker_died(self, one: _Generation, number: int, status: int) -> None:
+    def _worker_died(self, one: Generation, number: int, status: int) -> None:
         worker = one.workers.pop(number, None)
         if worker is None:
             return  # its end was seen before it was told
-        self._board.clear(self._slot(one, number))
+        self._forget(one, number)
         if one.leaving:
             if not one.workers:
                 self._empty(one)
@@ -480,7 +372,14 @@ class Supervisor:
             self._give_up(f"worker {number} {describe(status)}, as it did {MOST_DEATHS - 1} times before; what is wrong should stand above")
             return
         log.error("worker %d (process %d) %s; starting another in %.2g s", number, worker.pid, describe(status), delay)
-        self._later(delay, lambda: self._fork(one, number))
+        self._loop.later(delay, lambda: self._fork(one, number))
+
+    def _forget(self, one: Generation, number: int) -> None:
+        """A worker has ended: its slot is free, and what it had counted stays the service's."""
+        said = self._board.look(one.slot(number))
+        if said is not None:
+            service.add(self._ended_counts, said.document, service.LASTING)
+        self._board.clear(one.slot(number))
 
     # -- the router
 
@@ -488,20 +387,14 @@ class Supervisor:
         """Its socket waits here meanwhile, with the workers that connect to it."""
         if self._stopping or self._settings.backplane:  # Redis orders the messages
             return
-        inherited = (self._router_listener.fileno(), self._lifeline, self._board.descriptor)
-        self._router = subprocess.Popen(  # noqa: S603 - our own module
-            [
-                sys.executable, "-m", "comet.router", "--listener-fd", str(inherited[0]), "--lifeline-fd", str(inherited[1]),
-                "--board-fd", str(inherited[2]), "--slot", str(ROUTER), "--", *self._arguments,
-            ],
-            cwd=Path(__file__).parent.parent, stdin=subprocess.DEVNULL, pass_fds=inherited, process_group=0,
-        )  # fmt: skip
-        self._router_born = time.monotonic()
+        self._router = Router.start(self._router_listener.fileno(), self._lifeline, self._board.descriptor, self._arguments)
 
     def _router_died(self, status: int) -> None:
         assert self._router is not None
+        self._router.died(status)
         said = self._board.look(ROUTER)
         ready = said is not None and said.pid == self._router.pid
+        lived = time.monotonic() - self._router.born
         self._router = None
         self._board.clear(ROUTER)
         if self._stopping:
@@ -510,12 +403,12 @@ class Supervisor:
             return
         self._counts["router_restarts"] += 1
         try:
-            delay = self._router_restarts.after(time.monotonic() - self._router_born, ready)
+            delay = self._router_restarts.after(lived, ready)
         except CrashLoop:
             self._give_up(f"the router {describe(status)}, as it did {MOST_DEATHS - 1} times before; what is wrong should stand above")
             return
         log.error("the router %s; starting another in %.2g s", describe(status), delay)
-        self._later(delay, self._start_router)
+        self._loop.later(delay, self._start_router)
 
     def _stop_router(self) -> None:
         """The last thing."""
@@ -523,8 +416,7 @@ class Supervisor:
             self._finished = True
             return
         self._router.terminate()
-        router = self._router
-        self._later(MARGIN, router.kill)
+        self._loop.later(MARGIN, self._router.kill)
 
     # -- the ends of others
 
@@ -541,12 +433,10 @@ class Supervisor:
 
     def _ended(self, pid: int, status: int) -> None:
         if self._router is not None and pid == self._router.pid:
-            self._router.returncode = status
             self._router_died(status)
             return
         for one in list(self._generations):
             if one.process.pid == pid and not one.orphaned:
-                one.process.returncode = status
                 self._generation_died(one, status)
                 return
             for number, worker in list(one.workers.items()):
@@ -555,17 +445,10 @@ class Supervisor:
                     return
         # else an orphan of an orphan: a worker that was born and died while its generation did
 
-    def _ours(self, worker: _Worker) -> bool:
-        """Whether a worker whose generation has died lives; then it is a child of this process."""
-        try:
-            return waitpid(worker.pid, os.WNOHANG)[0] == 0
-        except ChildProcessError:  # reaped by the generation, which had no time to say so
-            return False
-
     # -- who hangs
 
     def _look(self) -> None:
-        self._later(LOOK, self._look)
+        self._loop.later(LOOK, self._look)
         now = time.monotonic()
         if now - self._looked > 5 * LOOK:  # this process was stopped, perhaps the machine: so the others may have been
             self._amnesty = now
@@ -573,14 +456,14 @@ class Supervisor:
         limit = self._settings.hang_limit
         for one in list(self._generations):
             for worker in list(one.workers.values()):
-                if worker.killed or now - max(worker.born, self._beat(self._slot(one, worker.number), worker.pid)) <= limit:
+                if worker.killed or now - max(worker.born, self._beat(one.slot(worker.number), worker.pid)) <= limit:
                     continue
                 worker.killed = True
                 self._counts["hung"] += 1
                 log.error("worker %d (process %d) showed no sign of life for %g s: killing it", worker.number, worker.pid, limit)
-                self._signal(one, worker, signal.SIGKILL)
-                self._later(MARGIN, lambda one=one, worker=worker: self._check_killed(one, worker))  # type: ignore[misc]
-        if self._router is not None and now - max(self._router_born, self._beat(ROUTER, self._router.pid)) > limit:
+                one.signal(worker, signal.SIGKILL)
+                self._loop.later(MARGIN, lambda one=one, worker=worker: self._check_killed(one, worker))  # type: ignore[misc]
+        if self._router is not None and now - max(self._router.born, self._beat(ROUTER, self._router.pid)) > limit:
             self._counts["hung"] += 1
             log.error("the router showed no sign of life for %g s: killing it", limit)
             self._router.kill()
@@ -594,15 +477,15 @@ class Supervisor:
         """Tell it once that the service is ready: its listeners are bound, router and workers are up. And from then on
         that it lives."""
         if not self._told:
-            self._later(LOOK / 10, self._sign)
+            self._loop.later(LOOK / 10, self._sign)
         elif self._notifier.watchdog:
-            self._later(min(LOOK, self._notifier.watchdog / 3), self._sign)
+            self._loop.later(min(LOOK, self._notifier.watchdog / 3), self._sign)
         said = self._board.look(ROUTER)
         beats = {} if said is None else {ROUTER: said.beat}
         for one in self._generations:
             for worker in one.workers.values():
                 place = FIRST_WORKER + worker.number
-                beat = self._beat(self._slot(one, worker.number), worker.pid)
+                beat = self._beat(one.slot(worker.number), worker.pid)
                 if beat:
                     beats[place] = max(beats.get(place, 0.0), beat)
         routed = said is not None or bool(self._settings.backplane)  # Redis is not ours to wait for: /readyz tells
@@ -624,7 +507,7 @@ class Supervisor:
         said = self._board.look(slot)
         return max(self._amnesty, said.beat if said is not None and said.pid == pid else 0.0)
 
-    def _check_killed(self, one: _Generation, worker: _Worker) -> None:
+    def _check_killed(self, one: Generation, worker: Worker) -> None:
         if one.workers.get(worker.number) is worker:
             self._kill_process(one)
 
@@ -673,20 +556,15 @@ class Supervisor:
         """What is left, if anything is: after a second signal, or a failure of this process."""
         os.close(self._lifeline_held)  # whoever is not known here ends itself
         for one in self._generations:
-            if not one.orphaned:
-                one.process.kill()
-                one.process.returncode = os.waitstatus_to_exitcode(waitpid(one.process.pid, 0)[1])
-                one.orphaned = True
-            assert one.process.stdin is not None
-            one.process.stdin.close()
+            one.kill_and_reap()
         self._hear_the_last()
         for one in self._generations:
             for worker in one.workers.values():
-                if worker.pid and self._ours(worker):
+                if worker.pid and worker.lives():
                     os.kill(worker.pid, signal.SIGKILL)
         if self._router is not None:
             self._router.kill()
-            self._router.returncode = -signal.SIGKILL
+            self._router.died(-signal.SIGKILL)
         while True:
             try:
                 waitpid(-1, 0)
@@ -694,19 +572,12 @@ class Supervisor:
                 return
 
     def _hear_the_last(self) -> None:
-        """Who was born while this process was busy ending."""
-        try:
-            lines = (self._events + os.read(self._heard, 65536)).decode().splitlines()
-        except BlockingIOError:
-            return
-        for line in lines:
-            match line.split():
-                case ["born", number, worker, pid]:
-                    for one in self._generations:
-                        if one.number == int(number):
-                            one.workers[int(worker)] = _Worker(int(worker), 0.0, int(pid))
-                case _:
-                    pass  # who has died is not ours any more, and who is ready is killed too
+        """Who was born while this process was busy ending. Who has died is not ours any more, and who is ready is killed too."""
+        for what, number, more in self._reports.read():
+            for one in self._generations:
+                if what == "born" and one.number == number:
+                    worker, pid = more
+                    one.workers[worker] = Worker(worker, 0.0, pid)
 
 
 def run(

@@ -7,7 +7,7 @@ into the JSON answer. The current request is bottle's `request`, which is the gr
 import hmac
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 from bottle import HTTPResponse, request, response
@@ -21,7 +21,9 @@ from comet.settings import Settings
 from comet.stats import Stats
 from comet.subscriber import Subscriber
 from comet.subscriptions import Subscriptions
-from comet.subscriptions_redis import RedisSubscriptions
+
+if TYPE_CHECKING:  # it brings Redis' client, which only those load who have it
+    from comet.subscriptions_redis import RedisSubscriptions
 
 _NUMBER = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?", re.ASCII)
 _KEY = re.compile(r"[!-~]{1,200}")
@@ -57,7 +59,7 @@ class Context(NamedTuple):
     """What handlers work with; `service` answers what `/stats` says, `worker` is this process's number."""
 
     hub: Hub
-    subscriptions: Subscriptions | RedisSubscriptions
+    subscriptions: "Subscriptions | RedisSubscriptions"
     settings: Settings
     stats: Stats
     service: Callable[[], Mapping[str, Any]]

@@ -24,6 +24,9 @@ ROOT = Path(__file__).parent.parent
 TIMEOUT = 20.0
 """Seconds after which anything a test waits for has failed."""
 
+HALF_A_POST = b"POST /publish/a HTTP/1.1\r\nHost: test\r\nContent-Length: 4\r\n\r\nbo"
+"""A publication on channel a of which ``dy`` is still to come."""
+
 
 def wait_until(condition: Callable[[], Any], timeout: float = TIMEOUT) -> Any:
     """The first true answer of `condition`; AssertionError after `timeout` seconds."""
@@ -75,6 +78,15 @@ class Client:
         """Close with RST."""
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\x00\x00\x00\x00\x00\x00\x00")
         self.sock.close()
+
+    def go(self, how: str) -> None:
+        """Leave in one of three ways: ``FIN``, ``RST``, ``half-close``."""
+        if how == "FIN":
+            self.close()
+        elif how == "RST":
+            self.reset()
+        else:
+            self.sock.shutdown(socket.SHUT_WR)
 
     # -- writing
 

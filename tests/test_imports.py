@@ -53,7 +53,19 @@ ALLOWED: dict[str, set[str]] = {
     # the processes, which have no greenlets
     "comet.generation": PROCESSES,
     "comet.policy": {"comet.settings", "comet.kernel"},
-    "comet.supervisor": {*PROCESSES, "comet.generation", "comet.policy", "comet.service", "comet.systemd"},
+    "comet.listeners": {"comet.settings", "comet.kernel"},
+    "comet.loop": set(),
+    "comet.children": {"comet.board", "comet.generation", "comet.kernel", "comet.policy"},
+    "comet.supervisor": {
+        *PROCESSES,
+        "comet.children",
+        "comet.generation",
+        "comet.listeners",
+        "comet.loop",
+        "comet.policy",
+        "comet.service",
+        "comet.systemd",
+    },
     "comet.message": {"comet.errors"},
     # the way of a message
     "comet.framing": {"comet.message"},
@@ -96,6 +108,7 @@ ALLOWED: dict[str, set[str]] = {
     "comet.backplane.redis_dial": set(),
     # the server, which knows a subscriber only by its small interface
     "comet.server": set(),
+    "comet.server.body": SERVER,
     "comet.server.connection": SERVER,
     "comet.server.crew": SERVER,
     "comet.server.http": SERVER,
@@ -103,6 +116,7 @@ ALLOWED: dict[str, set[str]] = {
     "comet.server.posts": SERVER,
     "comet.server.proxies": SERVER,
     "comet.server.short": SERVER,
+    "comet.server.transport": SERVER,
     "comet.server.wsgi": SERVER,
     # the endpoints: none knows another
     "handlers": {*HANDLER, "handlers"},
@@ -167,6 +181,11 @@ def test_there_are_no_cycles() -> None:
 
 def test_the_supervisor_does_not_even_load_gevent() -> None:
     code = "import sys, comet.supervisor, comet.generation; sys.exit('gevent' in sys.modules or 'greenlet' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_without_a_backplane_in_redis_its_client_is_not_loaded() -> None:
+    code = "import sys, app; sys.exit('redis' in sys.modules or 'hiredis' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 

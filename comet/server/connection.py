@@ -2,8 +2,9 @@
 
 A pywsgi handler of which `start_response` and little more is left. Replaced:
 
-- reading: `comet.server.http` reads strictly from a buffer of our own, under absolute deadlines;
-- writing: head and body leave in one send, and no send waits longer than the send time-out;
+- reading: `comet.server.http` reads strictly from a buffer of our own, under absolute deadlines, and `comet.server.body`
+  what follows the head;
+- writing: head and body leave in one send, and no send waits longer than the send time-out (`comet.server.transport`);
 - the end: refusals are answered so that the client can read them.
 
 An application may wait for long. It hands its subscriber to ``environ["comet.park"]``, as it would a
@@ -17,31 +18,25 @@ import io
 import json
 import logging
 import re
-import socket
 import time
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 from gevent.pywsgi import WSGIHandler
-from gevent.socket import socket as GeventSocket
 
 from comet import log as logs
 from comet.errors import Refusal
 from comet.log import Origin, Roll
-from comet.server.http import ChunkedBody, Head, split_head
-from comet.server.parking import Parking, Sleeper, os_close, os_read, os_write
+from comet.server.body import RequestBody
+from comet.server.http import Head, split_head
+from comet.server.parking import Sleeper
 from comet.server.posts import Call, Posts
 from comet.server.proxies import PROXY, Behind, Proxies
 from comet.server.short import LongWay, Shortcut
-from comet.settings import Settings
+from comet.server.transport import Host, Transport
 from comet.stats import Stats
 from comet.turn import give_way
 
-READ_SIZE = 16384
-LINGER_BYTES = 65536
-LINGER_SECONDS = 1.0
-
-_CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 _NO_BODY = io.BytesIO()
 _ID = re.compile(r"[A-Za-z0-9._:+/=@-]{1,128}")
 """An X-Request-ID that goes on into logs and answers."""
@@ -49,12 +44,10 @@ _ID = re.compile(r"[A-Za-z0-9._:+/=@-]{1,128}")
 log = logging.getLogger("comet.server")
 
 
-class Owner(Protocol):
+class Owner(Host, Protocol):
     """The server (`comet.server.wsgi`), as far as a connection knows it."""
 
-    settings: Settings
     stats: Stats
-    parking: Parking
     shortcut: Shortcut | LongWay
     posts: Posts | LongWay
     proxies: Proxies | None
@@ -65,7 +58,6 @@ class Owner(Protocol):
     awake: set["Connection"]
     idle: set["Connection"]
     refusing: int
-    family: int
     application: Any
     subscribe: Callable[[Any], Any]
     subscribe_asleep: Callable[[Any, Any], Any]
@@ -78,87 +70,17 @@ class Owner(Protocol):
     def get_environ(self) -> dict[str, Any]: ...
 
 
-class RequestBody(io.RawIOBase):
-    """`wsgi.input`: exactly one request's body, read from its connection as it is asked for.
-
-    Raises Refusal: ``body-timeout``, ``bad-encoding``, ``bad-body`` when the client stops short. The
-    deadline is absolute, from the end of the head or the last `more_time`.
-    """
-
-    def __init__(self, connection: "Connection", head: Head, timeout: float, overhead: int) -> None:
-        self._connection = connection
-        self._left = head.length
-        self._chunks = ChunkedBody(overhead) if head.length is None else None
-        self._pending = b""
-        self._timeout = timeout
-        self.more_time()
-        self._expected = head.expects_continue
-
-    @property
-    def finished(self) -> bool:
-        """Nothing of it is left on the connection."""
-        return self._chunks.done if self._chunks else self._left == 0
-
-    def more_time(self) -> None:
-        """``environ["comet.more_time"]``: the deadline begins anew, for an application that works on a long body
-        while it comes."""
-        self._deadline = time.monotonic() + self._timeout
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, target: Any) -> int:
-        while not self._pending and not self.finished:
-            self._receive()
-        part = self._pending[: len(target)]
-        self._pending = self._pending[len(part) :]
-        target[: len(part)] = part
-        return len(part)
-
-    def _receive(self) -> None:
-        connection, buffer = self._connection, self._connection.buffer
-        if not buffer:
-            if self._expected:
-                self._expected = False
-                connection.send(_CONTINUE)
-            try:
-                data = connection.receive(self._deadline - time.monotonic())
-            except TimeoutError:
-                raise Refusal("body-timeout", "The body did not arrive in time; send it faster, or in parts.") from None
-            except OSError:  # reset, or cut off by us: nobody is left to read the answer
-                data = b""
-            if not data:
-                raise Refusal("bad-body", "The connection ended in the middle of the body.")
-            buffer += data
-        if self._chunks:
-            self._pending = self._chunks.feed(buffer)
-        else:
-            assert self._left is not None
-            self._pending = bytes(buffer[: self._left])
-            del buffer[: self._left]
-            self._left -= len(self._pending)
-
-
-class Connection(WSGIHandler):
+class Connection(Transport, WSGIHandler):
     """Requests are read and answered one after the other, until it is closed or goes to sleep."""
 
     server: Owner
-    descriptor: int
-    """The connection, -1 once it is given away or closed. A gevent socket is made for it only when
-    something has to wait: most requests are read and answered without."""
     status: bytes | None
     result: Any
     response_headers: list[tuple[bytes, bytes]]
-    buffer: bytearray
-    """Read from the socket and not used yet: the front of the next request."""
 
     def __init__(self, descriptor: int, server: Owner, network: str) -> None:
-        self.descriptor = descriptor
-        self._waiting_socket: Any = None
-        self.server = server
+        super().__init__(descriptor, server)
         self.network = network
-        self.buffer = bytearray()
-        self._has_read = False
         self._body: RequestBody | None = None
         self.fresh = False
         """Nothing was read from it yet."""
@@ -179,7 +101,7 @@ class Connection(WSGIHandler):
                 self._guard(self._go_on, rest)
                 self._release()
             if self.descriptor >= 0 and not self.close_connection and self._serve():
-                self._linger()
+                self.linger()
         except OSError:
             pass  # the peer is gone, and with it whoever could be told; what was open is counted where it ends
         except Exception:
@@ -200,7 +122,7 @@ class Connection(WSGIHandler):
                 if server.closing:
                     return False
                 if server.hibernate:
-                    server.parking.idle(self._detach(), self.network)
+                    server.parking.idle(self.detach(), self.network)
                     return False
             try:
                 head = self._read_head(self.fresh)
@@ -224,31 +146,6 @@ class Connection(WSGIHandler):
                 give_way()  # who pipelines takes turns with the others
             if self.close_connection:
                 return bool(self.buffer) or self._body_is_left
-
-    def _detach(self) -> int:
-        """Give the descriptor away; the caller passes it to the parking."""
-        descriptor, self.descriptor = self.descriptor, -1
-        if self._waiting_socket is not None:
-            self._waiting_socket.detach()  # never dropped: that would close the number under its next owner
-            self._waiting_socket = None
-        return descriptor
-
-    def close(self) -> None:
-        """Close the connection, unlinked from the parking before."""
-        self.server.parking.take(self.descriptor)
-        if self._waiting_socket is not None:
-            self._waiting_socket.close()
-            self._waiting_socket = None
-        else:
-            os_close(self.descriptor)
-        self.descriptor = -1
-
-    @property
-    def socket(self) -> Any:
-        """A gevent socket of the descriptor, for what may have to wait."""
-        if self._waiting_socket is None:
-            self._waiting_socket = GeventSocket(self.server.family, socket.SOCK_STREAM, 0, fileno=self.descriptor)
-        return self._waiting_socket
 
     def _read_head(self, fresh: bool) -> Any:
         """The next request's `Head`, or where a short way led there its wish or `Call`; None when the client has
@@ -291,57 +188,11 @@ class Connection(WSGIHandler):
             buffer += data
             look = b"\n" in data
 
-    def receive(self, timeout: float) -> bytes:
-        """What the client sends next, b"" at its end. Raises TimeoutError after `timeout` seconds."""
-        if timeout <= 0:
-            raise TimeoutError
-        if self._has_read:
-            give_way()  # reading does not yield while there is data: a flood would stop everyone else
-        self._has_read = True
-        try:
-            return os_read(self.descriptor, READ_SIZE)
-        except BlockingIOError:
-            pass
-        self.socket.settimeout(timeout)
-        data: bytes = self.socket.recv(READ_SIZE)
-        return data
-
-    def send(self, data: bytes | memoryview) -> None:
-        """Raises TimeoutError when the client has taken nothing for the send time-out."""
-        try:
-            try:
-                sent = os_write(self.descriptor, data)
-            except BlockingIOError:
-                sent = 0
-            if sent < len(data):
-                self.socket.settimeout(self.server.settings.send_timeout)
-                view = memoryview(data)[sent:]
-                while view:
-                    view = view[self.socket.send(view) :]
-        except TimeoutError:
-            self._abandon("backlog-time")  # before the subscriber is closed, which counts the reason
-            raise
-        except OSError:
-            self._abandon("lost")
-            raise
-
-    def _linger(self) -> None:
-        """Let the client read the answer although it still sends: closing with unread bytes would reset
-        the connection, and the reset would overtake the answer."""
-        self.socket.shutdown(socket.SHUT_WR)
-        deadline = time.monotonic() + LINGER_SECONDS
-        left = LINGER_BYTES
-        try:
-            while left > 0 and (data := self.receive(deadline - time.monotonic())):
-                left -= len(data)
-        except TimeoutError:
-            pass  # it had its second
-
     def turn_away(self, refusal: Refusal) -> None:
         """Answer a connection that is not let in, and close it."""
         try:
             self.answer_refusal(refusal)
-            self._linger()
+            self.linger()
         except OSError:
             pass  # it has gone by itself
         finally:
@@ -421,18 +272,19 @@ class Connection(WSGIHandler):
         try:
             work(argument)
         except TimeoutError:
-            self._abandon("backlog-time")
+            self.abandon("backlog-time")
         except OSError:
-            self._abandon("lost")
+            self.abandon("lost")
         except Exception:
             self.server.stats.errors += 1
             log.exception("a request failed", extra=self.origin().fields())
-            self._abandon("lost")
+            self.abandon("lost")
             if not self.headers_sent:
                 self.answer_refusal(Refusal("internal", "The server failed at this request; its log says how."))
 
-    def _abandon(self, reason: str) -> None:
-        """The answer can't be finished: end whoever waited behind it, and the connection."""
+    def abandon(self, reason: str) -> None:
+        """The answer can't be finished: end whoever waited behind it, and the connection. Before the subscriber is closed,
+        which counts the reason."""
         self.close_connection = True
         if self.parked is not None:
             self.parked.end(reason)
@@ -517,7 +369,7 @@ class Connection(WSGIHandler):
         if server.hibernate and not self.buffer:
             sleeper = server.subscribe_asleep(wish, server.parking)
             if sleeper is not None:
-                descriptor = self._detach()
+                descriptor = self.detach()
                 server.parking.put(descriptor, sleeper, self.network, wish.patience)
                 if not sleeper.framing.one_shot:
                     server.parking.write(sleeper, sleeper.framing.start(sleeper.cursor, server.date()))
@@ -546,7 +398,7 @@ class Connection(WSGIHandler):
             if items == [] and (awake.patience != 0 or not parked.one_shot):
                 if server.hibernate and awake.quiet and not self.buffer:
                     server.parking.take(self.descriptor)  # where it was watched
-                    server.parking.sleep(self._detach(), self.network, parked, awake.patience)
+                    server.parking.sleep(self.detach(), self.network, parked, awake.patience)
                     return
                 if not watched:
                     server.parking.watch(self.descriptor, parked)
@@ -619,10 +471,3 @@ class Connection(WSGIHandler):
     def _sendall(self, data: bytes) -> None:
         self.send(data)
         self.response_length += len(data)
-
-    def cut(self) -> None:
-        """End it from outside: whatever it waits for fails or finds the end."""
-        try:
-            self.socket.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass  # it is closed or reset already, which is what was wanted

@@ -6,8 +6,8 @@ Transfer-Encoding on HTTP/1.0 or with anything but ``chunked``, doubled headers 
 unlimited headers, bare CR or LF, obsolete folding. An Upgrade is not taken, as RFC 9110 section 7.8
 allows: the request is answered as HTTP/1.1 (``curl --http2`` works).
 
-`comet.server.connection` owns the socket and its deadlines. It calls `split_head` with what it has read,
-then reads exactly the body: `Head.length` bytes, or what a `ChunkedBody` takes. llhttp tells neither
+`comet.server.connection` calls `split_head` with what it has read, and `comet.server.body` then reads
+exactly the body: `Head.length` bytes, or what a `ChunkedBody` takes. llhttp tells neither
 how far it came nor stops where a request ends; it is fed the head alone and then the body line by
 line, because a chunked body can only end at a line feed. What follows stays in the caller's buffer.
 """

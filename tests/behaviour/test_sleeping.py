@@ -499,15 +499,6 @@ def test_long_series_of_polls_on_one_connection_miss_and_double_nothing(start: S
 # -- ends
 
 
-def ending(client: Client, how: str) -> None:
-    if how == "FIN":
-        client.close()
-    elif how == "RST":
-        client.reset()
-    else:
-        client.sock.shutdown(socket.SHUT_WR)
-
-
 @pytest.mark.parametrize("how", ["FIN", "RST", "half-close"])
 @pytest.mark.parametrize("kind", ["poll", *STREAMS])
 def test_a_sleeping_client_that_goes_is_noticed_at_once(server: Server, kind: str, how: str) -> None:
@@ -515,7 +506,7 @@ def test_a_sleeping_client_that_goes_is_noticed_at_once(server: Server, kind: st
     count = closed(server).get("hang-up", 0)
     client = subscribe(server, kind, "goes")
     settled(server, before + 1)
-    ending(client, how)
+    client.go(how)
     wait_until(lambda: server.clients() == before, 2.0)
     assert closed(server)["hang-up"] == count + 1
     if how == "half-close":
@@ -532,7 +523,7 @@ def test_a_client_that_dies_in_mid_write_is_cleared_away(start: Start, kind: str
     descriptors = server.descriptors()
     for number in range(6):
         server.publish("user:dies", big(number, 40_000))
-    ending(client, how)
+    client.go(how)
     settled(server, 0)
     wait_until(lambda: server.descriptors() < descriptors)
     assert set(closed(server)) <= {"lost", "hang-up"}
@@ -578,7 +569,7 @@ def test_nothing_is_left_of_connections_that_end_at_any_stage(start: Start) -> N
                 client.ask("GET", path)
             met[f"{kind} {stage} {how}"] += 1
         with contextlib.suppress(OSError):
-            ending(client, how)
+            client.go(how)
         if how == "half-close":
             with contextlib.suppress(OSError, TimeoutError):
                 while client.more() and len(client.buffer) < 1 << 20:

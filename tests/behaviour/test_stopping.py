@@ -18,7 +18,7 @@ from gevent import socket
 from gevent import subprocess as green
 
 from tests.conftest import Start
-from tests.harness import ROOT, TIMEOUT, Client, Server, wait_until
+from tests.harness import HALF_A_POST, ROOT, TIMEOUT, Client, Server, wait_until
 
 BOTH = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
 
@@ -152,7 +152,7 @@ def test_a_server_without_clients_stops_at_once(start: Start) -> None:
 def test_new_connections_are_refused_while_it_stops(start: Start) -> None:
     server = start("--grace", "5")
     with server.client() as under_way:
-        under_way.send(b"POST /publish/a HTTP/1.1\r\nHost: test\r\nContent-Length: 4\r\n\r\nbo")
+        under_way.send(HALF_A_POST)
         wait_until(lambda: server.stats()["requests"] >= 2 and server.stats()["connections"] == 2)
         stopping = Stopping(server).begun()
 
@@ -257,7 +257,7 @@ def test_a_stuck_client_does_not_keep_it_beyond_the_grace_time(start: Start) -> 
 def test_a_request_that_never_ends_does_not_keep_it_beyond_the_grace_time(start: Start) -> None:
     server = start("--grace", "0.5")
     with server.client() as client:
-        client.send(b"POST /publish/a HTTP/1.1\r\nHost: test\r\nContent-Length: 4\r\n\r\nbo")
+        client.send(HALF_A_POST)
         wait_until(lambda: server.stats()["requests"] >= 2 and server.stats()["connections"] == 2)
         ended = Stopping(server).wait()
         assert client.at_end()
@@ -269,7 +269,7 @@ def test_a_request_that_never_ends_does_not_keep_it_beyond_the_grace_time(start:
 def test_a_second_signal_stops_at_once(tmp_path: Path, number: int) -> None:
     server = Server(tmp_path / "server.log", "--grace", "60")
     with server.client() as client:
-        client.send(b"POST /publish/a HTTP/1.1\r\nHost: test\r\nContent-Length: 4\r\n\r\nbo")
+        client.send(HALF_A_POST)
         wait_until(lambda: server.stats()["requests"] >= 2 and server.stats()["connections"] == 2)
         Stopping(server, number).begun()
         assert server.process.poll() is None

@@ -20,7 +20,7 @@ from gevent import subprocess as green
 
 from comet.board import Board, Slot
 from comet.policy import MOST_DEATHS
-from tests.harness import ROOT, TIMEOUT, Client, Events, Server, wait_until
+from tests.harness import HALF_A_POST, ROOT, TIMEOUT, Client, Events, Server, wait_until
 
 AnyClient = TypeVar("AnyClient", bound=Client)
 
@@ -346,6 +346,21 @@ def test_a_supervisor_that_was_stopped_blames_nobody(begin: Begin) -> None:
     assert service.workers() == before
 
 
+def test_what_workers_have_counted_outlives_them(begin: Begin) -> None:
+    service = begin("--workers", "2", "--grace", "1")
+    for number in range(10):
+        service.publish("a", str(number))
+    before = service.workers()
+    service.process.send_signal(signal.SIGHUP)
+    service.counted("generation", 2)
+    service.gone(*before.values())
+    wait_until(lambda: service.stats()["published"] == 10)
+    for pid in service.workers().values():
+        os.kill(pid, signal.SIGKILL)
+    service.counted("worker_restarts", 2)
+    wait_until(lambda: service.stats()["published"] == 10)
+
+
 # -- reloads
 
 
@@ -380,7 +395,7 @@ def test_the_old_generation_stops_accepting_at_once_and_has_its_grace_time(begin
     service = begin("--workers", "1", "--grace", "8")
     before = service.workers()[0]
     with service.client() as slow:
-        slow.send(b"POST /publish/a HTTP/1.1\r\nHost: test\r\nContent-Length: 4\r\n\r\nbo")
+        slow.send(HALF_A_POST)
         wait_until(lambda: service.stats()["requests"] >= 2)
         service.process.send_signal(signal.SIGHUP)
         service.counted("generation", 2)
@@ -510,7 +525,7 @@ def test_many_streams_are_closed_spread_over_the_grace_time_and_get_what_is_publ
     events = [service.holds(service.events("a")) for _ in range(300)]
     with service.client() as publisher:
         service.request("GET", "/healthz")
-        publisher.send(b"POST /publish/a HTTP/1.1\r\nHost: test\r\nContent-Length: 4\r\n\r\nbo")
+        publisher.send(HALF_A_POST)
         wait_until(lambda: service.by_role("worker")[0]["connections"] == 301)
         began = time.monotonic()
         service.process.send_signal(signal.SIGTERM)
@@ -535,7 +550,7 @@ def test_a_signal_to_the_whole_group_of_processes_is_as_good(begin: Begin) -> No
     """As service managers send it."""
     service = begin("--workers", "2")
     with service.client() as slow:
-        slow.send(b"POST /publish/a HTTP/1.1\r\nHost: test\r\nContent-Length: 4\r\n\r\nbo")
+        slow.send(HALF_A_POST)
         wait_until(lambda: sum(document["requests"] for document in service.by_role("worker")) == 1)
         for pid in {service.process.pid, service.generation(), *service.workers().values()}:
             with contextlib.suppress(ProcessLookupError):  # the idle worker may have been told before, and have ended
@@ -549,7 +564,7 @@ def test_a_signal_to_the_whole_group_of_processes_is_as_good(begin: Begin) -> No
 def test_a_second_signal_ends_everything_at_once(begin: Begin) -> None:
     service = begin("--workers", "2", "--grace", "60")
     with service.client() as slow:
-        slow.send(b"POST /publish/a HTTP/1.1\r\nHost: test\r\nContent-Length: 4\r\n\r\nbo")
+        slow.send(HALF_A_POST)
         wait_until(lambda: sum(document["requests"] for document in service.by_role("worker")) == 1)
         service.process.send_signal(signal.SIGTERM)
         wait_until(lambda: "stopping" in service.log.read_text())
@@ -576,7 +591,7 @@ def test_a_signal_while_it_starts_or_reloads_leaves_nothing(begin: Begin) -> Non
 def test_without_the_supervisor_everything_ends_itself(begin: Begin, stopped: bool) -> None:
     service = begin("--workers", "3", "--grace", "60")
     with service.client() as slow, service.client() as idle:
-        slow.send(b"POST /publish/a HTTP/1.1\r\nHost: test\r\nContent-Length: 4\r\n\r\nbo")
+        slow.send(HALF_A_POST)
         assert idle.request("GET", "/healthz").status == 200
         if stopped:
             os.kill(service.workers()[0], signal.SIGSTOP)
