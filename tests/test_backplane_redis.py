@@ -799,6 +799,21 @@ def test_who_dies_is_not_counted_for_long(start: Open, monkeypatch: pytest.Monke
     wait_until(lambda: service.count("a") == 2)  # it comes back under another id
 
 
+def test_who_seems_dead_since_the_clock_of_redis_was_set_is_counted_again_soon(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, two = service.workers
+    monkeypatch.setattr(one.following, "prolong", lambda: None)  # which would find it out minutes later, where there are many
+    monkeypatch.setattr(one.following, "expire", lambda: None)
+    service.reader(one, "a")
+    assert service.count("a") == 1
+    two.following._since -= 60
+    seconds, _ = service.redis.ask("TIME")
+    service.redis.ask("ZADD", "c:nodes", str(1000 * (int(seconds) - 60)), one.following.node)
+    two.following.beat()
+    wait_until(lambda: two.following.dead)
+    two.backplane.publish([Publication("a", b"1")])  # whoever publishes takes off the dead
+    wait_until(lambda: service.count("a") == 1, 5)
+
+
 def test_who_ends_in_order_is_not_counted_any_more(service: Service) -> None:
     service.workers.append(Worker(service))
     wait_until(service.ready)
@@ -865,6 +880,11 @@ def test_a_user_needs_the_rights_that_the_readme_names(caplog: pytest.LogCapture
         known.close()
         backplane.close()
     assert "NOPERM" not in caplog.text
+
+
+def test_a_redis_that_has_too_many_clients_may_take_us_later() -> None:
+    with redis_server("--maxclients", "1") as redis, socket.create_connection((redis.host, redis.port)):
+        RedisBackplane.of(settings(redis.url))
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,9 @@ _OPTIONS: Final = frozenset(
 )  # fmt: skip
 """What a URL may say."""
 
+LATER: Final = ("LOADING", "MASTERDOWN", "BUSY", "ERR max number of clients")
+"""How the errors begin of a server that will take us, but not now."""
+
 NOTHING: Final = object()
 """What a reader answers when there is no whole reply."""
 
@@ -172,10 +175,9 @@ def _greet(connection: Connection, target: Target, timeout: float, name: str) ->
         if target.database:
             connection.exchange([["SELECT", target.database]], timeout)
     except hiredis.ReplyError as error:
-        slug = str(error).split(" ")[0]
-        if slug in ("WRONGPASS", "NOAUTH", "NOPERM"):
-            raise Denied(f"Redis does not let us in ({error}); set its user and password in the URL of --backplane.") from error
-        if slug == "LOADING":
-            raise ConnectionRefusedError(str(error)) from error
         said = str(error).split(", with args")[0]  # an old one says all of them again, with the password
-        raise Denied(f"Redis does not take our first words ({said}); it must be Redis 6 or Valkey, or newer.") from error
+        if said.startswith(("WRONGPASS", "NOAUTH", "NOPERM")):
+            raise Denied(f"Redis does not let us in ({said}); set its user and password in the URL of --backplane.") from error
+        if said.startswith(LATER):
+            raise ConnectionRefusedError(said) from error
+        raise Denied(f"Redis does not take our first words ({said}); it must be Redis 6.2 or Valkey, or newer.") from error

@@ -420,11 +420,7 @@ class Following:
         """Say that this worker lives, and hear who does not. Called about once a second."""
         now = time.monotonic()
         if self._beaten > 0 and now - self._beaten > LEASE:
-            self.node = _name()  # the counts under the old one are gone, or will be
-            for channel, state in self._channels.items():
-                state.told = _UNKNOWN
-                self._changed[channel] = None
-            self._beaten = -math.inf
+            self._come_back()
         if self._beating is None:
             self._beating = self.node, now
 
@@ -433,6 +429,14 @@ class Following:
                 return self._sign(self.node, 0.0)
 
             self._calls.ask(self._names.nodes, make, self._beat, timeout=1.0)
+
+    def _come_back(self) -> None:
+        """Under another id: the counts under the old one are gone, or will be."""
+        self.node = _name()
+        for channel, state in self._channels.items():
+            state.told = _UNKNOWN
+            self._change(channel)
+        self._beaten = -math.inf
 
     def _sign(self, node: str, ago: float) -> Sequence[Any]:
         arguments = (node, *(round(1000 * seconds) for seconds in (LEASE, KEEP, ago)))
@@ -448,8 +452,11 @@ class Following:
         (node, given), self._beating = self._beating, None
         if isinstance(reply, Refusal) or node != self.node:
             return
-        new, dead = reply
-        if new and self._beaten > 0:
+        was, dead = reply
+        if was == b"dead":  # to the others, though not to itself: the clock of Redis' machine was set
+            self._come_back()
+            return
+        if was == b"new" and self._beaten > 0:
             log.warning("Redis has lost what it knew: every channel begins anew")
             for channel in list(self._channels):
                 state = self._channels[channel]

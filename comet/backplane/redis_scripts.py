@@ -300,11 +300,12 @@ return answer
 
 _HEARTBEAT: Final = """
 local ms = now()
-local new = redis.call('ZADD', KEYS[1], ms - ARGV[4], ARGV[1])
+local before = redis.call('ZSCORE', KEYS[1], ARGV[1])
+redis.call('ZADD', KEYS[1], ms - ARGV[4], ARGV[1])
 local dead = redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', text(ms - ARGV[2]))
 redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', text(ms - ARGV[3]))
 redis.call('PEXPIRE', KEYS[1], ARGV[3])
-return {new, table.concat(dead, ' ')}
+return {before and (ms - before > tonumber(ARGV[2]) and 'dead' or 'alive') or 'new', table.concat(dead, ' ')}
 """
 
 
