@@ -28,7 +28,7 @@ from gevent import socket
 from gevent.server import StreamServer
 from redis.crc import key_slot
 
-from comet.backplane import redis_calls, redis_following
+from comet.backplane import redis_calls, redis_lease
 from comet.backplane.memory import Bounds
 from comet.backplane.redis import RedisBackplane
 from comet.backplane.redis_dial import Denied, read
@@ -424,7 +424,7 @@ class Chaos:
             ]
             readers = [(one.subscriber and one.subscriber.host, one.greenlet, one.ended) for one in self.readers]
             raise AssertionError(
-                (counts, held, states, hubs, readers, self.forgot, [worker.following.node for worker in self.service.workers])
+                (counts, held, states, hubs, readers, self.forgot, [worker.following.lease.node for worker in self.service.workers])
             ) from None
 
 
@@ -786,7 +786,7 @@ def test_a_read_only_replica_is_no_backplane(start: Open) -> None:
 
 
 def test_who_dies_is_not_counted_for_long(start: Open, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(redis_following, "LEASE", 2.5)
+    monkeypatch.setattr(redis_lease, "LEASE", 2.5)
     service = start()
     one, two = service.workers
     service.reader(one, "a")
@@ -805,11 +805,11 @@ def test_who_seems_dead_since_the_clock_of_redis_was_set_is_counted_again_soon(s
     monkeypatch.setattr(one.following, "expire", lambda: None)
     service.reader(one, "a")
     assert service.count("a") == 1
-    two.following._since -= 60
+    two.following.lease._since -= 60
     seconds, _ = service.redis.ask("TIME")
-    service.redis.ask("ZADD", "c:nodes", str(1000 * (int(seconds) - 60)), one.following.node)
-    two.following.beat()
-    wait_until(lambda: two.following.dead)
+    service.redis.ask("ZADD", "c:nodes", str(1000 * (int(seconds) - 60)), one.following.lease.node)
+    two.following.lease.beat()
+    wait_until(lambda: two.following.lease.dead)
     two.backplane.publish([Publication("a", b"1")])  # whoever publishes takes off the dead
     wait_until(lambda: service.count("a") == 1, 5)
 
@@ -819,7 +819,7 @@ def test_who_ends_in_order_is_not_counted_any_more(service: Service) -> None:
     wait_until(service.ready)
     service.reader(service.workers[2], "a")
     assert service.count("a") == 1
-    service.workers[0].following._since -= 60
+    service.workers[0].following.lease._since -= 60
     service.workers.pop().close()
     wait_until(lambda: service.count("a") == 0, 3)
 

@@ -1,8 +1,9 @@
 """The backplane of many machines: every worker talks to Redis (or Valkey), and there is no server of our own.
 
-This module publishes and reads; `comet.backplane.redis_following` follows the channels. `redis_scripts` is what Redis does
-at once, `redis_calls` how it is asked, `redis_shards` which server is, `redis_link` the connection to it, `redis_dial`
-how it is made, `redis_replicas` how replicas are waited for.
+This module publishes and reads; `comet.backplane.redis_following` follows the channels, as long as its worker lives
+(`redis_lease`). `redis_acknowledged` remembers what was published, `redis_scripts` is what Redis does at once and `redis_format` how
+that is said, `redis_calls` how it is asked, `redis_shards` which server is, `redis_link` the connection to it, `redis_dial` how it
+is made, `redis_replicas` how replicas are waited for.
 
 Where a promise of `comet.backplane` differs: what is bounded in all (bytes of history, idle channels, idempotency keys)
 is bounded by Redis' own ``maxmemory``. With the policy ``noeviction`` publications are refused then; with one of
@@ -17,7 +18,6 @@ import logging
 import math
 import random
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, Final
@@ -26,13 +26,15 @@ import gevent
 
 from comet.backplane import Deliver, Dropped, Lost
 from comet.backplane.memory import EPOCH_BITS, Bounds, digest
+from comet.backplane.redis_acknowledged import Acknowledged
 from comet.backplane.redis_calls import Calls, Gather, away, unconfirmed
 from comet.backplane.redis_dial import dial
 from comet.backplane.redis_dial import read as read_url
-from comet.backplane.redis_following import LOT, Following
+from comet.backplane.redis_following import Following
+from comet.backplane.redis_format import Names, Replay, Seen, piece, place, replay
 from comet.backplane.redis_link import ANSWER, Link
 from comet.backplane.redis_replicas import Place, Replicas
-from comet.backplane.redis_scripts import NOW, NOWHERE, PAGE, PAGE_BYTES, Names, Replay, Scripts, Seen, piece, place, replay
+from comet.backplane.redis_scripts import NOW, PAGE, PAGE_BYTES, Scripts
 from comet.backplane.redis_shards import NAME, Cluster, Single
 from comet.errors import Refusal
 from comet.history import Joined
@@ -44,9 +46,6 @@ FEEDS: Final = 200
 
 FAREWELL: Final = 1.0
 """Seconds to say goodbye to Redis."""
-
-REMEMBERED: Final = 200_000
-"""Channels published to whose position is remembered; the oldest go first."""
 
 log = logging.getLogger("comet.backplane")
 
@@ -70,16 +69,14 @@ class RedisBackplane:
         now: str = NOW,
     ) -> None:
         target = read_url(url)
-        self._linger, self._key_age = bounds.linger, bounds.key_age
+        self._key_age = bounds.key_age
         self._timeout = timeout
         self._names = Names(prefix)
         self._scripts = Scripts(bounds, target.cluster, now)
         self._shards: Single | Cluster = (Cluster if target.cluster else Single)(target, self._scripts, silence, connect_timeout, self)
         self._calls = Calls(self._shards)
-        self._acknowledged: OrderedDict[str, tuple[Seen, float]] = OrderedDict()
-        """How far the channels are that were published to from here, and until when that matters; the first to go first."""
-        self._following = Following(self._shards, self._calls, self._scripts, self._names, clock, self._vouched, target.cluster)
-        self._vouching: dict[Link, Any] = {}
+        self._acknowledged = Acknowledged(self._shards, self._calls, self._scripts, self._names, bounds.linger, timeout)
+        self._following = Following(self._shards, self._calls, self._scripts, self._names, clock, self._acknowledged.seen, target.cluster)
         self._replicas = Replicas(replicas, replicas_timeout) if replicas else None
         self._greenlet: Any = None
 
@@ -113,7 +110,8 @@ class RedisBackplane:
         self._greenlet.kill()
         if self._following.ready():
             gather = Gather(1)
-            self._following.farewell(partial(gather.put, 0))
+            self._following.tell()
+            self._following.lease.end(partial(gather.put, 0))
             gather.wait(self._calls, FAREWELL)
         self._following.close()
         self._shards.close()
@@ -166,22 +164,22 @@ class RedisBackplane:
         pieces = [piece((one.type, one.data)) for one in those]
         epoch = random.getrandbits(EPOCH_BITS)
         if all(one.key is None for one in those):
-            return lambda: self._scripts.publish.command((log, stream), (epoch, self._following.dead, *pieces))
+            return lambda: self._scripts.publish.command((log, stream), (epoch, self._following.lease.dead, *pieces))
         keys = [self._names.key(channel, one.key) for one in those if one.key is not None]
         digests = [b"" if one.key is None else digest("publish", one.type, one.data).hex() for one in those]
         pairs = [each for pair in zip(pieces, digests, strict=True) for each in pair]
-        return lambda: self._scripts.publish_keyed.command((log, stream, *keys), (epoch, self._following.dead, *pairs))
+        return lambda: self._scripts.publish_keyed.command((log, stream, *keys), (epoch, self._following.lease.dead, *pairs))
 
     def _receipts(self, channel: str, reply: Any, those: Sequence[Publication]) -> Sequence[Receipt | Refusal]:
         if all(one.key is None for one in those):
             epoch, before, subscribers, ms = (int(one) for one in reply)
-            self._acknowledge(channel, Seen(epoch, before + len(those), ms))
+            self._acknowledged.note(channel, Seen(epoch, before + len(those), ms))
             return [Receipt(Position(epoch, before + count), subscribers) for count in range(1, len(those) + 1)]
         return [_conflict() if answer == b"!" else self._receipt(channel, answer) for answer in reply]
 
     def _receipt(self, channel: str, answer: bytes) -> Receipt:
         epoch, offset, subscribers, ms = map(int, answer.split())
-        self._acknowledge(channel, Seen(epoch, offset, ms))
+        self._acknowledged.note(channel, Seen(epoch, offset, ms))
         return Receipt(Position(epoch, offset), subscribers)
 
     def send(self, channels: str, type: str, data: bytes, key: str | None = None) -> Sent:
@@ -226,7 +224,7 @@ class RedisBackplane:
             ]
             gather.asked[number] = self._calls.ask(
                 self._names.log(lot[0]),
-                lambda keys=keys: self._scripts.send.command(keys, (self._following.dead, data, 2 if key is None else 3)),  # type: ignore[misc]
+                lambda keys=keys: self._scripts.send.command(keys, (self._following.lease.dead, data, 2 if key is None else 3)),  # type: ignore[misc]
                 partial(gather.put, number), again=False, timeout=_left(until), size=len(data) + 100 * len(lot),
             )  # fmt: skip
             if number % 5 == 4:
@@ -273,20 +271,6 @@ class RedisBackplane:
             reply if isinstance(reply, Refusal) or (asked is not None and asked.link in good) else _few()
             for reply, asked in zip(replies, gather.asked, strict=True)
         ]
-
-    # -- what this worker can vouch for
-
-    def _acknowledge(self, channel: str, seen: Seen) -> None:
-        known = self._acknowledged.pop(channel, None)
-        if known is not None and known[0].epoch == seen.epoch and known[0].offset > seen.offset:
-            seen = known[0]
-        self._acknowledged[channel] = seen, time.monotonic() + self._linger
-        if len(self._acknowledged) > REMEMBERED:
-            self._acknowledged.popitem(last=False)
-
-    def _vouched(self, channel: str) -> Seen | None:
-        known = self._acknowledged.get(channel)
-        return None if known is None else known[0]
 
     # -- joining and leaving
 
@@ -358,12 +342,12 @@ class RedisBackplane:
     def info(self, channel: str) -> ChannelInfo | None:
         self._following.tell()
         keys = self._names.both(channel)
-        return _info(self._ask_one(keys[0], lambda: self._scripts.info.command(keys, (self._following.dead,)), self._until()))
+        return _info(self._ask_one(keys[0], lambda: self._scripts.info.command(keys, (self._following.lease.dead,)), self._until()))
 
     def delete(self, channel: str) -> ChannelInfo | None:
         self._following.tell()
         keys = self._names.both(channel)
-        make = partial(self._scripts.delete.command, keys, (self._following.dead,))
+        make = partial(self._scripts.delete.command, keys, (self._following.lease.dead,))
         return _info(self._ask_one(keys[0], make, self._until(), again=False))
 
     def totals(self) -> dict[str, int]:
@@ -390,12 +374,12 @@ class RedisBackplane:
     def linked(self, link: Link) -> None:
         """See `comet.backplane.redis_link.Owner`."""
         self._following.linked(link)
-        self._following.beat()
-        self._vouching[link] = gevent.spawn(self._vouch, link)
+        self._following.lease.beat()
+        self._acknowledged.linked(link)
 
     def unlinked(self, link: Link) -> None:
         """See `comet.backplane.redis_link.Owner`."""
-        self._vouching.pop(link).kill(block=False)
+        self._acknowledged.unlinked(link)
         self._following.unlinked(link)
         if self._replicas is not None:
             self._replicas.unlinked(link)
@@ -412,33 +396,18 @@ class RedisBackplane:
         """See `comet.backplane.redis_shards.Keeper`."""
         self._following.moved()
 
-    def _vouch(self, link: Link) -> None:
-        """Have logs that are not followed here begin anew if they have lost what was acknowledged to this worker."""
-        rest = [channel for channel in list(self._acknowledged) if self._shards.link(self._names.log(channel)) is link]
-        while rest and link.up:
-            lot, rest = rest[:LOT], rest[LOT:]
-            gather = Gather(len(lot))
-            for number, channel in enumerate(lot):
-                keys, seen = self._names.both(channel), self._vouched(channel)
-                arguments = (random.getrandbits(EPOCH_BITS), *(seen or NOWHERE))
-                make = partial(self._scripts.vouch.command, keys, arguments)
-                gather.asked[number] = self._calls.ask(keys[0], make, partial(gather.put, number), timeout=self._timeout)
-            gather.wait(self._calls, self._timeout)  # a connection that breaks again and again must not pile them up
-
     # -- each second
 
     def _every_second(self) -> None:
         while True:
             gevent.sleep(1.0)
-            self._following.beat()
+            self._following.lease.beat()
             self.expire()
 
     def expire(self) -> None:
         """Leave and forget what is past its time here. Called about once a second."""
         self._following.expire()
-        now = time.monotonic()
-        while self._acknowledged and next(iter(self._acknowledged.values()))[1] <= now:
-            self._acknowledged.popitem(last=False)
+        self._acknowledged.expire()
 
 
 class _Said:

@@ -9,15 +9,12 @@ the connection was broken, the worker reads what is kept (`resume`): that is the
 how many subscribers are here. What is published meanwhile its answer has as well. If the log is not what this worker has seen
 (`redis_scripts.Seen`), Redis was rewound: the script begins another, and subscribers are told a gap.
 
-Counts are told as they are, not as differences, so telling one twice does no harm. They stand under this worker's `node`,
-an id that it gives a sign of life for each second; who gives none for `LEASE` seconds is dead to the others, and one
-that was away for so long comes back under another id.
+Counts are told as they are, not as differences, so telling one twice does no harm. They stand under this worker's id, and as
+long as it lives (`comet.backplane.redis_lease`).
 """
 
-import logging
 import math
 import random
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import islice, takewhile
@@ -30,8 +27,10 @@ from gevent import get_hub
 from comet.backplane import Deliver, Dropped, Lost
 from comet.backplane.memory import EPOCH_BITS
 from comet.backplane.redis_calls import Asked, Calls
+from comet.backplane.redis_format import NOWHERE, Names, Replay, Seen, messages, place, replay, told
+from comet.backplane.redis_lease import Lease
 from comet.backplane.redis_link import ANSWER, Link
-from comet.backplane.redis_scripts import HOLD, NOWHERE, PAGE, PAGE_BYTES, Names, Replay, Scripts, Seen, messages, place, replay, told
+from comet.backplane.redis_scripts import HOLD, PAGE, PAGE_BYTES, Scripts
 from comet.backplane.redis_shards import Cluster, Single
 from comet.errors import Refusal
 from comet.message import Position, Since
@@ -43,12 +42,6 @@ LINGER: Final = 5.0
 INTEREST: Final = 0.02
 """Seconds that changes of counts wait for each other, or for a call, which they precede."""
 
-LEASE: Final = 10.0
-"""Seconds without a sign of life after which a worker's counts are nobody's."""
-
-KEEP: Final = 4 * HOLD
-"""Seconds that it is remembered who has died: longer than any log can have its counts."""
-
 LOT: Final = 500
 """Channels that are resumed between two turns for others."""
 
@@ -56,8 +49,6 @@ RETRY: Final = 0.5
 """Seconds before Redis is asked again for what it could not do (no memory, say)."""
 
 _UNKNOWN: Final = -1
-
-log = logging.getLogger("comet.backplane")
 
 
 class _Channel(msgspec.Struct, gc=False):
@@ -109,14 +100,7 @@ class Following:
         self._interest = get_hub().loop.timer(INTEREST)
         self._moving = get_hub().loop.timer(RETRY)
         self._touching: list[str] = []
-        self.node = _name()
-        self.dead = ""
-        """Ids of workers that have died, lately."""
-        self._beaten = -math.inf
-        """When the last sign of life that was acknowledged was given, or before: the others may count from then on."""
-        self._beating: tuple[str, float] | None = None
-        """The one under way: of whom, and when it was given."""
-        self._since = time.monotonic()
+        self.lease = Lease(calls, scripts, names.nodes, self.count_again, self.look_again)
 
     def attach(self, deliver: Deliver, dropped: Dropped, lost: Lost) -> None:
         """See `comet.backplane.Backplane`."""
@@ -124,10 +108,8 @@ class Following:
 
     def ready(self) -> bool:
         """Redis is in reach, and nothing that was missed is still to come."""
-        return bool(
-            self._shards.whole and all(link.up for link in self._shards.links) and not self._recovering
-            and time.monotonic() - self._beaten < LEASE
-        )  # fmt: skip
+        whole = self._shards.whole and all(link.up for link in self._shards.links)
+        return whole and not self._recovering and self.lease.valid
 
     @property
     def followed(self) -> int:
@@ -160,7 +142,7 @@ class Following:
 
     def _ask_join(self, channel: str, state: _Channel, since: Since, time: int = 0, vouched: Seen = NOWHERE) -> Sequence[Any]:
         state.told = state.count
-        arguments = (random.getrandbits(EPOCH_BITS), self.dead, self.node, state.count, *place(since), PAGE, time, *vouched)
+        arguments = (random.getrandbits(EPOCH_BITS), self.lease.dead, self.lease.node, state.count, *place(since), PAGE, time, *vouched)
         return self._scripts.join.command(self._names.both(channel), arguments)
 
     def _have(self, link: Link, channel: str, state: _Channel) -> None:
@@ -233,7 +215,7 @@ class Following:
     def _ask_hold(self, channel: str, state: _Channel) -> None:
         def make() -> Sequence[Any]:
             state.told = state.count
-            return self._scripts.hold.command(self._names.both(channel), (self.node, state.count, state.epoch))
+            return self._scripts.hold.command(self._names.both(channel), (self.lease.node, state.count, state.epoch))
 
         state.told = state.count
         self._calls.ask(self._names.log(channel), make, partial(self._held, channel, state))
@@ -247,6 +229,12 @@ class Following:
 
     def _change_if(self, channel: str) -> None:
         if channel in self._channels:
+            self._change(channel)
+
+    def count_again(self) -> None:
+        """Redis knows none of the counts any more, or won't for long."""
+        for channel, state in self._channels.items():
+            state.told = _UNKNOWN
             self._change(channel)
 
     def expire(self) -> None:
@@ -281,7 +269,7 @@ class Following:
 
     def linked(self, link: Link) -> None:
         """A server is there (again): what was followed on it has to catch up."""
-        self._since = time.monotonic()
+        self.lease.returned()
         self._recover([name for name, state in self._channels.items() if self._shards.link(self._names.log(name)) is link], link)
 
     def unlinked(self, link: Link) -> None:
@@ -336,6 +324,12 @@ class Following:
                 if state is not None and state.stale and state.link is link and link.up and not _waits(state, link):
                     self.resume(name)
             give_way()
+
+    def look_again(self) -> None:
+        """Redis has lost what it knew."""
+        for channel, state in list(self._channels.items()):
+            if not state.stale and state.epoch != _UNKNOWN:
+                self.resume(channel)
 
     def resume(self, channel: str) -> None:
         """Have made good what was missed."""
@@ -414,64 +408,7 @@ class Following:
             self._forget(channel, state)
         self._dropped(channel, epoch)
 
-    # -- signs of life
-
-    def beat(self) -> None:
-        """Say that this worker lives, and hear who does not. Called about once a second."""
-        now = time.monotonic()
-        if self._beaten > 0 and now - self._beaten > LEASE:
-            self._come_back()
-        if self._beating is None:
-            self._beating = self.node, now
-
-            def make() -> Sequence[Any]:  # after an outage it is given when it is sent
-                self._beating = self.node, time.monotonic()
-                return self._sign(self.node, 0.0)
-
-            self._calls.ask(self._names.nodes, make, self._beat, timeout=1.0)
-
-    def _come_back(self) -> None:
-        """Under another id: the counts under the old one are gone, or will be."""
-        self.node = _name()
-        for channel, state in self._channels.items():
-            state.told = _UNKNOWN
-            self._change(channel)
-        self._beaten = -math.inf
-
-    def _sign(self, node: str, ago: float) -> Sequence[Any]:
-        arguments = (node, *(round(1000 * seconds) for seconds in (LEASE, KEEP, ago)))
-        return self._scripts.heartbeat.command((self._names.nodes,), arguments)
-
-    def farewell(self, answered: Callable[[Any], None]) -> None:
-        """This worker ends: let it be dead at once, so that nobody counts its subscribers."""
-        self.tell()
-        self._calls.ask(self._names.nodes, lambda: self._sign(self.node, LEASE), answered, timeout=1.0)
-
-    def _beat(self, reply: Any) -> None:
-        assert self._beating is not None
-        (node, given), self._beating = self._beating, None
-        if isinstance(reply, Refusal) or node != self.node:
-            return
-        was, dead = reply
-        if was == b"dead":  # to the others, though not to itself: the clock of Redis' machine was set
-            self._come_back()
-            return
-        if was == b"new" and self._beaten > 0:
-            log.warning("Redis has lost what it knew: every channel begins anew")
-            for channel in list(self._channels):
-                state = self._channels[channel]
-                if not state.stale and state.epoch != _UNKNOWN:
-                    self.resume(channel)
-        self._beaten = given
-        # just after an outage everybody seems dead
-        self.dead = dead.decode() if time.monotonic() - self._since > LEASE else ""
-
 
 def _waits(state: _Channel, link: Link) -> bool:
     """What makes it good waits on this link already (behind the subscription), or will be asked again."""
     return state.asked is not None and state.asked.link in (link, None)
-
-
-def _name() -> str:
-    """Of a worker: short, since it stands in the log of each channel that it holds."""
-    return "".join(random.choices("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789", k=5))

@@ -1,7 +1,8 @@
 """What Redis does at once: the scripts of a channel, and how they are called and answered.
 
-Neighbours: `comet.backplane.redis`, who calls them, and `comet.backplane.redis_link`, which sends them by their
-digest. What is kept of a channel, all under its hash tag (`Names`), so that a cluster has it on one server:
+Neighbours: `comet.backplane.redis`, who calls them; `comet.backplane.redis_format`, which reads their answers;
+`comet.backplane.redis_link`, which sends them by their digest. What is kept of a channel, all under its hash tag
+(`redis_format.Names`), so that a cluster has it on one server:
 
 - *the log*, a hash: ``e`` the epoch, ``o`` the newest offset and ``t`` when it was ordered, ``s`` the subscribers in all
   processes, and by each process's id how many it has. It expires by itself: when nobody holds the channel after the linger time, else
@@ -15,19 +16,15 @@ A log that is made anew, for whatever reason, has another epoch and no stream. A
 way: Lua would round an epoch.
 
 A Redis that was rewound may have come as far again by the time at which somebody looks who knows: other messages stand at the
-offsets that were lost. So who knows how far a log was knows the time of that message as well (`Seen`), and it is another
+offsets that were lost. So who knows how far a log was knows the time of that message as well (`redis_format.Seen`), and it is another
 log, too, where another message stands there (`vouch`).
 """
 
 import hashlib
 from collections.abc import Sequence
-from typing import Any, Final, NamedTuple
-
-import msgspec
+from typing import Any, Final
 
 from comet.backplane.memory import Bounds
-from comet.history import Joined
-from comet.message import Message, Position, Since
 
 HOLD: Final = 600.0
 """Seconds that a held channel outlives those who hold it, should they all die: longer than any outage that is to go
@@ -142,7 +139,7 @@ local function publish(K, L, e, o, s, pieces, ms)  -- append, which is a use
   return append(K, L, e, o, pieces, ms, s > 0 and AGE or math.min(AGE, LINGER))
 end
 
-local function since(K, L, e, o, t, epoch, offset, limit, ms)  -- see `replay`; `ms` is what a `Seen` knows, or 0
+local function since(K, L, e, o, t, epoch, offset, limit, ms)  -- see `redis_format.replay`; `ms` is what a `Seen` knows, or 0
   local start, gap, entries = o, 0, {{}}
   if epoch ~= '' then
     local low = oldest(L, o, now() - AGE)
@@ -354,109 +351,3 @@ class Scripts:
         self.heartbeat = script(_HEARTBEAT)
         self.all: Sequence[Script] = list(vars(self).values())
         self.by_digest = {one.digest: one for one in self.all}
-
-
-class Names:
-    """The keys of a channel, behind a `prefix` that tells one service's from another's. Raises ValueError for one that hides
-    the hash tag."""
-
-    def __init__(self, prefix: str) -> None:
-        if "{" in prefix or "}" in prefix:
-            raise ValueError("--redis-prefix must have no braces: in a cluster they would say which keys belong together.")
-        self._skip = len(prefix.encode()) + 1
-        self._prefix = prefix
-        self.nodes = f"{prefix}nodes".encode()
-
-    def log(self, channel: str) -> bytes:
-        """Its hash; its messages are published under the same name."""
-        return f"{self._prefix}{{{channel}}}".encode()
-
-    def both(self, channel: str) -> tuple[bytes, bytes]:
-        """Its hash and its stream."""
-        log = self.log(channel)
-        return log, log + b":log"
-
-    def key(self, channel: str, key: str) -> bytes:
-        """The answer under an idempotency key."""
-        return f"{self._prefix}{{{channel}}}:key:{key}".encode()
-
-    def mark(self, channel: str, first: str, key: str) -> bytes:
-        """That a feed has had the message that was sent under a key of `first`."""
-        return f"{self._prefix}{{{channel}}}:sent:{first}:{key}".encode()
-
-    def channel(self, log: bytes) -> str:
-        """Whose hash it is."""
-        return log[self._skip : -1].decode()
-
-
-class Seen(NamedTuple):
-    """How far somebody knows a log to have been: a position, and when Redis ordered the message there (milliseconds; 0: not known).
-    A log that was rewound and came as far again has another one there."""
-
-    epoch: int
-    offset: int
-    time: int
-
-
-NOWHERE: Final = Seen(-1, 0, 0)
-"""Of no log."""
-
-
-class Told(NamedTuple):
-    """What was published in Redis: messages of `epoch` from the offset `first` on, all of one `time`, or that a log was deleted
-    (`what` is ``D``), or that it has to be looked at (``G``)."""
-
-    what: str
-    epoch: int = 0
-    first: int = 0
-    time: int = 0
-    pieces: Sequence[tuple[str, bytes]] = ()
-
-
-_piece = msgspec.msgpack.Decoder(tuple[str, bytes])
-_pieces = msgspec.msgpack.Decoder(list[tuple[str, bytes]])
-piece = msgspec.msgpack.Encoder().encode
-"""A message as it is kept: type and data."""
-
-
-def told(payload: bytes) -> Told:
-    """Read what came."""
-    if payload[0] == 71:  # G
-        return Told("G")
-    if payload[0] == 68:  # D
-        return Told("D", int(payload[2:]))
-    head, _, rest = payload.partition(b"\n")
-    epoch, first, count, ms = head.split()
-    if count == b"1":
-        return Told("M", int(epoch), int(first), int(ms), (_piece.decode(rest),))
-    return Told("M", int(epoch), int(first), int(ms), _pieces.decode(b"\xdd" + int(count).to_bytes(4, "big") + rest))  # an array32 of them
-
-
-def messages(channel: str, epoch: int, first: int, pieces: Sequence[tuple[str, bytes]]) -> list[Message]:
-    """Those that follow each other from the offset `first` on."""
-    return [Message(channel, Position(epoch, offset), kind, data) for offset, (kind, data) in enumerate(pieces, first)]
-
-
-class Replay(NamedTuple):
-    """What a join or a read was answered: the log's newest position, and a first page of what follows `since`. `life` is
-    of a join: until its channel is deleted it counts."""
-
-    head: Seen
-    joined: Joined
-    life: Any = None
-
-
-def replay(channel: str, reply: Sequence[Any]) -> Replay:
-    """Read the answer."""
-    epoch, head, start, gap, ms = (int(one) for one in reply[:5])
-    entries = messages(channel, epoch, start + 1, [_piece.decode(one) for one in reply[5]])
-    return Replay(Seen(epoch, head, ms), Joined(Position(epoch, start), entries, bool(gap)))
-
-
-def place(since: Since) -> tuple[Any, Any]:
-    """How a script is told where to start."""
-    if since is None:
-        return b"", 0
-    if isinstance(since, str):
-        return b"oldest", 0
-    return since
