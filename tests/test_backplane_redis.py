@@ -644,6 +644,26 @@ def test_what_takes_several_questions_has_one_time_out(start: Open) -> None:
     wait_until(lambda: service.count("a") == 0)
 
 
+def test_what_is_ready_together_takes_few_round_trips(service: Service) -> None:
+    one = service.workers[0]
+
+    def round_trips() -> int:
+        stats = service.redis.ask("INFO", "stats").decode()
+        return int(stats.split("total_reads_processed:")[1].split("\r")[0])
+
+    names = [f"c{number}" for number in range(1000)]
+    for what in (
+        lambda name: one.backplane.subscribe([name], [None]),
+        lambda name: one.backplane.publish([Publication(name, b"1")]),
+        lambda name: one.backplane.unsubscribe([name]),
+    ):
+        before = round_trips()
+        gevent.joinall([gevent.spawn(what, name) for name in names], raise_error=True)
+        wait_until(lambda: not one.backplane._shards.links[0].waiting and not one.following._changed)
+        assert round_trips() - before < 100
+    assert service.count(names[0]) == service.count(names[-1]) == 0
+
+
 def test_thousands_that_are_thrown_out_are_looked_at_together(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     one, two = service.workers
     names = [f"c{number}" for number in range(50)]

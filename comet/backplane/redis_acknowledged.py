@@ -60,7 +60,9 @@ class Acknowledged:
 
     def unlinked(self, link: Link) -> None:
         """It is not any more."""
-        self._greenlets.pop(link).kill(block=False)
+        greenlet = self._greenlets.pop(link, None)
+        if greenlet is not None:
+            greenlet.kill(block=False)
 
     def _vouch(self, link: Link) -> None:
         rest = [channel for channel in list(self._known) if self._shards.link(self._names.log(channel)) is link]

@@ -349,9 +349,11 @@ class Following:
         )
 
     def _resumed(self, channel: str, state: _Channel, turn: int, reply: Any) -> None:
-        if self._channels.get(channel) is not state or state.turn != turn:
+        if state.turn != turn:
             return
-        state.asked = None
+        state.asked = None  # in any case: it leads back here, and the collector does not see it
+        if self._channels.get(channel) is not state:
+            return
         if isinstance(reply, Refusal):
             gevent.spawn_later(RETRY, self._resume_if, channel, state, turn)
             return

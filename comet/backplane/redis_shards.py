@@ -81,6 +81,7 @@ class Cluster:
         self._wanted = False
         self._greenlet: Any = None
         self._told = False
+        self._closed = False
 
     @property
     def links(self) -> list[Link]:
@@ -98,6 +99,7 @@ class Cluster:
 
     def close(self) -> None:
         """For good."""
+        self._closed = True
         if self._greenlet is not None:
             self._greenlet.kill()
         for link in self.links:
@@ -113,6 +115,8 @@ class Cluster:
 
     def refresh(self) -> None:
         """Look whether channels have moved."""
+        if self._closed:
+            return
         self._wanted = True
         if self._greenlet is None or self._greenlet.dead:
             self._greenlet = gevent.spawn(self._look)
