@@ -1,6 +1,7 @@
 """A link to a server that says what a test wants: answers keep to their questions, whatever Redis says in between."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import gevent
@@ -96,7 +97,7 @@ def test_a_slot_that_goes_in_the_middle_of_a_subscription_leaves_each_answer_its
     got: list[bytes] = []
     link.subscribe(verb, [b"y"] if verb == b"SSUBSCRIBE" else [b"z"])
     for number in b"1", b"2":
-        link.call(Call(lambda number=number: (b"ECHO", number), got.append))
+        link.call(Call(partial(tuple, [b"ECHO", number]), got.append))
     wait_until(lambda: len(got) == 2)
     assert got == [b"1", b"2"]
     assert owner.thrown == [b"x", b"y", *([b"y"] if verb == b"SSUBSCRIBE" else [])]
