@@ -46,6 +46,10 @@ ROOM: Final = 16 << 20
 writes the answers, and cuts a connection off that has subscriptions and 32 MB waiting (client-output-buffer-limit pubsub): many who
 come back to long histories would be cut off again and again."""
 
+FENCE: Final = hiredis.pack_command((b"ECHO", b""))
+"""What is asked behind each (un)subscription. That is confirmed by a push, as is what a cluster ends by itself, when a slot goes, in
+the middle of anything; and refused by an answer. So only what is answered behind it says that it is over."""
+
 ANSWER: Final = 256
 """Bytes of most answers."""
 
@@ -59,8 +63,6 @@ IN_A_SCRIPT: Final = "ERR Error running script"
 """How Redis 6 begins what a command in a script was refused for; Redis 7 says that as it is."""
 
 _READ, _WRITE = 1, 2
-_CONFIRMS: Final = frozenset({b"subscribe", b"ssubscribe", b"unsubscribe", b"sunsubscribe"})
-_JOINING: Final = (b"SUBSCRIBE", b"SSUBSCRIBE")
 _MESSAGES: Final = frozenset({b"message", b"smessage"})
 
 log = logging.getLogger("comet.backplane")
@@ -82,9 +84,9 @@ def _nothing(reply: Any) -> None:
 
 class Call:
     """`make` says what is asked, when it is sent; `again` that it may be asked twice; `size` is how many bytes its answer may have;
-    `confirms` is what confirms a (un)subscription: of each channel it names, the kind and the channel."""
+    `names` are the channels of a (un)subscription, behind which comes a `FENCE`."""
 
-    __slots__ = ("again", "at", "confirms", "done", "make", "size")
+    __slots__ = ("again", "at", "done", "make", "names", "size")
 
     def __init__(
         self,
@@ -92,13 +94,13 @@ class Call:
         done: Done = _nothing,
         again: bool = True,
         size: int = ANSWER,
-        confirms: "deque[tuple[bytes, bytes]] | None" = None,
+        names: Sequence[bytes] = (),
     ) -> None:
         self.make = make
         self.done = done
         self.again = again
         self.size = size
-        self.confirms = confirms
+        self.names = names
         self.at = 0.0
         """When it was sent; 0 where it was not."""
 
@@ -184,16 +186,7 @@ class Link:
 
     def subscribe(self, verb: bytes, names: Sequence[bytes]) -> None:
         """(Un)subscribe, as `verb` says, behind all that waits. Who is refused is thrown out."""
-
-        def done(reply: Any) -> None:
-            if isinstance(reply, hiredis.ReplyError) and verb in _JOINING:
-                if not str(reply).startswith("MOVED"):
-                    log.error("%s refuses a subscription: %s", self.title, reply)
-                for name in names:
-                    self._owner.thrown_out(name)
-
-        confirms = deque((verb.lower(), name) for name in names)
-        self.call(Call(lambda: (verb, *names), done, again=False, confirms=confirms))
+        self.call(Call(lambda: (verb, *names), again=False, names=names))
 
     def forget(self, call: Call) -> bool:
         """Whether it was not sent yet; then it won't be."""
@@ -237,6 +230,8 @@ class Link:
             self._sent.append(call)
             self._owed += call.size
             parts.append(hiredis.pack_command(tuple(call.make())))
+            if call.names:
+                parts.append(FENCE)
         return b"".join(parts)
 
     def _on_writable(self) -> None:
@@ -279,8 +274,11 @@ class Link:
             kind = reply[0]
             if kind in _MESSAGES:
                 self._owner.published(reply[1], reply[2])
-            elif kind in _CONFIRMS:
-                self._confirmed(kind, reply[1])
+            elif kind == b"sunsubscribe" and (not self._sent or reply[1] not in self._sent[0].names):
+                self._owner.thrown_out(reply[1])
+            return
+        if self._sent[0].names and isinstance(reply, hiredis.ReplyError):  # the fence is still to come
+            self._refused(self._sent[0].names, str(reply))
             return
         call = self._answered()
         if isinstance(reply, hiredis.ReplyError):
@@ -309,14 +307,10 @@ class Link:
         self._owed -= call.size
         return call
 
-    def _confirmed(self, kind: bytes, name: bytes) -> None:
-        """A subscription was begun or ended: as was asked, or by Redis itself, in the middle of whatever is asked."""
-        confirms = self._sent[0].confirms if self._sent else None
-        if confirms and confirms[0] == (kind, name):
-            confirms.popleft()
-            if not confirms:
-                self._answered().done(None)
-        else:
+    def _refused(self, names: Sequence[bytes], why: str) -> None:
+        if not why.startswith("MOVED"):
+            log.error("%s refuses a subscription: %s", self.title, why)
+        for name in names:
             self._owner.thrown_out(name)
 
     def _load(self, call: Call) -> None:
