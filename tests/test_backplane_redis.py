@@ -584,6 +584,46 @@ def test_a_rewound_redis_that_has_come_further_meanwhile_is_told_and_what_it_ack
         service.close()
 
 
+@pytest.mark.parametrize("seed", SEEDS)
+def test_whatever_is_lost_and_whatever_comes_since_a_gap_is_told_where_something_was_lost(start: Open, seed: int) -> None:
+    """A Redis that is put back by so many messages, gets so many others, and only then is looked at by who knows."""
+    rng = random.Random(seed)
+    service = start(history_size=rng.choice((20, 1000)))
+    one, two = service.workers
+    reader = service.reader(one, "a")
+    count = 0
+
+    def publish(worker: Worker, number: int) -> list[str]:
+        nonlocal count
+        bodies = [str(count + each) for each in range(number)]
+        count += number
+        if bodies:
+            service.publish(worker, "a", *bodies)
+        return bodies
+
+    publish(one, rng.randint(0, 30))
+    for _ in range(6):
+        publish(two, rng.randint(0, 3))
+        wait_until(lambda: service.heads(reader))
+        before = {key: service.redis.ask("DUMP", key) for key in ("c:{a}", "c:{a}:log")}
+        lost = publish(one, rng.randint(0, 5))
+        wait_until(lambda: service.heads(reader))
+        one.proxy.refusing = True
+        one.proxy.cut()
+        wait_until(lambda: not one.backplane.ready())
+        for key, dump in before.items():
+            if dump is None:
+                service.redis.ask("DEL", key)
+            else:
+                service.redis.ask("RESTORE", key, 600_000, dump, "REPLACE")
+        reader.got.clear()
+        since = publish(two, rng.randint(0, 8))
+        one.proxy.refusing = False
+        wait_until(one.backplane.ready)
+        wait_until(lambda since=since: len(reader.got) >= len(since))  # type: ignore[misc]
+        assert reader.got == [*(["GAP"] if lost else []), *since], (seed, lost, since)
+
+
 def test_long_histories_are_made_good_within_what_redis_lets_a_connection_have_waiting(
     start: Open, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -862,6 +902,23 @@ def test_an_acknowledgement_may_wait_for_replicas(start: Open) -> None:
         assert again.position.offset == 2
         assert eventually(lambda: worker.backplane.send("a", "message", b"3", "m")).position.offset == 3
         wait_until(lambda: reader.got == ["1", "2", "3"])
+        service.close()
+
+
+def test_replicas_of_a_server_that_was_left_confirm_nothing(start: Open) -> None:
+    """The same name leads to another master; the one before is still there, with its replica."""
+    with redis_server() as redis, redis_server("--replicaof", "127.0.0.1", str(redis.port)) as replica, redis_server() as other:
+        wait_until(lambda: replica.ask("ROLE")[3] == b"connected")
+        service = start(redis, workers=0)
+        worker = Worker(service, replicas=1)
+        service.workers.append(worker)
+        wait_until(service.ready)
+        service.publish(worker, "a", "1")
+        link, _ = worker.proxy._pairs
+        worker.proxy._port = other.port
+        link[0].shutdown(socket.SHUT_RDWR)
+        wait_until(lambda: not service.ready())
+        assert slug(lambda: service.publish(worker, "a", "2")) == "unconfirmed"
         service.close()
 
 
