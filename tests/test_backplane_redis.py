@@ -802,15 +802,41 @@ def test_a_redis_without_memory_refuses_and_goes_on(start: Open) -> None:
         one, _ = service.workers
         reader = service.reader(one, "a")
         service.publish(one, "a", "1")
+        service.publish(one, "nobody is there", "1")
         wait_until(lambda: reader.got == ["1"])
         redis.ask("CONFIG", "SET", "maxmemory", "1")
         assert slug(lambda: service.publish(one, "a", "2")) == "backplane-full"
+        assert slug(lambda: service.publish(one, "nobody is there", "2")) == "backplane-full"
         assert slug(lambda: one.backplane.subscribe(["new"], [None])) == "backplane-full"
         redis.ask("CONFIG", "SET", "maxmemory", "0")
         service.publish(one, "a", "3")
         wait_until(lambda: reader.got == ["1", "3"])
         wait_until(lambda: service.count("a") == 1)
         assert service.count("new") is None
+        service.close()
+
+
+def test_who_lives_and_holds_what_can_be_told_to_a_redis_without_memory(start: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(redis_lease, "LEASE", 2.5)
+    with redis_server() as redis:
+        service = start(redis)
+        one, two = service.workers
+        readers = [service.reader(worker, "a") for worker in (one, two, two)]
+        service.publish(one, "a", "1")
+        wait_until(lambda: service.count("a") == 3)
+        redis.ask("CONFIG", "SET", "maxmemory", "1")
+        nodes = [worker.following.lease.node for worker in service.workers]
+        readers.pop().leave()
+        wait_until(lambda: service.count("a") == 2)
+        assert two.hub._backplane.rejoin("a", None) is not None
+        wait_until(lambda: service.count("a") == 3)
+        gevent.sleep(3.0)
+        assert service.ready()
+        assert [worker.following.lease.node for worker in service.workers] == nodes
+        one.following.lease._come_back()
+        one.proxy.cut()
+        wait_until(lambda: not one.backplane.ready())
+        wait_until(service.ready)
         service.close()
 
 

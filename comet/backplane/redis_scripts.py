@@ -67,6 +67,10 @@ local function time(L, offset)  -- of the message that is kept there
   return entry and tonumber(string.match(entry[1], '%d+$'))
 end
 
+local function insist(K)  -- on what takes next to no memory, a count: behind any write Redis has memory for all
+  redis.call('HDEL', K, '')
+end
+
 local function shorten(L, most)  -- the stream goes then, or earlier
   if redis.call('PTTL', L) > most then redis.call('PEXPIRE', L, most) end
 end
@@ -135,8 +139,8 @@ local function append(K, L, e, o, pieces, ms, ttl)  -- order these now, at `ms`:
 end
 
 local function publish(K, L, e, o, s, pieces, ms)  -- append, which is a use
-  if s <= 0 then redis.call('PEXPIRE', K, LINGER) end
-  return append(K, L, e, o, pieces, ms, s > 0 and AGE or math.min(AGE, LINGER))
+  append(K, L, e, o, pieces, ms, s > 0 and AGE or math.min(AGE, LINGER))
+  if s <= 0 then redis.call('PEXPIRE', K, LINGER) end  -- last: see `insist`
 end
 
 local function since(K, L, e, o, t, epoch, offset, limit, ms)  -- see `redis_format.replay`; `ms` is what a `Seen` knows, or 0
@@ -251,6 +255,7 @@ return string.sub(before, 1, 32) == ARGV[1] and string.sub(before, 33) or '!'
 _JOIN: Final = """
 local K, L = KEYS[1], KEYS[2]
 local e, o, s, t = open(K, L, ARGV[1])
+if ARGV[9] ~= '-1' then insist(K) end  -- who has been here before
 e, o = vouch(K, L, e, o, t, ARGV[9], ARGV[10], ARGV[11], ARGV[1])
 bury(K, L, count(K, L, s, ARGV[3], tonumber(ARGV[4])), ARGV[2])
 return since(K, L, e, o, t, ARGV[5], ARGV[6], tonumber(ARGV[7]), tonumber(ARGV[8]))
@@ -260,6 +265,7 @@ _HOLD: Final = """
 local K, L = KEYS[1], KEYS[2]
 local e, o, s = known(K)
 if e ~= ARGV[3] then return -1 end
+insist(K)
 count(K, L, s, ARGV[1], tonumber(ARGV[2]))
 return o
 """
@@ -297,11 +303,12 @@ return answer
 
 _HEARTBEAT: Final = """
 local ms = now()
+redis.call('PEXPIRE', KEYS[1], ARGV[3])  -- first, as `insist`: of a Redis that is full nobody is dead
 local before = redis.call('ZSCORE', KEYS[1], ARGV[1])
 redis.call('ZADD', KEYS[1], ms - ARGV[4], ARGV[1])
 local dead = redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', text(ms - ARGV[2]))
 redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', text(ms - ARGV[3]))
-redis.call('PEXPIRE', KEYS[1], ARGV[3])
+if not before then redis.call('PEXPIRE', KEYS[1], ARGV[3]) end
 return {before and (ms - before > tonumber(ARGV[2]) and 'dead' or 'alive') or 'new', table.concat(dead, ' ')}
 """
 
