@@ -28,7 +28,7 @@ from gevent import socket
 from gevent.server import StreamServer
 from redis.crc import key_slot
 
-from comet.backplane import redis_calls, redis_lease
+from comet.backplane import redis_calls, redis_following, redis_lease
 from comet.backplane.memory import Bounds
 from comet.backplane.redis import RedisBackplane
 from comet.backplane.redis_dial import Denied, read
@@ -740,6 +740,30 @@ def test_who_is_not_counted_off_is_not_forgotten(service: Service, monkeypatch: 
     wait_until(lambda: service.count("a") == 0)
     one.following.expire()
     assert one.following.followed == 0
+
+
+def test_what_redis_refuses_for_long_is_asked_again_in_bounds(start: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(redis_following, "RETRIED", 20)
+    service = start()
+    one = service.workers[0]
+    names = [f"c{number}" for number in range(500)]
+    one.backplane.subscribe(names, [None] * len(names))
+    asked = 0
+    refused = _Refused()
+
+    def command(keys: Any, arguments: Any) -> tuple[Any, ...]:
+        nonlocal asked
+        asked += 1
+        return refused.command(keys, arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(one.following._scripts, "hold", type("Hold", (), {"command": staticmethod(command)}))
+        one.following.count_again()
+        gevent.sleep(3.2)
+    assert 500 <= asked < 700
+    monkeypatch.setattr(redis_following, "RETRIED", 2000)
+    wait_until(lambda: not one.following._refused)
+    wait_until(lambda: service.count(names[0]) == service.count(names[-1]) == 1)
 
 
 class _Refused:

@@ -45,8 +45,11 @@ INTEREST: Final = 0.02
 LOT: Final = 500
 """Channels that are resumed between two turns for others."""
 
-RETRY: Final = 0.5
-"""Seconds before Redis is asked again for what it could not do (no memory, say)."""
+LOOK: Final = 0.5
+"""Seconds before it is looked where the channels are whose subscriptions Redis has ended."""
+
+RETRIED: Final = 2000
+"""Channels about which Redis is asked again in a second, of all for which it could do nothing: a disk may be full for hours."""
 
 _UNKNOWN: Final = -1
 
@@ -95,10 +98,12 @@ class Following:
         self._channels: dict[str, _Channel] = {}
         self._changed: dict[str, None] = {}
         self._resting: dict[str, float] = {}
+        self._refused: dict[str, None] = {}
+        """Those for which Redis could do nothing; the first to go first."""
         self._recovering: set[str] = set()
         """Those whose connection was broken, and that have not caught up yet."""
         self._interest = get_hub().loop.timer(INTEREST)
-        self._moving = get_hub().loop.timer(RETRY)
+        self._moving = get_hub().loop.timer(LOOK)
         self._touching: list[str] = []
         self.lease = Lease(calls, scripts, names.nodes, self.count_again, self.look_again)
 
@@ -223,13 +228,10 @@ class Following:
     def _held(self, channel: str, state: _Channel, reply: Any) -> None:
         if isinstance(reply, Refusal):
             state.told = _UNKNOWN
-            gevent.spawn_later(RETRY, self._change_if, channel)
+            if self._channels.get(channel) is state:
+                self._refused[channel] = None
         elif reply != state.offset and state.count and not state.stale and self._channels.get(channel) is state:
             self.resume(channel)  # the log is gone, or another; or something was missed
-
-    def _change_if(self, channel: str) -> None:
-        if channel in self._channels:
-            self._change(channel)
 
     def count_again(self) -> None:
         """Redis knows none of the counts any more, or won't for long."""
@@ -238,7 +240,15 @@ class Following:
             self._change(channel)
 
     def expire(self) -> None:
-        """Leave what nobody here has held for some time, and prolong the rest, some at a time. Called about once a second."""
+        """Leave what nobody here has held for some time; ask again what was refused, and prolong the rest, some at a time. Called
+        about once a second."""
+        for channel in list(islice(self._refused, RETRIED)):
+            del self._refused[channel]
+            state = self._channels[channel]
+            if not state.stale:
+                self._change(channel)
+            elif state.asked is None:
+                self.resume(channel)
         now = self._clock()
         for channel in [channel for channel, _ in takewhile(lambda one: one[1] <= now, self._resting.items())]:
             state = self._channels[channel]
@@ -261,6 +271,7 @@ class Following:
         del self._channels[channel]
         self._resting.pop(channel, None)
         self._changed.pop(channel, None)
+        self._refused.pop(channel, None)
         self._recovering.discard(channel)
         if state.link is not None and state.link.up:
             state.link.subscribe(self._unsubscribe, [self._names.log(channel)])
@@ -355,7 +366,7 @@ class Following:
         if self._channels.get(channel) is not state:
             return
         if isinstance(reply, Refusal):
-            gevent.spawn_later(RETRY, self._resume_if, channel, state, turn)
+            self._refused[channel] = None
             return
         head, answer, _ = replay(channel, reply)
         state.epoch, state.offset = answer.messages[-1].position if answer.messages else answer.position
@@ -373,10 +384,6 @@ class Following:
             self._lost({channel: answer})
         elif answer.messages:
             self._deliver(answer.messages)
-
-    def _resume_if(self, channel: str, state: _Channel, turn: int) -> None:
-        if self._channels.get(channel) is state and state.turn == turn:
-            self.resume(channel)
 
     # -- what is published
 
