@@ -742,6 +742,20 @@ def test_who_is_not_counted_off_is_not_forgotten(service: Service, monkeypatch: 
     assert one.following.followed == 0
 
 
+def test_who_leaves_between_two_breaks_is_counted_off(service: Service) -> None:
+    one = service.workers[0]
+    reader = service.reader(one, "a")
+    assert service.count("a") == 1
+    state = one.following._channels["a"]
+    state.stale, state.told = True, -1  # as when it was linked again, and this is broken before the channel has caught up
+    reader.leave()
+    one.following.tell()
+    one.proxy.cut()
+    wait_until(lambda: not one.backplane.ready())
+    wait_until(service.ready)
+    wait_until(lambda: service.count("a") == 0, 3)
+
+
 def test_what_redis_refuses_for_long_is_asked_again_in_bounds(start: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(redis_following, "RETRIED", 20)
     service = start()

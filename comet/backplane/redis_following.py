@@ -313,7 +313,8 @@ class Following:
             state = self._channels[name]
             state.link = None
             if not state.count and not state.joining:
-                self._recovering.discard(name)
+                if state.told and state.epoch != _UNKNOWN:  # else Redis would count its subscribers on
+                    self._ask_hold(name, state)
                 self._forget(name, state)
                 continue
             state.link = link
