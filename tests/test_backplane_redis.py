@@ -1004,7 +1004,7 @@ def test_who_is_not_let_in_is_told_so() -> None:
 
 def test_a_user_needs_the_rights_that_the_readme_names(caplog: pytest.LogCaptureFixture) -> None:
     with redis_server() as redis:
-        redis.ask("ACL", "SETUSER", "comet", "on", ">secret", "~c:*", "&c:*", "+@all", "-@admin", "-@dangerous")
+        redis.ask("ACL", "SETUSER", "comet", "on", ">secret", "~c:*", "resetchannels", "&c:*", "+@all", "-@admin", "-@dangerous", "+client")
         url = redis.url.replace("//", "//comet:secret@")
         backplane = RedisBackplane.of(settings(url))
         got: list[Any] = []

@@ -27,7 +27,7 @@ import gevent
 from comet.backplane import Deliver, Dropped, Lost
 from comet.backplane.memory import EPOCH_BITS, Bounds, digest
 from comet.backplane.redis_acknowledged import Acknowledged
-from comet.backplane.redis_calls import Calls, Gather, away, unconfirmed
+from comet.backplane.redis_calls import AGAIN, Calls, Gather, away, unconfirmed
 from comet.backplane.redis_dial import dial
 from comet.backplane.redis_dial import read as read_url
 from comet.backplane.redis_following import Following
@@ -250,11 +250,17 @@ class RedisBackplane:
         """Where replicas are to be waited for. Raises Refusal when that can't be."""
         if self._replicas is None:
             return {}
-        links = {self._shards.link(self._names.log(channel)) for channel in channels}
-        places = {link: self._replicas.place(link, _left(until)) for link in links if link is not None}
-        if any(place is None for place in places.values()):
-            raise away()
-        return {link: place for link, place in places.items() if place is not None}
+        names = [self._names.log(channel) for channel in channels]
+        while True:
+            links = {self._shards.link(name) for name in names}
+            found = {link: self._replicas.place(link, _left(until)) for link in links if link is not None}
+            places = {link: place for link, place in found.items() if place is not None}
+            if len(places) == len(links):
+                return places
+            if _left(until) < AGAIN:
+                raise away()
+            self._shards.refresh()
+            gevent.sleep(AGAIN)
 
     def _confirmed(self, replies: Sequence[Any], gather: Gather, held: dict[Link, Place], until: float) -> Sequence[Any]:
         """The replies, or in the place of each that replicas have not confirmed a Refusal ``unconfirmed``."""

@@ -25,8 +25,11 @@ MAX_WAITING: Final = 64 << 20
 """Bytes of messages that wait for Redis: beyond it they are refused."""
 
 AGAIN: Final = 0.05
-"""Seconds before a question goes to another server; each time twice as many, with jitter, since a cluster that is down answers
-everybody at once."""
+"""Seconds before a question goes to another server, at first."""
+
+PATIENCE: Final = 0.15
+"""Of the time for which it has been tried: so long it is waited then, with jitter, since a cluster that is down refuses everybody at
+once, and when it is back nobody comes much later."""
 
 LONGEST_AGAIN: Final = 1.0
 """Seconds, at most."""
@@ -54,7 +57,7 @@ class Asked:
     """A question under way. `make` says it when it is sent; `again`: it may be asked twice; `until` is when nobody waits for it
     any more."""
 
-    __slots__ = ("again", "answer", "answered", "before", "call", "key", "link", "make", "pause", "size", "until")
+    __slots__ = ("again", "answer", "answered", "before", "call", "key", "link", "make", "since", "size", "until")
 
     def __init__(
         self, key: bytes, make: Make, answered: Answered, again: bool, until: float, size: int, answer: int, before: Callable[[Link], None]
@@ -67,7 +70,7 @@ class Asked:
         self.size = size
         self.answer = answer
         self.before = before
-        self.pause = AGAIN
+        self.since = time.monotonic()
         self.link: Link | None = None
         self.call: Call | None = None
 
@@ -128,8 +131,8 @@ class Calls:
     def _later(self, asked: Asked) -> None:
         asked.link = asked.call = None
         self._shards.refresh()
-        gevent.spawn_later(asked.pause * random.uniform(0.5, 1.0), self._try_again, asked)
-        asked.pause = min(2 * asked.pause, LONGEST_AGAIN)
+        pause = min(max(AGAIN, PATIENCE * (time.monotonic() - asked.since)), LONGEST_AGAIN)
+        gevent.spawn_later(pause * random.uniform(0.5, 1.0), self._try_again, asked)
 
     def _try_again(self, asked: Asked) -> None:
         if time.monotonic() < asked.until:

@@ -47,6 +47,8 @@ class Replicas:
         self._replicas = replicas
         self._timeout = timeout
         self._places: dict[Link, Place] = {}
+        self._away: set[Link] = set()
+        """Those of which it was said that they can't be reached."""
 
     def place(self, link: Link, timeout: float) -> Place | None:
         """To be taken before the publication; None when this server can't be reached within `timeout`."""
@@ -58,9 +60,12 @@ class Replicas:
             with gevent.Timeout(timeout, False):
                 connection = link.connect()
         except (OSError, Denied, hiredis.HiredisError) as error:
-            log.warning("%s can't be reached (%s), so that replicas can't be waited for", link.title, error)
+            if link not in self._away:
+                log.warning("%s can't be reached (%s), so that replicas can't be waited for", link.title, error)
         if connection is None:
+            self._away.add(link)
             return None
+        self._away.discard(link)
         place = self._places.get(link)
         if place is not None and place.open:  # another greenlet was faster
             connection.close()
