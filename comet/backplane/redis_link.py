@@ -46,7 +46,7 @@ ROOM: Final = 16 << 20
 writes the answers, and cuts a connection off that has subscriptions and 32 MB waiting (client-output-buffer-limit pubsub): many who
 come back to long histories would be cut off again and again."""
 
-FENCE: Final = hiredis.pack_command((b"ECHO", b""))
+FENCE: Final = b"*2\r\n$4\r\nECHO\r\n$0\r\n\r\n"
 """What is asked behind each (un)subscription. That is confirmed by a push, as is what a cluster ends by itself, when a slot goes, in
 the middle of anything; and refused by an answer. So only what is answered behind it says that it is over."""
 
