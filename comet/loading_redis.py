@@ -15,13 +15,12 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any, Final
 
-import redis
 from rich.console import Console
 from rich.progress import Progress
 
 from comet.database import Key
 from comet.loading import BadLine, stage
-from comet.subscriptions_redis import Sets, add, change, connect, pack
+from comet.subscriptions_redis import FAILURES, Sets, add, change, connect, pack
 
 ROWS: Final = 20_000
 """Ids in one round trip, at most."""
@@ -39,7 +38,7 @@ def load(source: Path, url: str, prefix: str) -> int:
                 sets = Sets(prefix)
                 _store(client, _groups(staged, "follower", "followee"), sets.following, progress, "following")
                 added = _store(client, _groups(staged, "followee", "follower"), sets.followers, progress, "followers")
-    except (BadLine, OSError, ValueError, redis.RedisError) as error:
+    except (BadLine, ValueError, *FAILURES) as error:
         console.print(f"load-friends: {error}. What was there before is there; run it again.", style="red", markup=False, highlight=False)
         return 1
     seconds = time.monotonic() - began

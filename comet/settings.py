@@ -66,7 +66,10 @@ class Settings:
         "this machine is alone. Better in COMET_BACKPLANE: flags show in ps, and the URL has the password.",
     )
     redis_prefix: str = _knob(
-        "c:", "text", "Before all keys and channels in Redis: two services on one Redis need two. Short, as it is kept twice a channel."
+        "c:",
+        "text",
+        "Before all keys and channels in Redis: two services on one Redis, on two databases as well, need two. Short, as it is kept "
+        "twice a channel.",
     )
     redis_connect_timeout: float = _knob(
         1.0, "seconds", "A connection to Redis, and its first answer: far above a round trip, below --backplane-timeout.", least=0.05

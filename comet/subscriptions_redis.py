@@ -18,6 +18,7 @@ from typing import Any, Final, TypeVar
 
 import redis
 from redis.backoff import NoBackoff
+from redis.exceptions import RedisClusterException
 from redis.retry import Retry
 
 from comet.database import key
@@ -26,6 +27,9 @@ from comet.turn import give_way
 
 STEP: Final = 2000
 """Ids that one question fetches."""
+
+FAILURES: Final = (redis.RedisError, RedisClusterException, OSError)
+"""What a client raises when Redis does not do it."""
 
 LOT: Final = 1000
 """Users whose sets are changed in one round trip."""
@@ -65,8 +69,12 @@ def connect(url: str, timeout: float = 3.0, connect_timeout: float = 1.0, pool: 
         "socket_timeout": timeout, "socket_connect_timeout": connect_timeout, "health_check_interval": 30, "protocol": 3,
         "retry": Retry(NoBackoff(), 1), "client_name": "comet",  # one more try: a connection may have been closed since
     }  # fmt: skip
-    if "+cluster" in url:
-        return redis.RedisCluster.from_url(url.replace("+cluster", "", 1), max_connections=pool, **options)
+    scheme, _, rest = url.partition(":")
+    if scheme.endswith("+cluster"):
+        return redis.RedisCluster.from_url(
+            f"{scheme.removesuffix('+cluster')}:{rest}", connection_pool_class=redis.BlockingConnectionPool, max_connections=pool,
+            timeout=timeout, **options,
+        )  # fmt: skip
     return redis.Redis.from_pool(redis.BlockingConnectionPool.from_url(url, max_connections=pool, timeout=timeout, **options))
 
 
@@ -181,7 +189,7 @@ class RedisSubscriptions:
             raise Refusal(
                 "backplane-full", "Redis, which keeps the subscriptions, has no memory left; send it all again when there is room."
             ) from error
-        except (redis.RedisError, OSError) as error:
+        except FAILURES as error:
             raise Refusal(
                 "backplane-away", "Redis, which keeps the subscriptions, does not answer; send it again, a little later."
             ) from error

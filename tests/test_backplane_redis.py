@@ -7,6 +7,7 @@ in this process. Clients are the `Reader` of the router's tests, which checks wh
 More seeds than the usual few: ``COMET_SEEDS=100 pytest tests/test_backplane_redis.py``.
 """
 
+import itertools
 import logging
 import os
 import random
@@ -17,6 +18,7 @@ import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +26,9 @@ import gevent
 import pytest
 from gevent import socket
 from gevent.server import StreamServer
+from redis.crc import key_slot
 
-from comet.backplane import redis_calls, redis_following
+from comet.backplane import redis_calls, redis_following, redis_lease
 from comet.backplane.memory import Bounds
 from comet.backplane.redis import RedisBackplane
 from comet.backplane.redis_dial import Denied, read
@@ -34,6 +37,7 @@ from comet.hub import Hub
 from comet.message import Position, Publication, Receipt
 from comet.settings import Settings
 from comet.stats import Stats
+from comet.subscriptions_redis import RedisSubscriptions, connect
 from tests.harness import Server, wait_until
 from tests.redis_server import RedisServer, free_port, needs_redis, redis_cluster, redis_server
 from tests.test_backplane_router import Reader
@@ -55,6 +59,8 @@ class Proxy:
         self.frozen = gevent.event.Event()
         self.frozen.set()  # it flows
         self.refusing = False
+        self.delay = 0.0
+        """Seconds that it takes, each way."""
         self._server = StreamServer(("127.0.0.1", 0), self._serve)
         self._server.start()
         self.port: int = self._server.server_port
@@ -78,6 +84,8 @@ class Proxy:
         try:
             while data := source.recv(1 << 16):
                 self.frozen.wait()
+                if self.delay:
+                    gevent.sleep(self.delay)
                 target.sendall(data)
         except OSError:
             pass  # it was cut
@@ -416,7 +424,7 @@ class Chaos:
             ]
             readers = [(one.subscriber and one.subscriber.host, one.greenlet, one.ended) for one in self.readers]
             raise AssertionError(
-                (counts, held, states, hubs, readers, self.forgot, [worker.following.node for worker in self.service.workers])
+                (counts, held, states, hubs, readers, self.forgot, [worker.following.lease.node for worker in self.service.workers])
             ) from None
 
 
@@ -545,6 +553,240 @@ def test_a_rewound_redis_is_another_epoch_and_each_is_told_one_gap(start: Open, 
         service.close()
 
 
+@pytest.mark.parametrize("away", [False, True])
+def test_a_rewound_redis_that_has_come_further_meanwhile_is_told_and_what_it_acknowledged_comes(start: Open, away: bool) -> None:
+    """What waits is published before this worker has looked at the channel again: by itself, or by another while it is `away`."""
+    with redis_server("--save", "3600 1000000") as redis:
+        service = start(redis)
+        one, two = service.workers
+        reader = service.reader(one, "a")
+        service.publish(one, "a", "1", "2")
+        redis.ask("SAVE")
+        service.publish(one, "a", "3", "4")
+        wait_until(lambda: len(reader.got) == 4)
+        redis.kill()
+        wait_until(lambda: not any(worker.backplane.ready() for worker in service.workers))
+        if away:
+            one.proxy.refusing = True
+        waiting = [gevent.spawn(service.publish, two if away else one, "a", body) for body in "567"]
+        gevent.sleep(0.05)
+        redis.start()
+        gevent.joinall(waiting, raise_error=True)
+        late = service.reader(two, "a") if away else reader
+        one.proxy.refusing = False
+        wait_until(service.ready)
+        wait_until(lambda: service.heads(reader) and service.heads(late))
+        assert reader.got[:5] == ["1", "2", "3", "4", "GAP"]
+        assert sorted(reader.got[5:]) == ["5", "6", "7"]
+        assert late is reader or late.got == ["GAP"], "who came since has nothing twice"
+        service.publish(two, "a", "8")
+        wait_until(lambda: reader.got[-1] == late.got[-1] == "8")
+        service.close()
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_whatever_is_lost_and_whatever_comes_since_a_gap_is_told_where_something_was_lost(start: Open, seed: int) -> None:
+    """A Redis that is put back by so many messages, gets so many others, and only then is looked at by who knows."""
+    rng = random.Random(seed)
+    service = start(history_size=rng.choice((20, 1000)))
+    one, two = service.workers
+    reader = service.reader(one, "a")
+    count = 0
+
+    def publish(worker: Worker, number: int) -> list[str]:
+        nonlocal count
+        bodies = [str(count + each) for each in range(number)]
+        count += number
+        if bodies:
+            service.publish(worker, "a", *bodies)
+        return bodies
+
+    publish(one, rng.randint(0, 30))
+    for _ in range(6):
+        publish(two, rng.randint(0, 3))
+        wait_until(lambda: service.heads(reader))
+        before = {key: service.redis.ask("DUMP", key) for key in ("c:{a}", "c:{a}:log")}
+        lost = publish(one, rng.randint(0, 5))
+        wait_until(lambda: service.heads(reader))
+        one.proxy.refusing = True
+        one.proxy.cut()
+        wait_until(lambda: not one.backplane.ready())
+        for key, dump in before.items():
+            if dump is None:
+                service.redis.ask("DEL", key)
+            else:
+                service.redis.ask("RESTORE", key, 600_000, dump, "REPLACE")
+        reader.got.clear()
+        since = publish(two, rng.randint(0, 8))
+        one.proxy.refusing = False
+        wait_until(one.backplane.ready)
+        wait_until(lambda since=since: len(reader.got) >= len(since))  # type: ignore[misc]
+        assert reader.got == [*(["GAP"] if lost else []), *since], (seed, lost, since)
+
+
+def test_long_histories_are_made_good_within_what_redis_lets_a_connection_have_waiting(
+    start: Open, caplog: pytest.LogCaptureFixture
+) -> None:
+    service = start()
+    one, two = service.workers
+    names = [f"c{number}" for number in range(320)]
+    got: list[Any] = []
+    one.following.attach(got.extend, lambda channel, epoch: None, lambda answers: None)
+    for start_ in range(0, len(names), 40):
+        one.backplane.subscribe(names[start_ : start_ + 40], [None] * 40)
+    one.proxy.refusing = True
+    one.proxy.cut()
+    wait_until(lambda: not one.backplane.ready())
+    for name in names:  # 40 MB
+        two.backplane.publish([Publication(name, b"x" * 1000)] * 128)
+    caplog.clear()
+    one.proxy.refusing = False
+    wait_until(one.backplane.ready)
+    assert len(got) == 128 * len(names)
+    assert "broke" not in caplog.text
+
+
+def test_a_server_that_can_not_be_used_for_long_does_not_fill_memory_with_questions(start: Open) -> None:
+    with redis_server() as master, redis_server() as redis:
+        service = start(redis)
+        one = service.workers[0]
+        names = [f"c{number}" for number in range(500)]
+        for start_ in range(0, len(names), 50):
+            one.backplane.subscribe(names[start_ : start_ + 50], [None] * 50)
+            one.backplane.publish([Publication(name, b"x") for name in names[start_ : start_ + 50]])
+        redis.ask("REPLICAOF", "127.0.0.1", master.port)
+        (link,) = one.backplane._shards.links
+        most = 0
+        for _ in range(40):
+            gevent.sleep(0.1)
+            most = max(most, link.waiting)
+        assert 0 < most < 3 * len(names)
+        redis.ask("REPLICAOF", "NO", "ONE")
+        wait_until(service.ready)
+        service.close()
+
+
+def test_what_takes_several_questions_has_one_time_out(start: Open) -> None:
+    service = start(timeout=0.8)
+    one, two = service.workers
+    for _ in range(5):
+        service.publish(two, "a", *map(str, range(200)))
+    one.proxy.delay = 0.2
+    for what, why in (
+        (lambda: one.backplane.send("a", "message", b"1", "key"), "unconfirmed"),
+        (lambda: one.backplane.read("a", "oldest"), "backplane-away"),
+        (lambda: one.backplane.subscribe(["a"], ["oldest"]), "backplane-away"),
+    ):
+        began = time.monotonic()
+        assert slug(what) == why
+        assert time.monotonic() - began < 1.1
+    one.proxy.delay = 0.0
+    wait_until(lambda: service.count("a") == 0)
+
+
+def test_what_is_ready_together_takes_few_round_trips(service: Service) -> None:
+    one = service.workers[0]
+
+    def round_trips() -> int:
+        stats = service.redis.ask("INFO", "stats").decode()
+        return int(stats.split("total_reads_processed:")[1].split("\r")[0])
+
+    names = [f"c{number}" for number in range(1000)]
+    for what in (
+        lambda name: one.backplane.subscribe([name], [None]),
+        lambda name: one.backplane.publish([Publication(name, b"1")]),
+        lambda name: one.backplane.unsubscribe([name]),
+    ):
+        before = round_trips()
+        gevent.joinall([gevent.spawn(what, name) for name in names], raise_error=True)
+        wait_until(lambda: not one.backplane._shards.links[0].waiting and not one.following._changed)
+        assert round_trips() - before < 100
+    assert service.count(names[0]) == service.count(names[-1]) == 0
+
+
+def test_thousands_that_are_thrown_out_are_looked_at_together(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, two = service.workers
+    names = [f"c{number}" for number in range(50)]
+    reader = service.reader(one, *names)
+    looks = 0
+    moved = one.following.moved
+
+    def look() -> None:
+        nonlocal looks
+        looks += 1
+        moved()
+
+    monkeypatch.setattr(one.following, "moved", look)
+    for name in names:
+        one.following.thrown_out(f"c:{{{name}}}".encode())
+    two.backplane.publish([Publication(name, b"1") for name in names])
+    wait_until(lambda: looks and service.ready())
+    assert looks == 1
+    two.backplane.publish([Publication(name, b"2") for name in names])
+    wait_until(lambda: len(reader.got) == 100)
+    assert not reader.gaps
+
+
+def test_who_is_not_counted_off_is_not_forgotten(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = service.workers[0]
+    reader = service.reader(one, "a")
+    assert service.count("a") == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(one.following._scripts, "hold", _Refused())
+        reader.leave()
+        gevent.sleep(0.1)
+        one.following._resting["a"] = 0.0
+        one.following.expire()
+    wait_until(lambda: service.count("a") == 0)
+    one.following.expire()
+    assert one.following.followed == 0
+
+
+def test_who_leaves_between_two_breaks_is_counted_off(service: Service) -> None:
+    one = service.workers[0]
+    reader = service.reader(one, "a")
+    assert service.count("a") == 1
+    state = one.following._channels["a"]
+    state.stale, state.told = True, -1  # as when it was linked again, and this is broken before the channel has caught up
+    reader.leave()
+    one.following.tell()
+    one.proxy.cut()
+    wait_until(lambda: not one.backplane.ready())
+    wait_until(service.ready)
+    wait_until(lambda: service.count("a") == 0, 3)
+
+
+def test_what_redis_refuses_for_long_is_asked_again_in_bounds(start: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(redis_following, "RETRIED", 20)
+    service = start()
+    one = service.workers[0]
+    names = [f"c{number}" for number in range(500)]
+    one.backplane.subscribe(names, [None] * len(names))
+    asked = 0
+    refused = _Refused()
+
+    def command(keys: Any, arguments: Any) -> tuple[Any, ...]:
+        nonlocal asked
+        asked += 1
+        return refused.command(keys, arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(one.following._scripts, "hold", type("Hold", (), {"command": staticmethod(command)}))
+        one.following.count_again()
+        gevent.sleep(3.2)
+    assert 500 <= asked < 700
+    monkeypatch.setattr(redis_following, "RETRIED", 2000)
+    wait_until(lambda: not one.following._refused)
+    wait_until(lambda: service.count(names[0]) == service.count(names[-1]) == 1)
+
+
+class _Refused:
+    """In the place of a script: a disk that is full."""
+
+    def command(self, keys: Any, arguments: Any) -> tuple[Any, ...]:
+        return b"EVAL", b"return redis.error_reply('MISCONF the disk is full')", 0
+
+
 def test_an_emptied_redis_is_another_epoch_and_each_is_told_one_gap_soon(service: Service) -> None:
     one, two = service.workers
     readers = [service.reader(worker, "a", "b") for worker in service.workers]
@@ -598,15 +840,41 @@ def test_a_redis_without_memory_refuses_and_goes_on(start: Open) -> None:
         one, _ = service.workers
         reader = service.reader(one, "a")
         service.publish(one, "a", "1")
+        service.publish(one, "nobody is there", "1")
         wait_until(lambda: reader.got == ["1"])
         redis.ask("CONFIG", "SET", "maxmemory", "1")
         assert slug(lambda: service.publish(one, "a", "2")) == "backplane-full"
+        assert slug(lambda: service.publish(one, "nobody is there", "2")) == "backplane-full"
         assert slug(lambda: one.backplane.subscribe(["new"], [None])) == "backplane-full"
         redis.ask("CONFIG", "SET", "maxmemory", "0")
         service.publish(one, "a", "3")
         wait_until(lambda: reader.got == ["1", "3"])
         wait_until(lambda: service.count("a") == 1)
         assert service.count("new") is None
+        service.close()
+
+
+def test_who_lives_and_holds_what_can_be_told_to_a_redis_without_memory(start: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(redis_lease, "LEASE", 2.5)
+    with redis_server() as redis:
+        service = start(redis)
+        one, two = service.workers
+        readers = [service.reader(worker, "a") for worker in (one, two, two)]
+        service.publish(one, "a", "1")
+        wait_until(lambda: service.count("a") == 3)
+        redis.ask("CONFIG", "SET", "maxmemory", "1")
+        nodes = [worker.following.lease.node for worker in service.workers]
+        readers.pop().leave()
+        wait_until(lambda: service.count("a") == 2)
+        assert two.hub._backplane.rejoin("a", None) is not None
+        wait_until(lambda: service.count("a") == 3)
+        gevent.sleep(3.0)
+        assert service.ready()
+        assert [worker.following.lease.node for worker in service.workers] == nodes
+        one.following.lease._come_back()
+        one.proxy.cut()
+        wait_until(lambda: not one.backplane.ready())
+        wait_until(service.ready)
         service.close()
 
 
@@ -642,7 +910,7 @@ def test_a_read_only_replica_is_no_backplane(start: Open) -> None:
 
 
 def test_who_dies_is_not_counted_for_long(start: Open, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(redis_following, "LEASE", 2.5)
+    monkeypatch.setattr(redis_lease, "LEASE", 2.5)
     service = start()
     one, two = service.workers
     service.reader(one, "a")
@@ -655,12 +923,27 @@ def test_who_dies_is_not_counted_for_long(start: Open, monkeypatch: pytest.Monke
     wait_until(lambda: service.count("a") == 2)  # it comes back under another id
 
 
+def test_who_seems_dead_since_the_clock_of_redis_was_set_is_counted_again_soon(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, two = service.workers
+    monkeypatch.setattr(one.following, "prolong", lambda: None)  # which would find it out minutes later, where there are many
+    monkeypatch.setattr(one.following, "expire", lambda: None)
+    service.reader(one, "a")
+    assert service.count("a") == 1
+    two.following.lease._since -= 60
+    seconds, _ = service.redis.ask("TIME")
+    service.redis.ask("ZADD", "c:nodes", str(1000 * (int(seconds) - 60)), one.following.lease.node)
+    two.following.lease.beat()
+    wait_until(lambda: two.following.lease.dead)
+    two.backplane.publish([Publication("a", b"1")])  # whoever publishes takes off the dead
+    wait_until(lambda: service.count("a") == 1, 5)
+
+
 def test_who_ends_in_order_is_not_counted_any_more(service: Service) -> None:
     service.workers.append(Worker(service))
     wait_until(service.ready)
     service.reader(service.workers[2], "a")
     assert service.count("a") == 1
-    service.workers[0].following._since -= 60
+    service.workers[0].following.lease._since -= 60
     service.workers.pop().close()
     wait_until(lambda: service.count("a") == 0, 3)
 
@@ -686,6 +969,23 @@ def test_an_acknowledgement_may_wait_for_replicas(start: Open) -> None:
         service.close()
 
 
+def test_replicas_of_a_server_that_was_left_confirm_nothing(start: Open) -> None:
+    """The same name leads to another master; the one before is still there, with its replica."""
+    with redis_server() as redis, redis_server("--replicaof", "127.0.0.1", str(redis.port)) as replica, redis_server() as other:
+        wait_until(lambda: replica.ask("ROLE")[3] == b"connected")
+        service = start(redis, workers=0)
+        worker = Worker(service, replicas=1)
+        service.workers.append(worker)
+        wait_until(service.ready)
+        service.publish(worker, "a", "1")
+        link, _ = worker.proxy._pairs
+        worker.proxy._port = other.port
+        link[0].shutdown(socket.SHUT_RDWR)
+        wait_until(lambda: not service.ready())
+        assert slug(lambda: service.publish(worker, "a", "2")) == "unconfirmed"
+        service.close()
+
+
 def settings(url: str) -> Settings:
     return Settings(backplane=url)
 
@@ -700,6 +1000,32 @@ def test_who_is_not_let_in_is_told_so() -> None:
         backplane.start()
         wait_until(backplane.ready)
         backplane.close()
+
+
+def test_a_user_needs_the_rights_that_the_readme_names(caplog: pytest.LogCaptureFixture) -> None:
+    with redis_server() as redis:
+        redis.ask("ACL", "SETUSER", "comet", "on", ">secret", "~c:*", "resetchannels", "&c:*", "+@all", "-@admin", "-@dangerous", "+client")
+        url = redis.url.replace("//", "//comet:secret@")
+        backplane = RedisBackplane.of(settings(url))
+        got: list[Any] = []
+        backplane.attach(got.extend, lambda channel, epoch: None, lambda answers: None)
+        backplane.start()
+        wait_until(backplane.ready)
+        backplane.subscribe(["a"], [None])
+        backplane.publish([Publication("a", b"1", "message", "key")])
+        wait_until(lambda: got)
+        backplane.delete("a")
+        known = RedisSubscriptions(lambda: connect(url), "c:")
+        assert known.add_subscriptions([("x", "y")]) == 1
+        assert known.get_subscribers("y") == ["x"]
+        known.close()
+        backplane.close()
+    assert "NOPERM" not in caplog.text
+
+
+def test_a_redis_that_has_too_many_clients_may_take_us_later() -> None:
+    with redis_server("--maxclients", "1") as redis, socket.create_connection((redis.host, redis.port)):
+        RedisBackplane.of(settings(redis.url))
 
 
 @pytest.mark.parametrize(
@@ -879,3 +1205,98 @@ def test_a_cluster_of_six_and_a_failover(start: Open, failover: str) -> None:
             assert not reader.gaps
             assert sorted(reader.got) == sorted(str(number) for number in range(1, 6) for _ in range(10))
         service.close()
+
+
+@pytest.fixture(scope="module")
+def trio() -> Iterator[list[RedisServer]]:
+    """A cluster of three masters."""
+    with redis_cluster(3, 0, "--cluster-require-full-coverage", "no") as servers:
+        yield servers
+
+
+def cluster_of(servers: list[RedisServer]) -> str:
+    """Its URL."""
+    return servers[0].url.replace("redis://", "redis+cluster://")
+
+
+def move(servers: list[RedisServer], slot: int, target: RedisServer) -> None:
+    """Have another master take a slot, key by key, as redis-cli does."""
+    ids = {server: server.ask("CLUSTER", "MYID").decode() for server in servers}
+    source = next(server for server in servers if slot in _slots(server, ids[server]))
+    target.ask("CLUSTER", "SETSLOT", slot, "IMPORTING", ids[source])
+    source.ask("CLUSTER", "SETSLOT", slot, "MIGRATING", ids[target])
+    while keys := source.ask("CLUSTER", "GETKEYSINSLOT", slot, 10):
+        source.ask("MIGRATE", target.host, target.port, "", 0, 5000, "KEYS", *keys)
+    for server in (target, source, *servers):
+        server.ask("CLUSTER", "SETSLOT", slot, "NODE", ids[target])
+
+
+def _slots(server: RedisServer, own: str) -> set[int]:
+    (line,) = (line for line in server.ask("CLUSTER", "NODES").decode().splitlines() if line.startswith(own))
+    ranges = [one.split("-") for one in line.split(" ")[8:] if not one.startswith("[")]
+    return {slot for one in ranges for slot in range(int(one[0]), int(one[-1]) + 1)}
+
+
+def test_a_slot_that_goes_to_another_master_and_back_loses_nothing(start: Open, trio: list[RedisServer]) -> None:
+    service = start(trio[0], workers=0)
+    service.workers += [Worker(service, url=cluster_of(trio)) for _ in range(2)]
+    wait_until(service.ready)
+    slot = key_slot(b"c")
+    names = list(islice((name for name in map(str, itertools.count()) if key_slot(name.encode()) == slot), 3))
+    readers = [service.reader(worker, name) for worker in service.workers for name in names]
+    sent = 0
+    stop = False
+
+    def publishes(worker: Worker) -> None:
+        nonlocal sent
+        while not stop:
+            sent += 1
+            left = [Publication(name, str(sent).encode(), "message", str(sent)) for name in names]
+            while left:
+                try:
+                    answers = worker.backplane.publish(left)
+                except Refusal as refusal:
+                    answers = [refusal] * len(left)
+                left = [one for one, answer in zip(left, answers, strict=True) if isinstance(answer, Refusal)]
+                gevent.sleep(0.002)
+
+    def comes_and_goes(worker: Worker, name: str) -> None:
+        reader = Reader(_any(service), _any(worker), [name])
+        while not stop:
+            try:
+                reader.join(asleep=False)
+            except Refusal as refusal:
+                assert refusal.slug in ("backplane-away", "backplane-busy"), refusal
+            gevent.sleep(0.001)
+            reader.leave()
+            worker.following._resting = dict.fromkeys(worker.following._resting, 0.0)
+            worker.following.expire()
+        assert not reader.gaps
+
+    busy = [gevent.spawn(publishes, worker) for worker in service.workers]
+    busy += [gevent.spawn(comes_and_goes, worker, name) for worker in service.workers for name in names]
+    for target in (trio[0], trio[1], trio[2], trio[0]):
+        gevent.get_hub().threadpool.apply(move, (trio, slot, target))
+        gevent.sleep(0.3)
+    stop = True
+    gevent.joinall(busy, raise_error=True)
+    wait_until(lambda: all(len(reader.got) == sent for reader in readers))
+    assert not any(reader.gaps for reader in readers)
+    service.close()
+
+
+def test_what_some_feeds_may_have_is_not_refused_as_if_nobody_had_it(start: Open, trio: list[RedisServer]) -> None:
+    service = start(trio[0], workers=0, timeout=1.0)
+    service.workers.append(Worker(service, url=cluster_of(trio)))
+    (one,) = service.workers
+    wait_until(service.ready)
+    names = [f"f{number}" for number in range(30)]
+    one.backplane.subscribe(names, [None] * len(names))
+    gone = next(server for server in trio if key_slot(names[0].encode()) in _slots(server, server.ask("CLUSTER", "MYID").decode()))
+    gone.kill()
+    wait_until(lambda: not one.backplane.ready())
+    assert slug(lambda: one.backplane.send(",".join(names), "message", b"1")) == "unconfirmed"
+    assert slug(lambda: one.backplane.send(names[0], "message", b"1")) == "backplane-away"
+    gone.start()
+    wait_until(one.backplane.ready)
+    service.close()

@@ -16,7 +16,7 @@ HUB = {*SPOKEN, "comet.backplane", "comet.fanout", "comet.framing", "comet.histo
 PROCESSES = {"comet.board", "comet.kernel", "comet.settings"}
 REDIS = {
     *SPOKEN, "comet.history", "comet.turn", "comet.backplane", "comet.backplane.redis_dial", "comet.backplane.redis_scripts",
-    "comet.backplane.redis_link", "comet.backplane.redis_shards",
+    "comet.backplane.redis_format", "comet.backplane.redis_link", "comet.backplane.redis_shards", "comet.backplane.redis_calls",
 }  # fmt: skip
 HANDLER = {
     "comet.hub", "comet.message", "comet.framing", "comet.subscriber", "comet.stats", "comet.settings", "comet.errors", "comet.turn",
@@ -96,15 +96,18 @@ ALLOWED: dict[str, set[str]] = {
         *REDIS,
         "comet.backplane.memory",
         "comet.backplane.redis_following",
-        "comet.backplane.redis_calls",
+        "comet.backplane.redis_acknowledged",
         "comet.backplane.redis_replicas",
     },
-    "comet.backplane.redis_following": {*REDIS, "comet.backplane.memory", "comet.backplane.redis_calls"},
+    "comet.backplane.redis_following": {*REDIS, "comet.backplane.memory", "comet.backplane.redis_lease"},
+    "comet.backplane.redis_lease": {*REDIS},
+    "comet.backplane.redis_acknowledged": {*REDIS, "comet.backplane.memory"},
     "comet.backplane.redis_calls": {*SPOKEN, "comet.backplane.redis_link", "comet.backplane.redis_shards"},
     "comet.backplane.redis_replicas": {"comet.backplane.redis_dial", "comet.backplane.redis_link"},
     "comet.backplane.redis_shards": {"comet.backplane.redis_link", "comet.backplane.redis_dial", "comet.backplane.redis_scripts"},
     "comet.backplane.redis_link": {"comet.backplane.redis_dial", "comet.backplane.redis_scripts"},
-    "comet.backplane.redis_scripts": {*SPOKEN, "comet.history", "comet.backplane.memory"},
+    "comet.backplane.redis_format": {*SPOKEN, "comet.history"},
+    "comet.backplane.redis_scripts": {"comet.backplane.memory"},
     "comet.backplane.redis_dial": set(),
     # the server, which knows a subscriber only by its small interface
     "comet.server": set(),

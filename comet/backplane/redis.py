@@ -1,8 +1,9 @@
 """The backplane of many machines: every worker talks to Redis (or Valkey), and there is no server of our own.
 
-This module publishes and reads; `comet.backplane.redis_following` follows the channels. `redis_scripts` is what Redis does
-at once, `redis_calls` how it is asked, `redis_shards` which server is, `redis_link` the connection to it, `redis_dial`
-how it is made, `redis_replicas` how replicas are waited for.
+This module publishes and reads; `comet.backplane.redis_following` follows the channels, as long as its worker lives
+(`redis_lease`). `redis_acknowledged` remembers what was published, `redis_scripts` is what Redis does at once and `redis_format` how
+that is said, `redis_calls` how it is asked, `redis_shards` which server is, `redis_link` the connection to it, `redis_dial` how it
+is made, `redis_replicas` how replicas are waited for.
 
 Where a promise of `comet.backplane` differs: what is bounded in all (bytes of history, idle channels, idempotency keys)
 is bounded by Redis' own ``maxmemory``. With the policy ``noeviction`` publications are refused then; with one of
@@ -10,13 +11,13 @@ is bounded by Redis' own ``maxmemory``. With the policy ``noeviction`` publicati
 
 That a log was rewound, as by a restart of a Redis that writes its disk once a second, is found out by who knows better: a
 worker remembers how far each channel was that it follows, or has published to within the linger time. A log that
-has not come so far any more begins another epoch.
+has not come so far any more, or has another message there, begins another epoch.
 """
 
 import logging
+import math
 import random
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, Final
@@ -25,13 +26,15 @@ import gevent
 
 from comet.backplane import Deliver, Dropped, Lost
 from comet.backplane.memory import EPOCH_BITS, Bounds, digest
-from comet.backplane.redis_calls import Calls, Gather, away
+from comet.backplane.redis_acknowledged import Acknowledged
+from comet.backplane.redis_calls import AGAIN, Calls, Gather, away, unconfirmed
 from comet.backplane.redis_dial import dial
 from comet.backplane.redis_dial import read as read_url
-from comet.backplane.redis_following import LOT, Following
-from comet.backplane.redis_link import Link
+from comet.backplane.redis_following import Following
+from comet.backplane.redis_format import Names, Replay, Seen, piece, place, replay
+from comet.backplane.redis_link import ANSWER, Link
 from comet.backplane.redis_replicas import Place, Replicas
-from comet.backplane.redis_scripts import NOW, PAGE, Names, Replay, Scripts, piece, place, replay
+from comet.backplane.redis_scripts import NOW, PAGE, PAGE_BYTES, Scripts
 from comet.backplane.redis_shards import NAME, Cluster, Single
 from comet.errors import Refusal
 from comet.history import Joined
@@ -43,9 +46,6 @@ FEEDS: Final = 200
 
 FAREWELL: Final = 1.0
 """Seconds to say goodbye to Redis."""
-
-REMEMBERED: Final = 200_000
-"""Channels published to whose position is remembered; the oldest go first."""
 
 log = logging.getLogger("comet.backplane")
 
@@ -69,15 +69,14 @@ class RedisBackplane:
         now: str = NOW,
     ) -> None:
         target = read_url(url)
-        self._linger, self._key_age = bounds.linger, bounds.key_age
+        self._key_age = bounds.key_age
         self._timeout = timeout
         self._names = Names(prefix)
         self._scripts = Scripts(bounds, target.cluster, now)
         self._shards: Single | Cluster = (Cluster if target.cluster else Single)(target, self._scripts, silence, connect_timeout, self)
         self._calls = Calls(self._shards)
-        self._acknowledged: OrderedDict[str, tuple[Position, float]] = OrderedDict()
-        """How far the channels are that were published to from here, and until when that matters; the first to go first."""
-        self._following = Following(self._shards, self._calls, self._scripts, self._names, clock, self._vouched, target.cluster)
+        self._acknowledged = Acknowledged(self._shards, self._calls, self._scripts, self._names, bounds.linger, timeout)
+        self._following = Following(self._shards, self._calls, self._scripts, self._names, clock, self._acknowledged.seen, target.cluster)
         self._replicas = Replicas(replicas, replicas_timeout) if replicas else None
         self._greenlet: Any = None
 
@@ -111,7 +110,8 @@ class RedisBackplane:
         self._greenlet.kill()
         if self._following.ready():
             gather = Gather(1)
-            self._following.farewell(partial(gather.put, 0))
+            self._following.tell()
+            self._following.lease.end(partial(gather.put, 0))
             gather.wait(self._calls, FAREWELL)
         self._following.close()
         self._shards.close()
@@ -126,11 +126,12 @@ class RedisBackplane:
     def publish(self, publications: Sequence[Publication]) -> Sequence[Receipt | Refusal]:
         if not publications:
             return []
+        until = self._until()
         self._following.tell()
         groups: dict[str, list[int]] = {}
         for number, publication in enumerate(publications):
             groups.setdefault(publication.channel, []).append(number)
-        held = self._places(groups)
+        held = self._places(groups, until)
         gather = Gather(len(groups))
         for number, (channel, places) in enumerate(groups.items()):
             those = [publications[place] for place in places]
@@ -140,12 +141,12 @@ class RedisBackplane:
                 self._ask_publish(channel, those),
                 partial(gather.put, number),
                 again=False,
-                timeout=self._timeout,
+                timeout=_left(until),
                 size=size,
             )
         answers: list[Receipt | Refusal] = [_conflict()] * len(publications)  # each is replaced
         refusals = []
-        replies = self._confirmed(gather.wait(self._calls, self._timeout), gather, held)
+        replies = self._confirmed(gather.wait(self._calls, _left(until)), gather, held, until)
         for (channel, places), reply in zip(groups.items(), replies, strict=True):
             if isinstance(reply, Refusal):
                 refusals.append(reply)
@@ -155,7 +156,7 @@ class RedisBackplane:
             for place_, receipt in zip(places, receipts, strict=True):
                 answers[place_] = receipt
         if len(refusals) == len(groups):
-            raise refusals[0]
+            raise _doubtful(refusals) or refusals[0]
         return answers
 
     def _ask_publish(self, channel: str, those: Sequence[Publication]) -> Callable[[], Sequence[Any]]:
@@ -163,43 +164,48 @@ class RedisBackplane:
         pieces = [piece((one.type, one.data)) for one in those]
         epoch = random.getrandbits(EPOCH_BITS)
         if all(one.key is None for one in those):
-            return lambda: self._scripts.publish.command((log, stream), (epoch, self._following.dead, *pieces))
+            return lambda: self._scripts.publish.command((log, stream), (epoch, self._following.lease.dead, *pieces))
         keys = [self._names.key(channel, one.key) for one in those if one.key is not None]
         digests = [b"" if one.key is None else digest("publish", one.type, one.data).hex() for one in those]
         pairs = [each for pair in zip(pieces, digests, strict=True) for each in pair]
-        return lambda: self._scripts.publish_keyed.command((log, stream, *keys), (epoch, self._following.dead, *pairs))
+        return lambda: self._scripts.publish_keyed.command((log, stream, *keys), (epoch, self._following.lease.dead, *pairs))
 
     def _receipts(self, channel: str, reply: Any, those: Sequence[Publication]) -> Sequence[Receipt | Refusal]:
         if all(one.key is None for one in those):
-            epoch, before, subscribers = int(reply[0]), int(reply[1]), int(reply[2])
-            self._acknowledge(channel, Position(epoch, before + len(those)))
+            epoch, before, subscribers, ms = (int(one) for one in reply)
+            self._acknowledged.note(channel, Seen(epoch, before + len(those), ms))
             return [Receipt(Position(epoch, before + count), subscribers) for count in range(1, len(those) + 1)]
-        receipts = [_conflict() if answer == b"!" else _receipt(answer) for answer in reply]
-        for receipt in receipts:
-            if isinstance(receipt, Receipt):
-                self._acknowledge(channel, receipt.position)
-        return receipts
+        return [_conflict() if answer == b"!" else self._receipt(channel, answer) for answer in reply]
+
+    def _receipt(self, channel: str, answer: bytes) -> Receipt:
+        epoch, offset, subscribers, ms = map(int, answer.split())
+        self._acknowledged.note(channel, Seen(epoch, offset, ms))
+        return Receipt(Position(epoch, offset), subscribers)
 
     def send(self, channels: str, type: str, data: bytes, key: str | None = None) -> Sent:
+        until = self._until()
         self._following.tell()
         names = channels.split(",")
         first = names[0]
         mine = "" if key is None else digest("send", type, data).hex()
         if key is not None:
             name = self._names.key(first, key)
-            before = self._ask_one(name, lambda: self._scripts.claim.command((name,), (mine,)), again=False)
+            before = self._ask_one(name, lambda: self._scripts.claim.command((name,), (mine,)), until, again=False)
             if before == b"!":
                 raise _conflict()
             if before:
                 return _sent(before)
-        sent = self._send(names, piece((type, data)), key)
+        sent = self._send(names, piece((type, data)), key, until)
         if key is not None:
             text = f"{mine}{sent.delivered} {sent.targets}" + (f" {sent.position.epoch} {sent.position.offset}" if sent.position else "")
             age = max(1, round(1000 * self._key_age))
-            self._ask_one(name, lambda: (b"SET", name, text, b"PX", age), again=True)
+            try:
+                self._ask_one(name, lambda: (b"SET", name, text, b"PX", age), until)
+            except Refusal as refusal:
+                raise unconfirmed() from refusal
         return sent
 
-    def _send(self, channels: Sequence[str], data: bytes, key: str | None) -> Sent:
+    def _send(self, channels: Sequence[str], data: bytes, key: str | None, until: float) -> Sent:
         """Each feed that is held gets it, once however often that is asked under the key."""
         first = channels[0]
         slots: dict[int, list[str]] = {}
@@ -208,7 +214,7 @@ class RedisBackplane:
                 give_way()
             slots.setdefault(self._shards.slot(self._names.log(channel)), []).append(channel)
         lots = [those[start : start + FEEDS] for those in slots.values() for start in range(0, len(those), FEEDS)]
-        held = self._places(lot[0] for lot in lots)
+        held = self._places((lot[0] for lot in lots), until)
         gather = Gather(len(lots))
         for number, lot in enumerate(lots):
             keys = [
@@ -218,21 +224,21 @@ class RedisBackplane:
             ]
             gather.asked[number] = self._calls.ask(
                 self._names.log(lot[0]),
-                lambda keys=keys: self._scripts.send.command(keys, (self._following.dead, data, 2 if key is None else 3)),  # type: ignore[misc]
-                partial(gather.put, number), again=False, timeout=self._timeout, size=len(data) + 100 * len(lot),
+                lambda keys=keys: self._scripts.send.command(keys, (self._following.lease.dead, data, 2 if key is None else 3)),  # type: ignore[misc]
+                partial(gather.put, number), again=False, timeout=_left(until), size=len(data) + 100 * len(lot),
             )  # fmt: skip
             if number % 5 == 4:
                 give_way()
         position: Position | None = None
         delivered = 0
-        replies = self._confirmed(gather.wait(self._calls, self._timeout), gather, held)
+        replies = self._confirmed(gather.wait(self._calls, _left(until)), gather, held, until)
+        refusals = [reply for reply in replies if isinstance(reply, Refusal)]
+        if refusals:  # some feeds may have it
+            raise _doubtful(refusals) or (refusals[0] if len(refusals) == len(lots) else unconfirmed())
         for lot, reply in zip(lots, replies, strict=True):
-            if isinstance(reply, Refusal):
-                raise reply
             for channel, answer in zip(lot, reply, strict=True):
                 if answer:
-                    receipt = _receipt(answer)
-                    self._acknowledge(channel, receipt.position)
+                    receipt = self._receipt(channel, answer)
                     delivered += receipt.subscribers
                     if channel == first:
                         position = receipt.position
@@ -240,17 +246,23 @@ class RedisBackplane:
 
     # -- replicas
 
-    def _places(self, channels: Iterable[str]) -> dict[Link, Place]:
+    def _places(self, channels: Iterable[str], until: float) -> dict[Link, Place]:
         """Where replicas are to be waited for. Raises Refusal when that can't be."""
         if self._replicas is None:
             return {}
-        links = {self._shards.link(self._names.log(channel)) for channel in channels}
-        places = {link: self._replicas.place(link) for link in links if link is not None}
-        if any(place is None for place in places.values()):
-            raise away()
-        return {link: place for link, place in places.items() if place is not None}
+        names = [self._names.log(channel) for channel in channels]
+        while True:
+            links = {self._shards.link(name) for name in names}
+            found = {link: self._replicas.place(link, _left(until)) for link in links if link is not None}
+            places = {link: place for link, place in found.items() if place is not None}
+            if len(places) == len(links):
+                return places
+            if _left(until) < AGAIN:
+                raise away()
+            self._shards.refresh()
+            gevent.sleep(AGAIN)
 
-    def _confirmed(self, replies: Sequence[Any], gather: Gather, held: dict[Link, Place]) -> Sequence[Any]:
+    def _confirmed(self, replies: Sequence[Any], gather: Gather, held: dict[Link, Place], until: float) -> Sequence[Any]:
         """The replies, or in the place of each that replicas have not confirmed a Refusal ``unconfirmed``."""
         if self._replicas is None:
             return replies
@@ -259,41 +271,29 @@ class RedisBackplane:
             if asked is not None and asked.link in held and not isinstance(reply, Refusal):
                 logs[asked.link] = asked.key
         waits = {link: gevent.spawn(self._replicas.confirm, held[link], name) for link, name in logs.items()}
-        good = {link for link, greenlet in waits.items() if greenlet.get()}
+        gevent.joinall(list(waits.values()), timeout=_left(until))
+        good = {link for link, greenlet in waits.items() if greenlet.value}
         return [
             reply if isinstance(reply, Refusal) or (asked is not None and asked.link in good) else _few()
             for reply, asked in zip(replies, gather.asked, strict=True)
         ]
 
-    # -- what this worker can vouch for
-
-    def _acknowledge(self, channel: str, position: Position) -> None:
-        known = self._acknowledged.pop(channel, None)
-        if known is not None and known[0].epoch == position.epoch and known[0].offset > position.offset:
-            position = known[0]
-        self._acknowledged[channel] = position, time.monotonic() + self._linger
-        if len(self._acknowledged) > REMEMBERED:
-            self._acknowledged.popitem(last=False)
-
-    def _vouched(self, channel: str) -> Position | None:
-        known = self._acknowledged.get(channel)
-        return None if known is None else known[0]
-
     # -- joining and leaving
 
     def subscribe(self, channels: Sequence[str], since: Sequence[Since]) -> Sequence[Joined]:
+        until = self._until()
         self._following.tell()
         gather = Gather(len(channels), partial(self._undo, channels))
         for number, (channel, start) in enumerate(zip(channels, since, strict=True)):
-            gather.asked[number] = self._following.join(channel, start, partial(gather.put, number), self._timeout)
-        answers = gather.wait(self._calls, self._timeout)
+            gather.asked[number] = self._following.join(channel, start, partial(gather.put, number), _left(until))
+        answers = gather.wait(self._calls, _left(until))
         for refusal in answers:
             if isinstance(refusal, Refusal):
                 if not gather.over:
                     self._undo(channels, answers)
                 raise refusal
         try:
-            return [self._whole(channel, answer) for channel, answer in zip(channels, answers, strict=True)]
+            return [self._whole(channel, answer, until) for channel, answer in zip(channels, answers, strict=True)]
         except BaseException:
             self._undo(channels, answers)
             raise
@@ -304,15 +304,16 @@ class RedisBackplane:
             if not isinstance(answer, Refusal):
                 self._following.undo(channel, answer)
 
-    def _whole(self, channel: str, answer: Replay) -> Joined:
+    def _whole(self, channel: str, answer: Replay, until: float) -> Joined:
         """With the pages that follow the first, up to where the join was: what is later is delivered."""
         head, joined, _ = answer
         position, kept, gap = joined
-        while (kept[-1].position if kept else position) != head and len(kept) % PAGE == 0 and kept:
-            following = self._read(channel, kept[-1].position, PAGE)
-            if following is None or following.joined.gap:  # deleted, or overtaken by what is published: it resumes by its cursor
+        while kept and kept[-1].offset < head.offset:
+            more = self._read(channel, kept[-1].position, PAGE, until)
+            if more is None or more.joined.gap or not more.joined.messages:
+                # deleted, or overtaken by what is published: it resumes by its cursor
                 raise Refusal("backplane-busy", "More is published than can be read; subscribe again.")
-            kept = [*kept, *(one for one in following.joined.messages if one.offset <= head.offset)]
+            kept = [*kept, *(one for one in more.joined.messages if one.offset <= head.offset)]
         return Joined(position, kept, gap)
 
     def rejoin(self, channel: str, since: Since) -> Position | None:
@@ -325,42 +326,51 @@ class RedisBackplane:
     # -- reading
 
     def read(self, channel: str, since: Since, limit: int | None = None) -> Joined | None:
+        until = self._until()
         self._following.tell()
-        answer = self._read(channel, since, PAGE if limit is None else min(limit, PAGE))
+        most = math.inf if limit is None else limit
+        answer = self._read(channel, since, min(most, PAGE), until)
         if answer is None:
             return None
         position, kept, gap = answer.joined
-        while kept and len(kept) % PAGE == 0 and (limit is None or len(kept) < limit) and kept[-1].offset < answer.head.offset:
-            more = self._read(channel, kept[-1].position, PAGE if limit is None else min(limit - len(kept), PAGE))
-            if more is None or more.joined.gap:
+        while kept and len(kept) < most and kept[-1].offset < answer.head.offset:
+            more = self._read(channel, kept[-1].position, min(most - len(kept), PAGE), until)
+            if more is None or more.joined.gap or not more.joined.messages:
                 break
             kept = [*kept, *more.joined.messages]
         return Joined(position, kept, gap)
 
-    def _read(self, channel: str, since: Since, limit: int) -> Replay | None:
+    def _read(self, channel: str, since: Since, limit: float, until: float) -> Replay | None:
         keys = self._names.both(channel)
-        reply = self._ask_one(keys[0], lambda: self._scripts.read.command(keys, (*place(since), limit)))
+        reply = self._ask_one(keys[0], lambda: self._scripts.read.command(keys, (*place(since), limit)), until, answer=PAGE_BYTES)
         return None if reply is None else replay(channel, reply)
 
     def info(self, channel: str) -> ChannelInfo | None:
         self._following.tell()
         keys = self._names.both(channel)
-        return _info(self._ask_one(keys[0], lambda: self._scripts.info.command(keys, (self._following.dead,))))
+        return _info(self._ask_one(keys[0], lambda: self._scripts.info.command(keys, (self._following.lease.dead,)), self._until()))
 
     def delete(self, channel: str) -> ChannelInfo | None:
         self._following.tell()
         keys = self._names.both(channel)
-        return _info(self._ask_one(keys[0], lambda: self._scripts.delete.command(keys, (self._following.dead,)), again=False))
+        make = partial(self._scripts.delete.command, keys, (self._following.lease.dead,))
+        return _info(self._ask_one(keys[0], make, self._until(), again=False))
 
     def totals(self) -> dict[str, int]:
         return {"channels": self._following.followed}
 
-    def _ask_one(self, key: bytes, make: Callable[[], Sequence[Any]], again: bool = True) -> Any:
-        """The answer; raises Refusal."""
+    def _until(self) -> float:
+        """When whoever asks now gives up, however many questions it takes."""
+        return time.monotonic() + self._timeout
+
+    def _ask_one(self, key: bytes, make: Callable[[], Sequence[Any]], until: float, again: bool = True, answer: int = ANSWER) -> Any:
+        """What Redis says; raises Refusal."""
         gather = Gather(1)
-        gather.asked[0] = self._calls.ask(key, make, lambda reply: gather.put(0, _Said(reply)), again=again, timeout=self._timeout)
-        (answer,) = gather.wait(self._calls, self._timeout)
-        reply = answer.reply if isinstance(answer, _Said) else answer
+        gather.asked[0] = self._calls.ask(
+            key, make, lambda reply: gather.put(0, _Said(reply)), again=again, timeout=_left(until), answer=answer
+        )
+        (said,) = gather.wait(self._calls, _left(until))
+        reply = said.reply if isinstance(said, _Said) else said
         if isinstance(reply, Refusal):
             raise reply
         return reply
@@ -370,12 +380,15 @@ class RedisBackplane:
     def linked(self, link: Link) -> None:
         """See `comet.backplane.redis_link.Owner`."""
         self._following.linked(link)
-        self._following.beat()
-        gevent.spawn(self._vouch, link)
+        self._following.lease.beat()
+        self._acknowledged.linked(link)
 
     def unlinked(self, link: Link) -> None:
         """See `comet.backplane.redis_link.Owner`."""
+        self._acknowledged.unlinked(link)
         self._following.unlinked(link)
+        if self._replicas is not None:
+            self._replicas.unlinked(link)
 
     def published(self, name: bytes, payload: bytes) -> None:
         """See `comet.backplane.redis_link.Owner`."""
@@ -389,31 +402,18 @@ class RedisBackplane:
         """See `comet.backplane.redis_shards.Keeper`."""
         self._following.moved()
 
-    def _vouch(self, link: Link) -> None:
-        """Have logs that are not followed here begin anew if they have lost what was acknowledged to this worker."""
-        for count, (channel, (position, _)) in enumerate(list(self._acknowledged.items())):
-            keys = self._names.both(channel)
-            if self._shards.link(keys[0]) is link:
-                epoch = random.getrandbits(EPOCH_BITS)
-                arguments = (epoch, position.epoch, position.offset)
-                self._calls.ask(keys[0], lambda keys=keys, arguments=arguments: self._scripts.vouch.command(keys, arguments), _nothing)  # type: ignore[misc]
-            if count % LOT == LOT - 1:
-                give_way()
-
     # -- each second
 
     def _every_second(self) -> None:
         while True:
             gevent.sleep(1.0)
-            self._following.beat()
+            self._following.lease.beat()
             self.expire()
 
     def expire(self) -> None:
         """Leave and forget what is past its time here. Called about once a second."""
         self._following.expire()
-        now = time.monotonic()
-        while self._acknowledged and next(iter(self._acknowledged.values()))[1] <= now:
-            self._acknowledged.popitem(last=False)
+        self._acknowledged.expire()
 
 
 class _Said:
@@ -425,8 +425,13 @@ class _Said:
         self.reply = reply
 
 
-def _nothing(reply: Any) -> None:
-    """Of an answer that nobody needs."""
+def _left(until: float) -> float:
+    return max(0.0, until - time.monotonic())
+
+
+def _doubtful(refusals: Sequence[Refusal]) -> Refusal | None:
+    """One of those that leave open whether something was published."""
+    return next((refusal for refusal in refusals if refusal.slug == "unconfirmed"), None)
 
 
 def _conflict() -> Refusal:
@@ -436,11 +441,6 @@ def _conflict() -> Refusal:
 def _few() -> Refusal:
     why = "Fewer replicas of Redis have this than --redis-replicas asks for, so it may be lost"
     return Refusal("unconfirmed", f"{why}; send it again under its key, or if twice is better than never.")
-
-
-def _receipt(answer: bytes) -> Receipt:
-    epoch, offset, subscribers = answer.split()
-    return Receipt(Position(int(epoch), int(offset)), int(subscribers))
 
 
 def _sent(answer: bytes) -> Sent:

@@ -6,6 +6,7 @@ Neighbours: `comet.backplane.redis_shards` knows the servers, `comet.backplane.r
 
 import logging
 import math
+import random
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -16,7 +17,7 @@ import hiredis
 from gevent import get_hub
 from gevent.hub import Waiter
 
-from comet.backplane.redis_link import BROKEN, Call, Link
+from comet.backplane.redis_link import ANSWER, BROKEN, Call, Link
 from comet.backplane.redis_shards import Cluster, Single
 from comet.errors import Refusal
 
@@ -24,7 +25,14 @@ MAX_WAITING: Final = 64 << 20
 """Bytes of messages that wait for Redis: beyond it they are refused."""
 
 AGAIN: Final = 0.05
-"""Seconds before a question goes to another server."""
+"""Seconds before a question goes to another server, at first."""
+
+PATIENCE: Final = 0.15
+"""Of the time for which it has been tried: so long it is waited then, with jitter, since a cluster that is down refuses everybody at
+once, and when it is back nobody comes much later."""
+
+LONGEST_AGAIN: Final = 1.0
+"""Seconds, at most."""
 
 ELSEWHERE: Final = ("MOVED", "ASK", "TRYAGAIN", "CLUSTERDOWN")
 """Errors of a server that has not done it, because the slot is another's or on its way there."""
@@ -49,10 +57,10 @@ class Asked:
     """A question under way. `make` says it when it is sent; `again`: it may be asked twice; `until` is when nobody waits for it
     any more."""
 
-    __slots__ = ("again", "answered", "before", "call", "key", "link", "make", "size", "until")
+    __slots__ = ("again", "answer", "answered", "before", "call", "key", "link", "make", "since", "size", "until")
 
     def __init__(
-        self, key: bytes, make: Make, answered: Answered, again: bool, until: float, size: int, before: Callable[[Link], None]
+        self, key: bytes, make: Make, answered: Answered, again: bool, until: float, size: int, answer: int, before: Callable[[Link], None]
     ) -> None:
         self.key = key
         self.make = make
@@ -60,7 +68,9 @@ class Asked:
         self.again = again
         self.until = until
         self.size = size
+        self.answer = answer
         self.before = before
+        self.since = time.monotonic()
         self.link: Link | None = None
         self.call: Call | None = None
 
@@ -85,11 +95,13 @@ class Calls:
         again: bool = True,
         timeout: float = math.inf,
         size: int = 0,
+        answer: int = ANSWER,
         before: Callable[[Link], None] = _nothing,
     ) -> Asked:
-        """Ask whoever has `key`; `answered` is called once, at the answer's place in the stream. `before` may have other things
-        sent on the link, ahead of it. Where too much waits the answer is Refusal ``backplane-busy``."""
-        asked = Asked(key, make, answered, again, time.monotonic() + timeout, size, before)
+        """Ask whoever has `key`; `answered` is called once, at the answer's place in the stream. `size` is how many bytes are sent
+        that count, `answer` how many the answer may have. `before` may have other things sent on the link, ahead of it. Where too
+        much waits the answer is Refusal ``backplane-busy``."""
+        asked = Asked(key, make, answered, again, time.monotonic() + timeout, size, answer, before)
         if size and self._size > MAX_WAITING:
             asked.size = 0
             self._loop.run_callback(
@@ -113,13 +125,14 @@ class Calls:
             return
         asked.link = link
         asked.before(link)
-        asked.call = Call(asked.make, partial(self._arrived, asked), asked.again)
+        asked.call = Call(asked.make, partial(self._arrived, asked), asked.again, asked.answer)
         link.call(asked.call)
 
     def _later(self, asked: Asked) -> None:
         asked.link = asked.call = None
         self._shards.refresh()
-        gevent.spawn_later(AGAIN, self._try_again, asked)
+        pause = min(max(AGAIN, PATIENCE * (time.monotonic() - asked.since)), LONGEST_AGAIN)
+        gevent.spawn_later(pause * random.uniform(0.5, 1.0), self._try_again, asked)
 
     def _try_again(self, asked: Asked) -> None:
         if time.monotonic() < asked.until:

@@ -22,6 +22,9 @@ _OPTIONS: Final = frozenset(
 )  # fmt: skip
 """What a URL may say."""
 
+LATER: Final = ("LOADING", "MASTERDOWN", "BUSY", "ERR max number of clients")
+"""How the errors begin of a server that will take us, but not now."""
+
 NOTHING: Final = object()
 """What a reader answers when there is no whole reply."""
 
@@ -44,11 +47,22 @@ class Target(NamedTuple):
     tls: ssl.SSLContext | None
 
 
+def split(url: str) -> tuple[bool, str]:
+    """Whether it is of a cluster, and the same for one server."""
+    scheme, _, rest = url.partition(":")
+    return scheme.endswith(CLUSTER), f"{scheme.removesuffix(CLUSTER)}:{rest}"
+
+
 def read(url: str) -> Target:
     """Raises ValueError with a sentence."""
-    scheme = urlsplit(url).scheme
-    cluster = scheme.endswith(CLUSTER)
-    options: dict[str, Any] = parse_url(url.replace(CLUSTER, "", 1) if cluster else url)  # type: ignore[no-untyped-call]
+    cluster, plain = split(url)
+    try:
+        urlsplit(plain).port  # noqa: B018 - it raises, and says in full what may be the end of a password
+    except ValueError:
+        raise ValueError(
+            "the port is no number; where a password has one of : / ? # @ [ ] it is written %3A %2F %3F %23 %40 %5B %5D"
+        ) from None
+    options: dict[str, Any] = parse_url(plain)  # type: ignore[no-untyped-call]
     unknown = sorted(set(options) - _OPTIONS)
     if unknown:
         raise ValueError(
@@ -112,28 +126,14 @@ class Connection:
 def dial(target: Target, address: Address, timeout: float, name: str) -> Connection:
     """Connect and say hello, each within `timeout`. Raises OSError where nobody is there, or not yet;
     Denied where there is no use."""
-    with gevent.Timeout(timeout, TimeoutError(f"no connection within {timeout:g} s")):
-        if isinstance(address, str):
-            sock = socket.socket(socket.AF_UNIX)
-            try:
-                sock.connect(address)
-            except BaseException:
-                sock.close()
-                raise
-        else:
-            sock = socket.create_connection(address)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if target.tls is not None:
-            try:
-                sock = target.tls.wrap_socket(sock, server_hostname=address[0] if not isinstance(address, str) else None)
-            except ssl.SSLCertVerificationError as error:
-                sock.close()
-                raise Denied(
-                    f"The certificate of Redis can't be trusted ({error.verify_message}); name its issuer with ?ssl_ca_certs=."
-                ) from error
-            except BaseException:
-                sock.close()
-                raise
+    clock = gevent.Timeout(timeout)  # no OSError, after which the next address of the host would be tried without an end
+    try:
+        with clock:
+            sock = _connect(target, address)
+    except gevent.Timeout as error:
+        if error is not clock:
+            raise
+        raise TimeoutError(f"no connection within {timeout:g} s") from None
     connection = Connection(sock)
     try:
         _greet(connection, target, timeout, name)
@@ -141,6 +141,29 @@ def dial(target: Target, address: Address, timeout: float, name: str) -> Connect
         connection.close()
         raise
     return connection
+
+
+def _connect(target: Target, address: Address) -> Any:
+    if isinstance(address, str):
+        sock = socket.socket(socket.AF_UNIX)
+        try:
+            sock.connect(address)
+        except BaseException:
+            sock.close()
+            raise
+    else:
+        sock = socket.create_connection(address)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    if target.tls is None:
+        return sock
+    try:
+        return target.tls.wrap_socket(sock, server_hostname=address[0] if not isinstance(address, str) else None)
+    except ssl.SSLCertVerificationError as error:
+        sock.close()
+        raise Denied(f"The certificate of Redis can't be trusted ({error.verify_message}); name its issuer with ?ssl_ca_certs=.") from error
+    except BaseException:
+        sock.close()
+        raise
 
 
 def _greet(connection: Connection, target: Target, timeout: float, name: str) -> None:
@@ -152,9 +175,9 @@ def _greet(connection: Connection, target: Target, timeout: float, name: str) ->
         if target.database:
             connection.exchange([["SELECT", target.database]], timeout)
     except hiredis.ReplyError as error:
-        slug = str(error).split(" ")[0]
-        if slug in ("WRONGPASS", "NOAUTH", "NOPERM"):
-            raise Denied(f"Redis does not let us in ({error}); set its user and password in the URL of --backplane.") from error
-        if slug == "LOADING":
-            raise ConnectionRefusedError(str(error)) from error
-        raise Denied(f"Redis does not take our first words ({error}); it must be Redis 6 or Valkey, or newer.") from error
+        said = str(error).split(", with args")[0]  # an old one says all of them again, with the password
+        if said.startswith(("WRONGPASS", "NOAUTH", "NOPERM")):
+            raise Denied(f"Redis does not let us in ({said}); set its user and password in the URL of --backplane.") from error
+        if said.startswith(LATER):
+            raise ConnectionRefusedError(said) from error
+        raise Denied(f"Redis does not take our first words ({said}); it must be Redis 6.2 or Valkey, or newer.") from error

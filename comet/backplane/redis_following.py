@@ -6,18 +6,15 @@ who come join without asking (`rejoin`).
 
 Redis tells nobody what was missed. So each message says its epoch and offset, and where they do not follow on, or when
 the connection was broken, the worker reads what is kept (`resume`): that is the same script as a join, and says by the way
-how many subscribers are here. What is published meanwhile its answer has as well. If the log has not come as far as this
-worker has seen it, Redis was rewound: the script begins another, and subscribers are told a gap.
+how many subscribers are here. What is published meanwhile its answer has as well. If the log is not what this worker has seen
+(`redis_scripts.Seen`), Redis was rewound: the script begins another, and subscribers are told a gap.
 
-Counts are told as they are, not as differences, so telling one twice does no harm. They stand under this worker's `node`,
-an id that it gives a sign of life for each second; who gives none for `LEASE` seconds is dead to the others, and one
-that was away for so long comes back under another id.
+Counts are told as they are, not as differences, so telling one twice does no harm. They stand under this worker's id, and as
+long as it lives (`comet.backplane.redis_lease`).
 """
 
-import logging
 import math
 import random
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import islice, takewhile
@@ -29,9 +26,11 @@ from gevent import get_hub
 
 from comet.backplane import Deliver, Dropped, Lost
 from comet.backplane.memory import EPOCH_BITS
-from comet.backplane.redis_calls import Calls
-from comet.backplane.redis_link import Call, Link
-from comet.backplane.redis_scripts import HOLD, PAGE, Names, Replay, Scripts, messages, place, replay, told
+from comet.backplane.redis_calls import Asked, Calls
+from comet.backplane.redis_format import NOWHERE, Names, Replay, Seen, messages, place, replay, told
+from comet.backplane.redis_lease import Lease
+from comet.backplane.redis_link import ANSWER, Link
+from comet.backplane.redis_scripts import HOLD, PAGE, PAGE_BYTES, Scripts
 from comet.backplane.redis_shards import Cluster, Single
 from comet.errors import Refusal
 from comet.message import Position, Since
@@ -43,42 +42,39 @@ LINGER: Final = 5.0
 INTEREST: Final = 0.02
 """Seconds that changes of counts wait for each other, or for a call, which they precede."""
 
-LEASE: Final = 10.0
-"""Seconds without a sign of life after which a worker's counts are nobody's."""
-
-KEEP: Final = 4 * HOLD
-"""Seconds that it is remembered who has died: longer than any log can have its counts."""
-
 LOT: Final = 500
 """Channels that are resumed between two turns for others."""
 
-RETRY: Final = 0.5
-"""Seconds before Redis is asked again for what it could not do (no memory, say)."""
+LOOK: Final = 0.5
+"""Seconds before it is looked where the channels are whose subscriptions Redis has ended."""
+
+RETRIED: Final = 2000
+"""Channels about which Redis is asked again in a second, of all for which it could do nothing: a disk may be full for hours."""
 
 _UNKNOWN: Final = -1
 
-log = logging.getLogger("comet.backplane")
-
 
 class _Channel(msgspec.Struct, gc=False):
-    """A channel: the newest position that came here (`epoch` is -1 before there is one), the subscribers here, those of
-    them whose join is under way, and how many Redis was told of; `stale` while it is being resumed, for the `turn`-th time:
-    only the answer to the last question counts."""
+    """A channel: the newest position that came here (`epoch` is -1 before there is one; `time` as in `Seen`), the subscribers
+    here, those of them whose join is under way, and how many Redis was told of; `stale` while it is being resumed, for the
+    `turn`-th time: only the answer to the last question, `asked`, counts."""
 
     link: Any = None
     epoch: int = _UNKNOWN
     offset: int = 0
+    time: int = 0
     count: int = 0
     joining: int = 0
     told: int = 0
     stale: bool = False
     turn: int = 0
+    asked: Asked | None = None
     lives: int = 0
     """How often it was deleted: that ends all subscriptions but those whose join is under way."""
 
 
 class Following:
-    """`vouched` answers a position that Redis has acknowledged to this worker, if it knows one."""
+    """`vouched` answers what Redis has acknowledged to this worker, if it knows of that."""
 
     def __init__(
         self,
@@ -87,7 +83,7 @@ class Following:
         scripts: Scripts,
         names: Names,
         clock: Callable[[], float],
-        vouched: Callable[[str], Position | None],
+        vouched: Callable[[str], Seen | None],
         sharded: bool,
     ) -> None:
         self._shards = shards
@@ -102,16 +98,14 @@ class Following:
         self._channels: dict[str, _Channel] = {}
         self._changed: dict[str, None] = {}
         self._resting: dict[str, float] = {}
+        self._refused: dict[str, None] = {}
+        """Those for which Redis could do nothing; the first to go first."""
         self._recovering: set[str] = set()
         """Those whose connection was broken, and that have not caught up yet."""
         self._interest = get_hub().loop.timer(INTEREST)
+        self._moving = get_hub().loop.timer(LOOK)
         self._touching: list[str] = []
-        self.node = _name()
-        self.dead = ""
-        """Ids of workers that have died, lately."""
-        self._beaten = -math.inf
-        """When the last sign of life was acknowledged."""
-        self._since = time.monotonic()
+        self.lease = Lease(calls, scripts, names.nodes, self.count_again, self.look_again)
 
     def attach(self, deliver: Deliver, dropped: Dropped, lost: Lost) -> None:
         """See `comet.backplane.Backplane`."""
@@ -119,10 +113,8 @@ class Following:
 
     def ready(self) -> bool:
         """Redis is in reach, and nothing that was missed is still to come."""
-        return bool(
-            self._shards.whole and all(link.up for link in self._shards.links) and not self._recovering
-            and time.monotonic() - self._beaten < LEASE
-        )  # fmt: skip
+        whole = self._shards.whole and all(link.up for link in self._shards.links)
+        return whole and not self._recovering and self.lease.valid
 
     @property
     def followed(self) -> int:
@@ -132,6 +124,7 @@ class Following:
     def close(self) -> None:
         """For good."""
         self._interest.stop()
+        self._moving.stop()
 
     # -- joining and leaving
 
@@ -145,22 +138,23 @@ class Following:
         self._resting.pop(channel, None)
         return self._calls.ask(
             self._names.log(channel),
-            lambda: self._ask_join(channel, state, since, None),
+            lambda: self._ask_join(channel, state, since),
             partial(self._joined, channel, state, done),
             timeout=timeout,
+            answer=ANSWER if since is None else PAGE_BYTES,
             before=lambda link: self._have(link, channel, state),
         )
 
-    def _ask_join(self, channel: str, state: _Channel, since: Since, vouched: Position | None) -> Sequence[Any]:
+    def _ask_join(self, channel: str, state: _Channel, since: Since, time: int = 0, vouched: Seen = NOWHERE) -> Sequence[Any]:
         state.told = state.count
-        arguments = (random.getrandbits(EPOCH_BITS), self.dead, self.node, state.count, *place(since), PAGE, *(vouched or ("", 0)))
+        arguments = (random.getrandbits(EPOCH_BITS), self.lease.dead, self.lease.node, state.count, *place(since), PAGE, time, *vouched)
         return self._scripts.join.command(self._names.both(channel), arguments)
 
     def _have(self, link: Link, channel: str, state: _Channel) -> None:
         """Be subscribed on this link. One that is not up will see to that when it is."""
         if link.up and state.link is not link:
             state.link = link
-            link.call(Call(lambda: (self._subscribe, self._names.log(channel)), again=False, confirms=1))
+            link.subscribe(self._subscribe, [self._names.log(channel)])
 
     def _joined(self, channel: str, state: _Channel, done: Callable[[Replay | Refusal], None], reply: Any) -> None:
         state.joining -= 1
@@ -170,8 +164,8 @@ class Following:
             return
         answer = replay(channel, reply)
         if state.epoch == _UNKNOWN:
-            state.epoch, state.offset = answer.head
-        elif not state.stale and (state.epoch, state.offset) != answer.head:
+            state.epoch, state.offset, state.time = answer.head
+        elif not state.stale and (state.epoch, state.offset, state.time) != answer.head:
             self.resume(channel)  # something was missed before this
         if state.count != state.told:
             self._change(channel)
@@ -226,7 +220,7 @@ class Following:
     def _ask_hold(self, channel: str, state: _Channel) -> None:
         def make() -> Sequence[Any]:
             state.told = state.count
-            return self._scripts.hold.command(self._names.both(channel), (self.node, state.count, state.epoch))
+            return self._scripts.hold.command(self._names.both(channel), (self.lease.node, state.count, state.epoch))
 
         state.told = state.count
         self._calls.ask(self._names.log(channel), make, partial(self._held, channel, state))
@@ -234,23 +228,33 @@ class Following:
     def _held(self, channel: str, state: _Channel, reply: Any) -> None:
         if isinstance(reply, Refusal):
             state.told = _UNKNOWN
-            gevent.spawn_later(RETRY, self._change_if, channel)
+            if self._channels.get(channel) is state:
+                self._refused[channel] = None
         elif reply != state.offset and state.count and not state.stale and self._channels.get(channel) is state:
             self.resume(channel)  # the log is gone, or another; or something was missed
 
-    def _change_if(self, channel: str) -> None:
-        if channel in self._channels:
+    def count_again(self) -> None:
+        """Redis knows none of the counts any more, or won't for long."""
+        for channel, state in self._channels.items():
+            state.told = _UNKNOWN
             self._change(channel)
 
     def expire(self) -> None:
-        """Leave what nobody here has held for some time, and prolong the rest, some at a time. Called about once a second."""
+        """Leave what nobody here has held for some time; ask again what was refused, and prolong the rest, some at a time. Called
+        about once a second."""
+        for channel in list(islice(self._refused, RETRIED)):
+            del self._refused[channel]
+            state = self._channels[channel]
+            if not state.stale:
+                self._change(channel)
+            elif state.asked is None:
+                self.resume(channel)
         now = self._clock()
         for channel in [channel for channel, _ in takewhile(lambda one: one[1] <= now, self._resting.items())]:
             state = self._channels[channel]
-            if state.joining or state.stale:
-                continue
             self.tell()
-            self._forget(channel, state)
+            if not (state.joining or state.stale or state.told):  # else Redis would count its subscribers on
+                self._forget(channel, state)
         self.prolong(max(1, math.ceil(3 * len(self._channels) / HOLD)))
 
     def prolong(self, most: int | None = None) -> None:
@@ -267,15 +271,16 @@ class Following:
         del self._channels[channel]
         self._resting.pop(channel, None)
         self._changed.pop(channel, None)
+        self._refused.pop(channel, None)
         self._recovering.discard(channel)
         if state.link is not None and state.link.up:
-            state.link.call(Call(lambda: (self._unsubscribe, self._names.log(channel)), again=False, confirms=1))
+            state.link.subscribe(self._unsubscribe, [self._names.log(channel)])
 
     # -- catching up
 
     def linked(self, link: Link) -> None:
         """A server is there (again): what was followed on it has to catch up."""
-        self._since = time.monotonic()
+        self.lease.returned()
         self._recover([name for name, state in self._channels.items() if self._shards.link(self._names.log(name)) is link], link)
 
     def unlinked(self, link: Link) -> None:
@@ -298,7 +303,8 @@ class Following:
         if state is not None:
             state.link = None
             self._shards.refresh()
-            gevent.spawn_later(RETRY, self.moved)
+            if not self._moving.active:  # thousands may be thrown out together
+                self._moving.start(self.moved)
 
     def _recover(self, names: Sequence[str], link: Link) -> None:
         """Subscribe at once, ahead of joins that are asked again; read on in lots."""
@@ -307,7 +313,8 @@ class Following:
             state = self._channels[name]
             state.link = None
             if not state.count and not state.joining:
-                self._recovering.discard(name)
+                if state.told and state.epoch != _UNKNOWN:  # else Redis would count its subscribers on
+                    self._ask_hold(name, state)
                 self._forget(name, state)
                 continue
             state.link = link
@@ -318,7 +325,7 @@ class Following:
                 self._recovering.add(name)
         for start in range(0, len(held), self._together):
             lot = [self._names.log(name) for name in held[start : start + self._together]]
-            link.call(Call(lambda lot=lot: (self._subscribe, *lot), again=False, confirms=len(lot)))  # type: ignore[misc]
+            link.subscribe(self._subscribe, lot)
         gevent.spawn(self._resume_all, held, link)
 
     def _resume_all(self, names: Sequence[str], link: Link) -> None:
@@ -326,9 +333,15 @@ class Following:
         while lot := list(islice(rest, LOT)):
             for name in lot:
                 state = self._channels.get(name)
-                if state is not None and state.stale and state.link is link and link.up:
+                if state is not None and state.stale and state.link is link and link.up and not _waits(state, link):
                     self.resume(name)
             give_way()
+
+    def look_again(self) -> None:
+        """Redis has lost what it knew."""
+        for channel, state in list(self._channels.items()):
+            if not state.stale and state.epoch != _UNKNOWN:
+                self.resume(channel)
 
     def resume(self, channel: str) -> None:
         """Have made good what was missed."""
@@ -336,23 +349,29 @@ class Following:
         state.stale = True
         state.turn += 1
         since = Position(state.epoch, state.offset)
+        seen = Seen(state.epoch, state.offset, state.time)
         known = self._vouched(channel)
-        vouched = known if known is not None and known.epoch == since.epoch and known.offset > since.offset else since
-        self._calls.ask(
+        vouched = known if known is not None and known.epoch == seen.epoch and known.offset > seen.offset else seen
+        state.asked = self._calls.ask(
             self._names.log(channel),
-            lambda: self._ask_join(channel, state, since, vouched),
+            lambda: self._ask_join(channel, state, since, seen.time, vouched),
             partial(self._resumed, channel, state, state.turn),
+            answer=PAGE_BYTES,
             before=lambda link: self._have(link, channel, state),
         )
 
     def _resumed(self, channel: str, state: _Channel, turn: int, reply: Any) -> None:
-        if self._channels.get(channel) is not state or state.turn != turn:
+        if state.turn != turn:
+            return
+        state.asked = None  # in any case: it leads back here, and the collector does not see it
+        if self._channels.get(channel) is not state:
             return
         if isinstance(reply, Refusal):
-            gevent.spawn_later(RETRY, self._resume_if, channel, state)
+            self._refused[channel] = None
             return
         head, answer, _ = replay(channel, reply)
         state.epoch, state.offset = answer.messages[-1].position if answer.messages else answer.position
+        state.time = head.time if state.offset == head.offset else 0
         if state.offset < head.offset:  # a page, and more of them
             self.resume(channel)
         else:
@@ -367,10 +386,6 @@ class Following:
         elif answer.messages:
             self._deliver(answer.messages)
 
-    def _resume_if(self, channel: str, state: _Channel) -> None:
-        if self._channels.get(channel) is state:
-            self.resume(channel)
-
     # -- what is published
 
     def published(self, name: bytes, payload: bytes) -> None:
@@ -379,7 +394,7 @@ class Following:
         state = self._channels.get(channel)
         if state is None:
             return
-        what, epoch, first, pieces = told(payload)
+        what, epoch, first, time, pieces = told(payload)
         if what == "D":
             self._deleted(channel, state, epoch)
         elif state.stale or state.epoch == _UNKNOWN:
@@ -388,7 +403,7 @@ class Following:
             self.resume(channel)
         elif first + len(pieces) > state.offset + 1:
             new = pieces[state.offset + 1 - first :]
-            first, state.offset = state.offset + 1, state.offset + len(new)
+            first, state.offset, state.time = state.offset + 1, state.offset + len(new), time
             self._deliver(messages(channel, epoch, first, new))
 
     def _deleted(self, channel: str, state: _Channel, epoch: int) -> None:
@@ -403,45 +418,7 @@ class Following:
             self._forget(channel, state)
         self._dropped(channel, epoch)
 
-    # -- signs of life
 
-    def beat(self) -> None:
-        """Say that this worker lives, and hear who does not. Called about once a second."""
-        now = time.monotonic()
-        if self._beaten > 0 and now - self._beaten > LEASE:
-            self.node = _name()  # the counts under the old one are gone, or will be
-            for channel, state in self._channels.items():
-                state.told = _UNKNOWN
-                self._changed[channel] = None
-            self._beaten = -math.inf
-        self._ask_beat(self.node, 0.0, partial(self._beat, self.node))
-
-    def _ask_beat(self, node: str, ago: float, answered: Callable[[Any], None]) -> None:
-        arguments = (node, *(round(1000 * seconds) for seconds in (LEASE, KEEP, ago)))
-        names = (self._names.nodes,)
-        self._calls.ask(self._names.nodes, lambda: self._scripts.heartbeat.command(names, arguments), answered, timeout=1.0)
-
-    def farewell(self, answered: Callable[[Any], None]) -> None:
-        """This worker ends: let it be dead at once, so that nobody counts its subscribers."""
-        self.tell()
-        self._ask_beat(self.node, LEASE, answered)
-
-    def _beat(self, node: str, reply: Any) -> None:
-        if isinstance(reply, Refusal) or node != self.node:
-            return
-        new, dead = reply
-        now = time.monotonic()
-        if new and self._beaten > 0:
-            log.warning("Redis has lost what it knew: every channel begins anew")
-            for channel in list(self._channels):
-                state = self._channels[channel]
-                if not state.stale and state.epoch != _UNKNOWN:
-                    self.resume(channel)
-        self._beaten = now
-        # just after an outage everybody seems dead
-        self.dead = dead.decode() if now - self._since > LEASE else ""
-
-
-def _name() -> str:
-    """Of a worker: short, since it stands in the log of each channel that it holds."""
-    return "".join(random.choices("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789", k=5))
+def _waits(state: _Channel, link: Link) -> bool:
+    """What makes it good waits on this link already (behind the subscription), or will be asked again."""
+    return state.asked is not None and state.asked.link in (link, None)

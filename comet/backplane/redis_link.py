@@ -5,7 +5,8 @@ all: subscriptions, scripts, their answers and what is published (RESP3). Redis 
 an answer's place among the deliveries says what came before it: that is what joining rests on.
 
 Calls go out together at the end of the loop's turn; while many answers are owed, only when the next one comes: so what is
-ready meanwhile makes one round trip. What comes is read by the loop itself, a piece a turn (see `comet.backplane.link`).
+ready meanwhile makes one round trip. No more of them are under way than have room for their answers in Redis (`ROOM`). What comes is
+read by the loop itself, a piece a turn (see `comet.backplane.link`).
 
 When the connection breaks, or Redis leaves a call unanswered for `timeout`, another is made, with back-off. What was asked
 and not answered is asked again on it if the call says `again`; of the others nobody knows whether they were done, and
@@ -40,14 +41,28 @@ QUIET: Final = 1.0
 ROUND: Final = 64
 """Calls under way beyond which what is ready waits for the next answer."""
 
+ROOM: Final = 16 << 20
+"""Bytes that the answers to the calls under way may have in all. Redis does the commands of a connection that it has read before it
+writes the answers, and cuts a connection off that has subscriptions and 32 MB waiting (client-output-buffer-limit pubsub): many who
+come back to long histories would be cut off again and again."""
+
+FENCE: Final = b"*2\r\n$4\r\nECHO\r\n$0\r\n\r\n"
+"""What is asked behind each (un)subscription. That is confirmed by a push, as is what a cluster ends by itself, when a slot goes, in
+the middle of anything; and refused by an answer. So only what is answered behind it says that it is over."""
+
+ANSWER: Final = 256
+"""Bytes of most answers."""
+
 LONGEST_PAUSE: Final = 1.0
 """Seconds between two tries to connect, at most."""
 
 AWAY: Final = ("LOADING", "READONLY", "MASTERDOWN", "NOREPLICAS")
 """Errors of a server that is there and can't be used now."""
 
+IN_A_SCRIPT: Final = "ERR Error running script"
+"""How Redis 6 begins what a command in a script was refused for; Redis 7 says that as it is."""
+
 _READ, _WRITE = 1, 2
-_CONFIRMS: Final = frozenset({b"subscribe", b"ssubscribe", b"unsubscribe", b"sunsubscribe"})
 _MESSAGES: Final = frozenset({b"message", b"smessage"})
 
 log = logging.getLogger("comet.backplane")
@@ -68,16 +83,24 @@ def _nothing(reply: Any) -> None:
 
 
 class Call:
-    """`make` says what is asked, when it is sent; `again` that it may be asked twice; `confirms` is how many channels a
-    (un)subscription names, each of which is confirmed by itself."""
+    """`make` says what is asked, when it is sent; `again` that it may be asked twice; `size` is how many bytes its answer may have;
+    `names` are the channels of a (un)subscription, behind which comes a `FENCE`."""
 
-    __slots__ = ("again", "at", "confirms", "done", "make")
+    __slots__ = ("again", "at", "done", "make", "names", "size")
 
-    def __init__(self, make: Callable[[], Sequence[Any]], done: Done = _nothing, again: bool = True, confirms: int = 0) -> None:
+    def __init__(
+        self,
+        make: Callable[[], Sequence[Any]],
+        done: Done = _nothing,
+        again: bool = True,
+        size: int = ANSWER,
+        names: Sequence[bytes] = (),
+    ) -> None:
         self.make = make
         self.done = done
         self.again = again
-        self.confirms = confirms
+        self.size = size
+        self.names = names
         self.at = 0.0
         """When it was sent; 0 where it was not."""
 
@@ -95,7 +118,7 @@ class Owner(Protocol):
         """Redis says this on a channel of its own."""
 
     def thrown_out(self, name: bytes) -> None:
-        """Redis has ended a subscription: its slot went to another server."""
+        """Redis has ended a subscription, or refused it: its slot went to another server."""
 
 
 class Link:
@@ -111,6 +134,8 @@ class Link:
         self._owner = owner
         self._connection: Connection | None = None
         self._sent: deque[Call] = deque()
+        self._owed = 0
+        """Bytes that the answers to those may have."""
         self._ready: deque[Call] = deque()
         self._first: deque[Call] | None = None
         """Where `linked` puts its calls, while it does."""
@@ -159,6 +184,10 @@ class Link:
             self._ready.append(call)
         self._soon()
 
+    def subscribe(self, verb: bytes, names: Sequence[bytes]) -> None:
+        """(Un)subscribe, as `verb` says, behind all that waits. Who is refused is thrown out."""
+        self.call(Call(lambda: (verb, *names), again=False, names=names))
+
     def forget(self, call: Call) -> bool:
         """Whether it was not sent yet; then it won't be."""
         if call.at:
@@ -179,7 +208,7 @@ class Link:
         self._flushing = False
         if self._connection is None or self._writable.active or (len(self._sent) > ROUND and not self._rest):
             return
-        while self._rest or self._ready:
+        while self._rest or (self._ready and self._owed < ROOM):
             if not self._rest:
                 self._rest = memoryview(self._pack())
             try:
@@ -194,10 +223,15 @@ class Link:
         now = time.monotonic()
         parts = []
         for _ in range(min(len(self._ready), 4096)):
+            if self._owed >= ROOM:
+                break
             call = self._ready.popleft()
             call.at = now
             self._sent.append(call)
+            self._owed += call.size
             parts.append(hiredis.pack_command(tuple(call.make())))
+            if call.names:
+                parts.append(FENCE)
         return b"".join(parts)
 
     def _on_writable(self) -> None:
@@ -240,18 +274,18 @@ class Link:
             kind = reply[0]
             if kind in _MESSAGES:
                 self._owner.published(reply[1], reply[2])
-            elif kind in _CONFIRMS:
-                head = self._sent[0] if self._sent else None
-                if head is not None and head.confirms:
-                    head.confirms -= 1
-                    if not head.confirms:
-                        self._sent.popleft().done(None)
-                else:
-                    self._owner.thrown_out(reply[1])
+            elif kind == b"sunsubscribe" and (not self._sent or reply[1] not in self._sent[0].names):
+                self._owner.thrown_out(reply[1])
             return
-        call = self._sent.popleft()
+        if self._sent[0].names and isinstance(reply, hiredis.ReplyError):  # the fence is still to come
+            self._refused(self._sent[0].names, str(reply))
+            return
+        call = self._answered()
         if isinstance(reply, hiredis.ReplyError):
             text = str(reply)
+            if text.startswith(IN_A_SCRIPT):
+                text = text.rpartition(": -")[2]
+                reply = hiredis.ReplyError(text)
             if text.startswith("NOSCRIPT"):
                 self._load(call)
                 return
@@ -268,6 +302,17 @@ class Link:
         self._healthy = True
         call.done(reply)
 
+    def _answered(self) -> Call:
+        call = self._sent.popleft()
+        self._owed -= call.size
+        return call
+
+    def _refused(self, names: Sequence[bytes], why: str) -> None:
+        if not why.startswith("MOVED"):
+            log.error("%s refuses a subscription: %s", self.title, why)
+        for name in names:
+            self._owner.thrown_out(name)
+
     def _load(self, call: Call) -> None:
         """Redis has forgotten its scripts: ask with the whole of it, which it keeps then."""
         make = call.make
@@ -276,7 +321,7 @@ class Link:
             _, digest, *rest = make()
             return (b"EVAL", self._scripts.by_digest[digest].text, *rest)
 
-        self.call(Call(whole, call.done, call.again))
+        self.call(Call(whole, call.done, call.again, call.size))
 
     # -- making and breaking
 
@@ -352,10 +397,11 @@ class Link:
         connection.close()
         self._rest = memoryview(b"")
         sent, self._sent = self._sent, deque()
+        self._owed = 0
         self._owner.unlinked(self)
         again = []
         for call in sent:
-            if call.again and not call.confirms:
+            if call.again:
                 call.at = 0.0
                 again.append(call)
             else:

@@ -5,7 +5,8 @@ one of its own to each server: after the publications are answered it writes som
 replica, and waits for that; for all publications together that are answered meanwhile.
 
 A connection that was made later may lead to another server, one that was a replica, and says nothing about a publication
-before it. So a publisher takes a `Place` first, and is confirmed on that connection or not at all.
+before it. So a publisher takes a `Place` first, and is confirmed on that connection or not at all; and a place ends with the link
+on which is published, whose next connection may lead elsewhere, too.
 """
 
 import logging
@@ -46,23 +47,37 @@ class Replicas:
         self._replicas = replicas
         self._timeout = timeout
         self._places: dict[Link, Place] = {}
+        self._away: set[Link] = set()
+        """Those of which it was said that they can't be reached."""
 
-    def place(self, link: Link) -> Place | None:
-        """To be taken before the publication; None when this server can't be reached."""
+    def place(self, link: Link, timeout: float) -> Place | None:
+        """To be taken before the publication; None when this server can't be reached within `timeout`."""
         place = self._places.get(link)
         if place is not None and place.open:
             return place
+        connection = None
         try:
-            connection = link.connect()
+            with gevent.Timeout(timeout, False):
+                connection = link.connect()
         except (OSError, Denied, hiredis.HiredisError) as error:
-            log.warning("%s can't be reached (%s), so that replicas can't be waited for", link.title, error)
+            if link not in self._away:
+                log.warning("%s can't be reached (%s), so that replicas can't be waited for", link.title, error)
+        if connection is None:
+            self._away.add(link)
             return None
+        self._away.discard(link)
         place = self._places.get(link)
         if place is not None and place.open:  # another greenlet was faster
             connection.close()
             return place
         place = self._places[link] = Place(connection)
         return place
+
+    def unlinked(self, link: Link) -> None:
+        """Its connection broke."""
+        place = self._places.pop(link, None)
+        if place is not None:
+            place.close()
 
     def confirm(self, place: Place, log: bytes) -> bool:
         """Whether replicas have what was published to `log` before this."""

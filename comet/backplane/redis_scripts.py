@@ -1,10 +1,11 @@
 """What Redis does at once: the scripts of a channel, and how they are called and answered.
 
-Neighbours: `comet.backplane.redis`, who calls them, and `comet.backplane.redis_link`, which sends them by their
-digest. What is kept of a channel, all under its hash tag (`Names`), so that a cluster has it on one server:
+Neighbours: `comet.backplane.redis`, who calls them; `comet.backplane.redis_format`, which reads their answers;
+`comet.backplane.redis_link`, which sends them by their digest. What is kept of a channel, all under its hash tag
+(`redis_format.Names`), so that a cluster has it on one server:
 
-- *the log*, a hash: ``e`` the epoch, ``o`` the newest offset, ``s`` the subscribers in all processes, and by each
-  process's id how many it has. It expires by itself: when nobody holds the channel after the linger time, else
+- *the log*, a hash: ``e`` the epoch, ``o`` the newest offset and ``t`` when it was ordered, ``s`` the subscribers in all
+  processes, and by each process's id how many it has. It expires by itself: when nobody holds the channel after the linger time, else
   after `HOLD`, which those who hold it prolong. What a process that has died had counted is taken off by
   whoever publishes next, who knows the dead (`HEARTBEAT`);
 - *the stream*: a message an entry, whose id is ``<offset>-<milliseconds>``: so it is found by its offset and
@@ -13,46 +14,61 @@ digest. What is kept of a channel, all under its hash tag (`Names`), so that a c
 
 A log that is made anew, for whatever reason, has another epoch and no stream. All numbers are text on the
 way: Lua would round an epoch.
+
+A Redis that was rewound may have come as far again by the time at which somebody looks who knows: other messages stand at the
+offsets that were lost. So who knows how far a log was knows the time of that message as well (`redis_format.Seen`), and it is another
+log, too, where another message stands there (`vouch`).
 """
 
 import hashlib
 from collections.abc import Sequence
-from typing import Any, Final, NamedTuple
-
-import msgspec
+from typing import Any, Final
 
 from comet.backplane.memory import Bounds
-from comet.history import Joined
-from comet.message import Message, Position, Since
 
 HOLD: Final = 600.0
 """Seconds that a held channel outlives those who hold it, should they all die: longer than any outage that is to go
 unnoticed. They prolong it three times in that time."""
 
 PAGE: Final = 128
-"""Messages of history in one answer. A connection with subscriptions must not have more than 32 MB waiting (Redis'
-client-output-buffer-limit), and 128 of the largest that are allowed by default are 8 MB."""
+"""Messages of history in one answer, at most."""
+
+PAGE_BYTES: Final = 64 << 10
+"""Bytes of them; one that is larger comes alone. A connection with subscriptions must not have more than 32 MB waiting
+(Redis' client-output-buffer-limit): see `comet.backplane.redis_link.ROOM`."""
+
+STEP: Final = 8
+"""Messages that a script fetches at once, so that it does not take many more than go into a page."""
 
 NOW: Final = "local t = redis.call('TIME') return t[1] * 1000 + math.floor(t[2] / 1000)"
 """Redis' own clock, since those of many machines differ."""
 
 _PRELUDE: Final = """
-local LINGER, HOLD, SIZE, AGE, KEY_AGE = {linger}, {hold}, {size}, {age}, {key_age}
+local LINGER, HOLD, SIZE, AGE, KEY_AGE, BYTES, STEP = {linger}, {hold}, {size}, {age}, {key_age}, {page_bytes}, {step}
 local function now() {now} end
 local function text(number) return string.format('%.0f', number) end
 
-local function known(K)  -- epoch, offset, subscribers; nil where there is no log
-  local h = redis.call('HMGET', K, 'e', 'o', 's')
-  if h[1] then return h[1], tonumber(h[2] or 0), tonumber(h[3] or 0) end
+local function known(K)  -- epoch, offset, subscribers, time of the newest; nil where there is no log
+  local h = redis.call('HMGET', K, 'e', 'o', 's', 't')
+  if h[1] then return h[1], tonumber(h[2] or 0), tonumber(h[3] or 0), tonumber(h[4] or 0) end
 end
 
 local function open(K, L, epoch)  -- as known; a log is made where there is none
-  local e, o, s = known(K)
-  if e then return e, o, s end
+  local e, o, s, t = known(K)
+  if e then return e, o, s, t end
   redis.call('HSET', K, 'e', epoch)
   redis.call('PEXPIRE', K, LINGER)
   redis.call('DEL', L)
-  return epoch, 0, 0
+  return epoch, 0, 0, 0
+end
+
+local function time(L, offset)  -- of the message that is kept there
+  local entry = redis.call('XRANGE', L, text(offset), text(offset), 'COUNT', 1)[1]
+  return entry and tonumber(string.match(entry[1], '%d+$'))
+end
+
+local function insist(K)  -- on what takes next to no memory, a count: behind any write Redis has memory for all
+  redis.call('HDEL', K, '')
 end
 
 local function shorten(L, most)  -- the stream goes then, or earlier
@@ -90,12 +106,12 @@ local function bury(K, L, s, dead)  -- without those who have died
   return s
 end
 
-local function oldest(L, o)  -- the offset before the oldest message that is kept; what is too old goes
+local function oldest(L, o, before)  -- the offset before the oldest message that is kept; what is from `before` goes
   local kept = math.min(redis.call('XLEN', L), SIZE)
-  local low, before = o - kept, now() - AGE
+  local low = o - kept
   local function aged(offset)
-    local entry = redis.call('XRANGE', L, text(offset), text(offset), 'COUNT', 1)[1]
-    return entry and tonumber(string.match(entry[1], '%d+$')) < before
+    local ms = time(L, offset)
+    return ms and ms < before
   end
   if kept > 0 and aged(low + 1) then
     local a, b = low + 1, o + 1  -- one that goes, one that stays
@@ -109,49 +125,63 @@ local function oldest(L, o)  -- the offset before the oldest message that is kep
   return low
 end
 
-local function append(K, L, e, o, pieces, ttl)  -- order these: kept, told to all; the new offset
-  local n, ms = #pieces, text(now())
+local function append(K, L, e, o, pieces, ms, ttl)  -- order these now, at `ms`: kept, told to all; the new offset
+  local n, ms = #pieces, text(ms)
   if SIZE > 0 then
     for i = 1, n do redis.call('XADD', L, text(o + i) .. '-' .. ms, 'm', pieces[i]) end
     redis.call('XTRIM', L, 'MAXLEN', '~', SIZE)
-    if math.floor(o / 16) ~= math.floor((o + n) / 16) then oldest(L, o + n) end
+    if math.floor(o / 16) ~= math.floor((o + n) / 16) then oldest(L, o + n, ms - AGE) end
     redis.call('PEXPIRE', L, ttl)
   end
-  redis.call('HSET', K, 'o', text(o + n))
-  redis.call('{publish}', K, e .. ' ' .. text(o + 1) .. ' ' .. n .. '\\n' .. table.concat(pieces))
+  redis.call('HSET', K, 'o', text(o + n), 't', ms)
+  redis.call('{publish}', K, e .. ' ' .. text(o + 1) .. ' ' .. n .. ' ' .. ms .. '\\n' .. table.concat(pieces))
   return o + n
 end
 
-local function publish(K, L, e, o, s, pieces)  -- append, which is a use
-  if s <= 0 then redis.call('PEXPIRE', K, LINGER) end
-  return append(K, L, e, o, pieces, s > 0 and AGE or math.min(AGE, LINGER))
+local function publish(K, L, e, o, s, pieces, ms)  -- append, which is a use
+  append(K, L, e, o, pieces, ms, s > 0 and AGE or math.min(AGE, LINGER))
+  if s <= 0 then redis.call('PEXPIRE', K, LINGER) end  -- last: see `insist`
 end
 
-local function since(K, L, e, o, s, epoch, offset, limit)  -- see `replay`
+local function since(K, L, e, o, t, epoch, offset, limit, ms)  -- see `redis_format.replay`; `ms` is what a `Seen` knows, or 0
   local start, gap, entries = o, 0, {{}}
   if epoch ~= '' then
-    local low = oldest(L, o)
+    local low = oldest(L, o, now() - AGE)
     start = low
     if epoch ~= 'oldest' then
       start = tonumber(offset)
-      if epoch ~= e or start < low or start > o then start, gap = low, 1 end
+      if epoch ~= e or start < low or start > o then
+        gap = 1
+        local same = epoch ~= e and ms > 0 and start >= low and start <= o and (start == o and t or time(L, start)) == ms
+        if not same then start = low end  -- else it has been rewound since, and what followed is in this log, too
+      end
     end
-    if limit > 0 and start < o then
-      for i, entry in ipairs(redis.call('XRANGE', L, text(start + 1), '+', 'COUNT', limit)) do entries[i] = entry[2][2] end
+    local at, last, room = start, math.min(o, start + limit), BYTES
+    while at < last and room > 0 do
+      local lot = redis.call('XRANGE', L, text(at + 1), '+', 'COUNT', math.min(STEP, last - at))
+      if #lot == 0 then break end
+      for _, entry in ipairs(lot) do
+        room = room - #entry[2][2]
+        if room < 0 and at > start then break end
+        at = at + 1
+        entries[at - start] = entry[2][2]
+      end
     end
   end
-  return {{e, text(o), text(start), gap, s, entries}}
+  return {{e, text(o), text(start), gap, text(t), entries}}
 end
 
-local function vouch(K, L, e, o, epoch, offset, new)  -- this log has been further: it was rewound, and another begins
-  if e == epoch and o < tonumber(offset) then
-    redis.call('HSET', K, 'e', new)
-    redis.call('HDEL', K, 'o')
-    redis.call('DEL', L)
-    redis.call('{publish}', K, 'G')
-    return new, 0
+local function vouch(K, L, e, o, t, epoch, offset, ms, new)  -- as it is; or it was rewound, then another with what came since
+  offset, ms = tonumber(offset), tonumber(ms)
+  if e ~= epoch or offset == 0 then return e, o end
+  if o >= offset then
+    local there = o == offset and t or time(L, offset)
+    if ms == 0 or not there or there == ms then return e, o end
   end
-  return e, o
+  if ms > 0 then oldest(L, o, ms + 1) else redis.call('DEL', L) end
+  redis.call('HSET', K, 'e', new)
+  redis.call('{publish}', K, 'G')
+  return new, o
 end
 """
 
@@ -161,14 +191,15 @@ local e, o, s = open(K, L, ARGV[1])
 s = bury(K, L, s, ARGV[2])
 local pieces = {}
 for i = 3, #ARGV do pieces[i - 2] = ARGV[i] end
-publish(K, L, e, o, s, pieces)
-return {e, text(o), s}
+local ms = now()
+publish(K, L, e, o, s, pieces, ms)
+return {e, text(o), s, text(ms)}
 """
 
 _PUBLISH_KEYED: Final = """
 local K, L = KEYS[1], KEYS[2]
 local e, o, s
-local answers, pieces, at, first = {}, {}, 2, 0
+local answers, pieces, at, first, ms = {}, {}, 2, 0, now()
 for i = 3, #ARGV, 2 do
   local digest, before = ARGV[i + 1], false
   if digest ~= '' then
@@ -184,17 +215,17 @@ for i = 3, #ARGV, 2 do
     end
     o = o + 1
     pieces[#pieces + 1] = ARGV[i]
-    local answer = e .. ' ' .. text(o) .. ' ' .. s
+    local answer = e .. ' ' .. text(o) .. ' ' .. s .. ' ' .. text(ms)
     if digest ~= '' then redis.call('SET', KEYS[at], digest .. answer, 'PX', KEY_AGE) end
     answers[#answers + 1] = answer
   end
 end
-if e then publish(K, L, e, first, s, pieces) end
+if e then publish(K, L, e, first, s, pieces, ms) end
 return answers
 """
 
 _SEND: Final = """
-local answers, each = {}, tonumber(ARGV[3])
+local answers, each, ms = {}, tonumber(ARGV[3]), now()
 for i = 1, #KEYS, each do
   local K, L, mark = KEYS[i], KEYS[i + 1], KEYS[i + 2]
   local answer = each == 3 and redis.call('GET', mark) or ''
@@ -203,7 +234,7 @@ for i = 1, #KEYS, each do
     if e then
       s = bury(K, L, s, ARGV[1])
       local ttl = s > 0 and AGE or math.min(AGE, math.max(1, redis.call('PTTL', K)))
-      answer = e .. ' ' .. text(append(K, L, e, o, {ARGV[2]}, ttl)) .. ' ' .. s
+      answer = e .. ' ' .. text(append(K, L, e, o, {ARGV[2]}, ms, ttl)) .. ' ' .. s .. ' ' .. text(ms)
       if each == 3 then redis.call('SET', mark, answer, 'PX', KEY_AGE) end
     end
   end
@@ -223,46 +254,48 @@ return string.sub(before, 1, 32) == ARGV[1] and string.sub(before, 33) or '!'
 
 _JOIN: Final = """
 local K, L = KEYS[1], KEYS[2]
-local e, o, s = open(K, L, ARGV[1])
-e, o = vouch(K, L, e, o, ARGV[8], ARGV[9], ARGV[1])
-s = bury(K, L, count(K, L, s, ARGV[3], tonumber(ARGV[4])), ARGV[2])
-return since(K, L, e, o, s, ARGV[5], ARGV[6], tonumber(ARGV[7]))
+local e, o, s, t = open(K, L, ARGV[1])
+if ARGV[9] ~= '-1' then insist(K) end  -- who has been here before
+e, o = vouch(K, L, e, o, t, ARGV[9], ARGV[10], ARGV[11], ARGV[1])
+bury(K, L, count(K, L, s, ARGV[3], tonumber(ARGV[4])), ARGV[2])
+return since(K, L, e, o, t, ARGV[5], ARGV[6], tonumber(ARGV[7]), tonumber(ARGV[8]))
 """
 
 _HOLD: Final = """
 local K, L = KEYS[1], KEYS[2]
 local e, o, s = known(K)
 if e ~= ARGV[3] then return -1 end
+insist(K)
 count(K, L, s, ARGV[1], tonumber(ARGV[2]))
 return o
 """
 
 _VOUCH: Final = """
 local K, L = KEYS[1], KEYS[2]
-local e, o = known(K)
-if e then vouch(K, L, e, o, ARGV[2], ARGV[3], ARGV[1]) end
+local e, o, _, t = known(K)
+if e then vouch(K, L, e, o, t, ARGV[2], ARGV[3], ARGV[4], ARGV[1]) end
 return 1
 """
 
 _READ: Final = """
 local K, L = KEYS[1], KEYS[2]
-local e, o, s = known(K)
+local e, o, _, t = known(K)
 if not e then return false end
-return since(K, L, e, o, s, ARGV[1], ARGV[2], tonumber(ARGV[3]))
+return since(K, L, e, o, t, ARGV[1], ARGV[2], tonumber(ARGV[3]), 0)
 """
 
 _INFO: Final = """
 local K, L = KEYS[1], KEYS[2]
 local e, o, s = known(K)
 if not e then return false end
-return {e, text(o), bury(K, L, s, ARGV[1]), o - oldest(L, o)}
+return {e, text(o), bury(K, L, s, ARGV[1]), o - oldest(L, o, now() - AGE)}
 """
 
 _DELETE: Final = """
 local K, L = KEYS[1], KEYS[2]
 local e, o, s = known(K)
 if not e then return false end
-local answer = {e, text(o), bury(K, L, s, ARGV[1]), o - oldest(L, o)}
+local answer = {e, text(o), bury(K, L, s, ARGV[1]), o - oldest(L, o, now() - AGE)}
 redis.call('DEL', K, L)
 redis.call('%(publish)s', K, 'D ' .. e)
 return answer
@@ -270,11 +303,13 @@ return answer
 
 _HEARTBEAT: Final = """
 local ms = now()
-local new = redis.call('ZADD', KEYS[1], ms - ARGV[4], ARGV[1])
+redis.call('PEXPIRE', KEYS[1], ARGV[3])  -- first, as `insist`: of a Redis that is full nobody is dead
+local before = redis.call('ZSCORE', KEYS[1], ARGV[1])
+redis.call('ZADD', KEYS[1], ms - ARGV[4], ARGV[1])
 local dead = redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', text(ms - ARGV[2]))
 redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', text(ms - ARGV[3]))
-redis.call('PEXPIRE', KEYS[1], ARGV[3])
-return {new, table.concat(dead, ' ')}
+if not before then redis.call('PEXPIRE', KEYS[1], ARGV[3]) end
+return {before and (ms - before > tonumber(ARGV[2]) and 'dead' or 'alive') or 'new', table.concat(dead, ' ')}
 """
 
 
@@ -299,7 +334,12 @@ class Scripts:
         publish = "SPUBLISH" if sharded else "PUBLISH"
         times = {"linger": bounds.linger, "hold": HOLD, "age": bounds.history_age, "key_age": bounds.key_age}
         prelude = _PRELUDE.format(
-            now=now, publish=publish, size=bounds.history_size, **{name: max(1, round(1000 * value)) for name, value in times.items()}
+            now=now,
+            publish=publish,
+            size=bounds.history_size,
+            page_bytes=PAGE_BYTES,
+            step=STEP,
+            **{name: max(1, round(1000 * value)) for name, value in times.items()},
         )
 
         def script(text: str) -> Script:
@@ -318,95 +358,3 @@ class Scripts:
         self.heartbeat = script(_HEARTBEAT)
         self.all: Sequence[Script] = list(vars(self).values())
         self.by_digest = {one.digest: one for one in self.all}
-
-
-class Names:
-    """The keys of a channel, behind a `prefix` that tells one service's from another's. Raises ValueError for one that hides
-    the hash tag."""
-
-    def __init__(self, prefix: str) -> None:
-        if "{" in prefix or "}" in prefix:
-            raise ValueError("--redis-prefix must have no braces: in a cluster they would say which keys belong together.")
-        self._skip = len(prefix.encode()) + 1
-        self._prefix = prefix
-        self.nodes = f"{prefix}nodes".encode()
-
-    def log(self, channel: str) -> bytes:
-        """Its hash; its messages are published under the same name."""
-        return f"{self._prefix}{{{channel}}}".encode()
-
-    def both(self, channel: str) -> tuple[bytes, bytes]:
-        """Its hash and its stream."""
-        log = self.log(channel)
-        return log, log + b":log"
-
-    def key(self, channel: str, key: str) -> bytes:
-        """The answer under an idempotency key."""
-        return f"{self._prefix}{{{channel}}}:key:{key}".encode()
-
-    def mark(self, channel: str, first: str, key: str) -> bytes:
-        """That a feed has had the message that was sent under a key of `first`."""
-        return f"{self._prefix}{{{channel}}}:sent:{first}:{key}".encode()
-
-    def channel(self, log: bytes) -> str:
-        """Whose hash it is."""
-        return log[self._skip : -1].decode()
-
-
-class Told(NamedTuple):
-    """What was published in Redis: messages of `epoch` from the offset `first` on, or that a log was deleted
-    (`what` is ``D``), or that it has to be looked at (``G``)."""
-
-    what: str
-    epoch: int = 0
-    first: int = 0
-    pieces: Sequence[tuple[str, bytes]] = ()
-
-
-_piece = msgspec.msgpack.Decoder(tuple[str, bytes])
-_pieces = msgspec.msgpack.Decoder(list[tuple[str, bytes]])
-piece = msgspec.msgpack.Encoder().encode
-"""A message as it is kept: type and data."""
-
-
-def told(payload: bytes) -> Told:
-    """Read what came."""
-    if payload[0] == 71:  # G
-        return Told("G")
-    if payload[0] == 68:  # D
-        return Told("D", int(payload[2:]))
-    head, _, rest = payload.partition(b"\n")
-    epoch, first, count = head.split()
-    if count == b"1":
-        return Told("M", int(epoch), int(first), (_piece.decode(rest),))
-    return Told("M", int(epoch), int(first), _pieces.decode(b"\xdd" + int(count).to_bytes(4, "big") + rest))  # an array32 of them
-
-
-def messages(channel: str, epoch: int, first: int, pieces: Sequence[tuple[str, bytes]]) -> list[Message]:
-    """Those that follow each other from the offset `first` on."""
-    return [Message(channel, Position(epoch, offset), kind, data) for offset, (kind, data) in enumerate(pieces, first)]
-
-
-class Replay(NamedTuple):
-    """What a join or a read was answered: the log's newest position, and a first page of what follows `since`. `life` is
-    of a join: until its channel is deleted it counts."""
-
-    head: Position
-    joined: Joined
-    life: Any = None
-
-
-def replay(channel: str, reply: Sequence[Any]) -> Replay:
-    """Read the answer."""
-    epoch, head, start = int(reply[0]), int(reply[1]), int(reply[2])
-    entries = messages(channel, epoch, start + 1, [_piece.decode(one) for one in reply[5]])
-    return Replay(Position(epoch, head), Joined(Position(epoch, start), entries, bool(reply[3])))
-
-
-def place(since: Since) -> tuple[Any, Any]:
-    """How a script is told where to start."""
-    if since is None:
-        return b"", 0
-    if isinstance(since, str):
-        return b"oldest", 0
-    return since

@@ -1,11 +1,12 @@
 """Which Redis server has a channel: the only one, or in a cluster the master of its slot.
 
 Neighbours: `comet.backplane.redis_link`, one to each server, and `comet.backplane.redis`, which asks for them. A
-cluster's map is read from whichever server answers (``CLUSTER SLOTS``), again when a link breaks or a server says that
-a slot is not its own, until all of it is there.
+cluster's map is read from whichever server answers (``CLUSTER SLOTS``), another one each time, since one that is cut off from the
+others tells an old map; again when a link breaks or a server says that a slot is not its own, until all of it is there.
 """
 
 import logging
+import random
 from collections.abc import Callable
 from typing import Any, Final, Protocol
 
@@ -18,7 +19,7 @@ from comet.backplane.redis_link import Link, Owner
 from comet.backplane.redis_scripts import Scripts
 
 REFRESH: Final = 0.2
-"""Seconds between two looks at the map of a cluster that is not whole."""
+"""Seconds between two looks at the map of a cluster that is not whole, more or less."""
 
 SLOTS: Final = 16384
 
@@ -80,6 +81,7 @@ class Cluster:
         self._wanted = False
         self._greenlet: Any = None
         self._told = False
+        self._closed = False
 
     @property
     def links(self) -> list[Link]:
@@ -97,6 +99,7 @@ class Cluster:
 
     def close(self) -> None:
         """For good."""
+        self._closed = True
         if self._greenlet is not None:
             self._greenlet.kill()
         for link in self.links:
@@ -112,6 +115,8 @@ class Cluster:
 
     def refresh(self) -> None:
         """Look whether channels have moved."""
+        if self._closed:
+            return
         self._wanted = True
         if self._greenlet is None or self._greenlet.dead:
             self._greenlet = gevent.spawn(self._look)
@@ -119,7 +124,7 @@ class Cluster:
     def _look(self) -> None:
         while self._wanted:
             self._wanted = False
-            for address in list(self._seeds):
+            for address in random.sample(self._seeds, len(self._seeds)):
                 try:
                     connection = dial(self._target, address, self._connect_timeout, NAME)
                     try:
@@ -134,7 +139,7 @@ class Cluster:
                 self._adopt(ranges, address)
                 self._told = False
                 break
-            gevent.sleep(REFRESH)
+            gevent.sleep(REFRESH * random.uniform(0.5, 1.5))
             if not self.whole or not all(link.up for link in self.links):
                 self._wanted = True
 
@@ -144,8 +149,8 @@ class Cluster:
         masters: dict[Address, Link] = {}
         for first, last, master, *replicas in ranges:
             for host, port, *_ in (master, *replicas):
-                seeds.append((host.decode() or asked[0], port))  # an empty name is the server that was asked
-            address = (master[0].decode() or asked[0], master[1])
+                seeds.append((_host(host, asked), port))
+            address = (_host(master[0], asked), master[1])
             link = self._masters.get(address) or masters.get(address)
             if link is None:
                 link = self._open(address)
@@ -165,3 +170,8 @@ class Cluster:
         link = Link(f"Redis {address[0]}:{address[1]}", connect, self._timeout, self._scripts, self._keeper)
         link.start()
         return link
+
+
+def _host(name: bytes | None, asked: Address) -> str:
+    """Of a server in the map: without a name it is where the map was asked for."""
+    return name.decode() if name else str(asked[0])

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -172,4 +173,9 @@ def test_a_cluster_keeps_them_too() -> None:
         assert known.remove_subscriptions(pairs[:100]) == 100
         assert sum(known.count_following(str(number)) for number in range(500)) == 400
         assert all(server.ask("DBSIZE") > 50 for server in servers)
+        with ThreadPoolExecutor(32) as many:  # more than there are connections
+            assert sum(many.map(known.count_following, map(str, range(500)))) == 400
         known.close()
+        gone = RedisSubscriptions(lambda: connect(servers[0].url.replace("redis://", "redis+cluster://"), connect_timeout=0.3), PREFIX)
+    with pytest.raises(Refusal, match="backplane-away"):
+        gone.count_subscribers("x")

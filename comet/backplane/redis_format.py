@@ -1,0 +1,119 @@
+"""How a channel stands in Redis, and how what Redis says of it is read: names of keys, messages, positions, answers.
+
+Neighbours: `comet.backplane.redis_scripts`, which has what is kept; `comet.backplane.redis` and those below it, who read. Pure: no
+socket and no greenlet.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Final, NamedTuple
+
+import msgspec
+
+from comet.history import Joined
+from comet.message import Message, Position, Since
+
+
+class Names:
+    """The keys of a channel, behind a `prefix` that tells one service's from another's. Raises ValueError for one that hides
+    the hash tag."""
+
+    def __init__(self, prefix: str) -> None:
+        if "{" in prefix or "}" in prefix:
+            raise ValueError("--redis-prefix must have no braces: in a cluster they would say which keys belong together.")
+        self._skip = len(prefix.encode()) + 1
+        self._prefix = prefix
+        self.nodes = f"{prefix}nodes".encode()
+
+    def log(self, channel: str) -> bytes:
+        """Its hash; its messages are published under the same name."""
+        return f"{self._prefix}{{{channel}}}".encode()
+
+    def both(self, channel: str) -> tuple[bytes, bytes]:
+        """Its hash and its stream."""
+        log = self.log(channel)
+        return log, log + b":log"
+
+    def key(self, channel: str, key: str) -> bytes:
+        """The answer under an idempotency key."""
+        return f"{self._prefix}{{{channel}}}:key:{key}".encode()
+
+    def mark(self, channel: str, first: str, key: str) -> bytes:
+        """That a feed has had the message that was sent under a key of `first`."""
+        return f"{self._prefix}{{{channel}}}:sent:{first}:{key}".encode()
+
+    def channel(self, log: bytes) -> str:
+        """Whose hash it is."""
+        return log[self._skip : -1].decode()
+
+
+class Seen(NamedTuple):
+    """How far somebody knows a log to have been: a position, and when Redis ordered the message there (milliseconds; 0: not known).
+    A log that was rewound and came as far again has another one there."""
+
+    epoch: int
+    offset: int
+    time: int
+
+
+NOWHERE: Final = Seen(-1, 0, 0)
+"""Of no log."""
+
+
+class Told(NamedTuple):
+    """What was published in Redis: messages of `epoch` from the offset `first` on, all of one `time`, or that a log was deleted
+    (`what` is ``D``), or that it has to be looked at (``G``)."""
+
+    what: str
+    epoch: int = 0
+    first: int = 0
+    time: int = 0
+    pieces: Sequence[tuple[str, bytes]] = ()
+
+
+_piece = msgspec.msgpack.Decoder(tuple[str, bytes])
+_pieces = msgspec.msgpack.Decoder(list[tuple[str, bytes]])
+piece = msgspec.msgpack.Encoder().encode
+"""A message as it is kept: type and data."""
+
+
+def told(payload: bytes) -> Told:
+    """Read what came."""
+    if payload[0] == 71:  # G
+        return Told("G")
+    if payload[0] == 68:  # D
+        return Told("D", int(payload[2:]))
+    head, _, rest = payload.partition(b"\n")
+    epoch, first, count, ms = head.split()
+    if count == b"1":
+        return Told("M", int(epoch), int(first), int(ms), (_piece.decode(rest),))
+    return Told("M", int(epoch), int(first), int(ms), _pieces.decode(b"\xdd" + int(count).to_bytes(4, "big") + rest))  # an array32 of them
+
+
+def messages(channel: str, epoch: int, first: int, pieces: Sequence[tuple[str, bytes]]) -> list[Message]:
+    """Those that follow each other from the offset `first` on."""
+    return [Message(channel, Position(epoch, offset), kind, data) for offset, (kind, data) in enumerate(pieces, first)]
+
+
+class Replay(NamedTuple):
+    """What a join or a read was answered: the log's newest position, and a first page of what follows `since`. `life` is
+    of a join: until its channel is deleted it counts."""
+
+    head: Seen
+    joined: Joined
+    life: Any = None
+
+
+def replay(channel: str, reply: Sequence[Any]) -> Replay:
+    """Read the answer."""
+    epoch, head, start, gap, ms = (int(one) for one in reply[:5])
+    entries = messages(channel, epoch, start + 1, [_piece.decode(one) for one in reply[5]])
+    return Replay(Seen(epoch, head, ms), Joined(Position(epoch, start), entries, bool(gap)))
+
+
+def place(since: Since) -> tuple[Any, Any]:
+    """How a script is told where to start."""
+    if since is None:
+        return b"", 0
+    if isinstance(since, str):
+        return b"oldest", 0
+    return since
