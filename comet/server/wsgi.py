@@ -32,9 +32,6 @@ from comet.stats import Stats
 MAX_REFUSING = 100
 """Connections that are being told at the same time that there is no room; more are just closed."""
 
-MAX_STARTING = 16
-"""Connections that are accepted before the first of them is served."""
-
 FIRST_REQUEST = 0.5
 """Seconds that a drain waits for the first requests of new connections: about the longest way there is."""
 
@@ -59,6 +56,9 @@ class CometServer(WSGIServer):
     wish with a subscriber. `capacity` is how many connections the server holds at most; the rest are
     told so and closed. `roll` keeps who waits, with ``--log-clients``.
     """
+
+    max_accept = 16
+    """Connections that are accepted one after the other, about as long as the others' turn takes then (gevent's is 5 ms)."""
 
     def __init__(
         self,
@@ -119,8 +119,6 @@ class CometServer(WSGIServer):
 
     def do_read(self) -> tuple[int, Any] | None:
         """Accept, for pywsgi's loop: a bare descriptor, since most connections need no more."""
-        if self._crew.starting >= MAX_STARTING:
-            return None  # those first: the queue of the kernel is cheaper than one of greenlets
         try:
             descriptor, address = self.socket._accept()
         except BlockingIOError:
@@ -129,7 +127,9 @@ class CometServer(WSGIServer):
         return descriptor, address
 
     def do_handle(self, descriptor: int, address: Any) -> None:
-        """Serve a new connection in a greenlet of its own, or say why not."""
+        """Serve a new connection in a greenlet of its own, or say why not: at once, up to where it first waits. Behind the
+        requests of all who are in already a newcomer would wait for seconds where these never cease, and the queue of the
+        kernel is cheaper than one of greenlets."""
         network = PROXY if self.proxies is not None and self.proxies.trusts(address[0]) else network_of(address[0])
         refusal = self._refusal(network)
         connection = Connection(descriptor, self, network)
@@ -138,10 +138,10 @@ class CometServer(WSGIServer):
             self.stats.accepted += 1
             self.stats.connections += 1
             connection.fresh = True
-            self._crew.run(connection.handle, b"")
+            self._crew.begin(connection.handle, b"")
         elif self.refusing < MAX_REFUSING:
             self.refusing += 1
-            self._crew.run(connection.turn_away, refusal)
+            self._crew.begin(connection.turn_away, refusal)
         else:
             self.stats.refused[refusal.slug] += 1
             connection.close()
@@ -235,7 +235,7 @@ class CometServer(WSGIServer):
         """Serve those who were accepted a moment ago and whose first request is still on its way: where
         other processes go on, nobody who connects may find a closed door."""
         ends = time.monotonic() + FIRST_REQUEST
-        while (self._crew.starting or any(connection.fresh for connection in self.idle)) and time.monotonic() < ends:
+        while any(connection.fresh for connection in self.idle) and time.monotonic() < ends:
             gevent.sleep(0.01)
 
     def join(self, timeout: float) -> int:
