@@ -95,6 +95,7 @@ ALLOWED: dict[str, set[str]] = {
     "comet.backplane.redis_dial": set(),
     # the server, which knows a subscriber only by its small interface
     "comet.server": set(),
+    "comet.server.blocks": SERVER,
     "comet.server.connection": SERVER,
     "comet.server.crew": SERVER,
     "comet.server.http": SERVER,
