@@ -12,7 +12,8 @@ import traceback
 from collections.abc import Callable
 from functools import partial
 
-from tests.deployment.checks import CHECKS, Deployed
+from tests.deployment.checks import CHECKS
+from tests.deployment.deployed import Deployed
 from tests.deployment.machine import Machine, missing, verify_units
 
 MOST_SECONDS = {False: 280.0, True: 500.0}
