@@ -112,6 +112,7 @@ ALLOWED: dict[str, set[str]] = {
     # the server, which knows a subscriber only by its small interface
     "comet.server": set(),
     "comet.server.body": SERVER,
+    "comet.server.blocks": SERVER,
     "comet.server.connection": SERVER,
     "comet.server.crew": SERVER,
     "comet.server.http": SERVER,

@@ -5,8 +5,9 @@ import random
 import pytest
 
 from comet.errors import Refusal
+from comet.server.blocks import MAX_REQUEST
 from comet.server.http import split_head
-from comet.server.posts import MAX_BLOCKS, MAX_REQUEST, Posts, Reply
+from comet.server.posts import MAX_BLOCKS, Posts, Reply
 
 Asked = tuple[str, str, bytes]
 
@@ -101,7 +102,7 @@ def test_a_known_block_is_not_parsed_again_and_what_is_remembered_is_bounded(pos
         assert posts.parse(PLAIN.replace(b"Host: x", b"Host: x%d" % number)) is not None
         assert len(posts._blocks) <= MAX_BLOCKS
     posts.parse(PLAIN)
-    monkeypatch.setattr("comet.server.posts.split_head", None)
+    monkeypatch.setattr("comet.server.blocks.split_head", None)
     assert posts.parse(PLAIN.replace(b"/7 ", b"/8 ").replace(b"hello", b"world")) == ("/send/8", "", b"world")
 
 

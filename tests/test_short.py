@@ -8,8 +8,9 @@ import pytest
 from bottle import BaseRequest
 
 from comet.errors import Refusal
+from comet.server.blocks import MAX_REQUEST
 from comet.server.http import Head, split_head
-from comet.server.short import MAX_BLOCKS, MAX_REQUEST, MAX_WISHES, Shortcut
+from comet.server.short import MAX_BLOCKS, MAX_WISHES, Shortcut
 
 LIMIT = 16384
 """`--max-header`, by default."""
@@ -207,7 +208,7 @@ def test_a_known_block_is_not_parsed_again(shortcut: Shortcut, monkeypatch: pyte
     def fail(*arguments: object) -> None:
         raise AssertionError("parsed again")
 
-    monkeypatch.setattr("comet.server.short.split_head", fail)
+    monkeypatch.setattr("comet.server.blocks.split_head", fail)
     assert shortcut.parse(b"GET /poll/other HTTP/1.1\r\n" + BLOCK) == ("/poll/other", {}, None)
     with pytest.raises(AssertionError, match="parsed again"):
         shortcut.parse(b"GET /poll/other HTTP/1.1\r\nHost: new\r\n\r\n")

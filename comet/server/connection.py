@@ -27,11 +27,12 @@ from gevent.pywsgi import WSGIHandler
 from comet import log as logs
 from comet.errors import Refusal
 from comet.log import Origin, Roll
+from comet.server.blocks import Lifted
 from comet.server.body import RequestBody
 from comet.server.http import Head, split_head
 from comet.server.parking import Sleeper
 from comet.server.posts import Call, Posts
-from comet.server.proxies import PROXY, Behind, Proxies
+from comet.server.proxies import Behind, Proxies, Proxy
 from comet.server.short import LongWay, Shortcut
 from comet.server.transport import Host, Transport
 from comet.stats import Stats
@@ -64,7 +65,8 @@ class Owner(Host, Protocol):
 
     def date(self) -> bytes: ...
     def gone(self, network: str) -> None: ...
-    def lend(self, client: str) -> Behind: ...
+    def lifted(self, data: bytes) -> Lifted: ...
+    def lend(self, client: str, proxy: Proxy) -> Behind: ...
     def rested(self, network: str) -> str: ...
     def new_id(self) -> str: ...
     def get_environ(self) -> dict[str, Any]: ...
@@ -155,8 +157,7 @@ class Connection(Transport, WSGIHandler):
         look = bool(buffer)
         idle = not fresh and not buffer
         if look and not fresh:
-            data = bytes(buffer)
-            short = self.server.shortcut.read(data) or self.server.posts.read(data)
+            short = self._read_shortly(bytes(buffer))
             if short is not None:
                 buffer.clear()
                 return short
@@ -179,7 +180,7 @@ class Connection(Transport, WSGIHandler):
             if not data or (not began and self.server.closing):
                 return None  # what came as it was cut can't be answered
             if not began:
-                short = self.server.shortcut.read(data) or self.server.posts.read(data)
+                short = self._read_shortly(data)
                 if short is not None:
                     return short
             if idle:  # once: empty lines must not begin it again
@@ -187,6 +188,20 @@ class Connection(Transport, WSGIHandler):
                 deadline = time.monotonic() + settings.header_timeout
             buffer += data
             look = b"\n" in data
+
+    def _read_shortly(self, data: bytes) -> Any:
+        """The wish or `Call` of one whole request, where a short way leads there; else None, and nothing was done."""
+        server = self.server
+        if not isinstance(self.network, Proxy):
+            return server.shortcut.read(data) or server.posts.read(data)
+        data, forwarded, request_id = server.lifted(data)
+        short = server.shortcut.read(data) or server.posts.read(data)
+        if short is not None:
+            try:
+                self._borrow(self.network, forwarded, request_id)
+            except Refusal:
+                return None  # which the long way puts into words
+        return short
 
     def turn_away(self, refusal: Refusal) -> None:
         """Answer a connection that is not let in, and close it."""
@@ -229,9 +244,9 @@ class Connection(Transport, WSGIHandler):
         self.response_length = 0
         settings = self.server.settings
         self._body = None if head.length == 0 else RequestBody(self, head, settings.body_timeout, settings.max_header)
-        if self.server.proxies is not None and self.network == PROXY:
+        if isinstance(self.network, Proxy):
             try:
-                self._borrow(head, self.server.proxies)
+                self._borrow(self.network, head.headers.get("x-forwarded-for", ""), head.headers.get("x-request-id", ""))
             except Refusal as refusal:
                 self.close_connection = True
                 self.answer_refusal(refusal)
@@ -244,13 +259,13 @@ class Connection(Transport, WSGIHandler):
         if self._body_is_left:
             self.close_connection = True
 
-    def _borrow(self, head: Head, proxies: Proxies) -> None:
+    def _borrow(self, proxy: Proxy, forwarded: str, request_id: str) -> None:
         """This proxy's connection is a client's until the answer is over. Raises Refusal ``address-full``."""
-        self._address = proxies.client(self.socket.getpeername()[0], head.headers.get("x-forwarded-for", ""))
-        given = head.headers.get("x-request-id", "")
-        if _ID.fullmatch(given):
-            self._request_id = given
-        self.network = self.server.lend(self._address)
+        assert self.server.proxies is not None
+        self._address = self.server.proxies.client(proxy, forwarded)
+        if _ID.fullmatch(request_id):
+            self._request_id = request_id
+        self.network = self.server.lend(self._address, proxy)
 
     def origin(self) -> Origin:
         """Whose request is under way, for the log and in answers to what went wrong: ``environ["comet.origin"]``."""

@@ -21,23 +21,25 @@ Work = Callable[[Any], None]
 
 
 class Crew:
-    """`run` starts `work(argument)` in a greenlet soon; it must not raise."""
+    """Does `work(argument)`, which must not raise, in a greenlet."""
 
     def __init__(self) -> None:
         self._hub = get_hub()
         self._waiting: list[greenlet] = []
-        self.starting = 0
-        """Works that were asked for and have not begun."""
 
     def run(self, work: Work, argument: Any = None) -> None:
-        """Never blocks."""
-        self.starting += 1
-        worker = self._waiting.pop() if self._waiting else greenlet(self._live, self._hub)
-        self._hub.loop.run_callback(worker.switch, work, argument)
+        """Soon, in its turn. Never blocks."""
+        self._hub.loop.run_callback(self._worker().switch, work, argument)
+
+    def begin(self, work: Work, argument: Any = None) -> None:
+        """At once, up to where it first waits: for the callbacks of the event loop alone."""
+        self._worker().switch(work, argument)
+
+    def _worker(self) -> greenlet:
+        return self._waiting.pop() if self._waiting else greenlet(self._live, self._hub)
 
     def _live(self, work: Work, argument: Any) -> None:
         while True:
-            self.starting -= 1
             try:
                 work(argument)
             except Exception:

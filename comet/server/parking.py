@@ -98,8 +98,8 @@ class Sleeper(Protocol):
 class Floor(Protocol):
     """The server: who takes over what can't be done asleep."""
 
-    def again(self, descriptor: int, data: bytes) -> bool:
-        """An idle connection sent this: answer it without a greenlet, or say False."""
+    def again(self, descriptor: int, network: str, data: bytes) -> bool:
+        """An idle connection of `network` sent this: answer it without a greenlet, or say False."""
 
     def resume(self, descriptor: int, network: str, subscriber: Sleeper | None, data: bytes | memoryview) -> None:
         """Wake a connection in a greenlet: `data` is what it sent (idle), or what it still has to be sent
@@ -185,10 +185,11 @@ class Parking:
         self._put(descriptor, IDLE, network)
         self._set_deadline(descriptor, _milliseconds() + self._idle_timeout)
 
-    def again(self, descriptor: int, subscriber: Sleeper, patience: float | None) -> None:
+    def again(self, descriptor: int, network: str, subscriber: Sleeper, patience: float | None) -> None:
         """An idle connection sleeps again as `subscriber`, whose host this is."""
         subscriber.descriptor = descriptor
         self._owners[descriptor] = subscriber
+        self._networks[descriptor] = network
         self._set_deadline(descriptor, self._after(descriptor, patience))
 
     def _put(self, descriptor: int, owner: Sleeper | _Idle, network: str) -> None:
@@ -411,7 +412,7 @@ class Parking:
             data = b""
         if not data:
             self._close(descriptor, "hang-up")
-        elif event & _GONE or not self._floor.again(descriptor, data):
+        elif event & _GONE or not self._floor.again(descriptor, self._networks[descriptor], data):
             network = self.take(descriptor)
             self._floor.resume(descriptor, network, None, data)
 

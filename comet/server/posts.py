@@ -1,25 +1,22 @@
 """The short way to read a small POST, which publishers send by the thousand: no environ, no bottle.
 
 Neighbour: `comet.server.short`, which does so for requests that wait. As there, a header block that the
-strict parser has accepted once is remembered, with the length of body that it announces, and what is not
-plain takes the long way, which decides: a body that is large, chunked or still to come, an escape or a
+strict parser has accepted once is remembered (`comet.server.blocks`), with the length of body that it
+announces, and what is not plain takes the long way, which decides: a body that is large, chunked or still to come, an escape or a
 query in the target, an Origin, an Idempotency-Key (a block of its own each), anything new.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
-from comet.errors import Refusal
-from comet.server.http import split_head
+from comet.server.blocks import MAX_REQUEST, judge
 
-MAX_REQUEST = 4096
-"""Bytes of a request that can go the short way: what is read of an idle connection at once."""
 MAX_BLOCKS = 1000
 """Header blocks remembered."""
 
 _LINE = re.compile(rb"POST (/[A-Za-z0-9_.:@/-]*) HTTP/1\.1")
-_LONG = ("origin", "idempotency-key")
 
 Reply = tuple[str, Sequence[tuple[str, str]], bytes]
 """Status line, headers but for those that frame it, and body."""
@@ -36,11 +33,18 @@ class _Block(NamedTuple):
 
 
 class Posts:
-    """`calls` makes a `Call` of path, Authorization and body, None where it can't; that has no effect yet."""
+    """`calls` makes a `Call` of path, Authorization and body, None where it can't; that has no effect yet. `stand_ins` are
+    headers that were taken off before (`comet.server.blocks`)."""
 
-    def __init__(self, calls: Callable[[str, str, bytes], Call | None], limit: int = MAX_REQUEST) -> None:
+    def __init__(
+        self,
+        calls: Callable[[str, str, bytes], Call | None],
+        limit: int = MAX_REQUEST,
+        stand_ins: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         self._make = calls
         self._limit = min(limit, MAX_REQUEST)
+        self._stand_ins = stand_ins
         self._blocks: dict[bytes, _Block] = {}
 
     def read(self, data: bytes) -> Call | None:
@@ -63,15 +67,9 @@ class Posts:
         return None if found is None else (found[1].decode(), known.authorization, body)
 
     def _learn(self, block: bytes) -> _Block | None:
-        """As `Shortcut._learn`: the block behind a request line of our own, None if it is not plain."""
-        buffer = bytearray(b"POST / HTTP/1.1\r\n%b\r\n\r\n" % block)
-        try:
-            head = split_head(buffer, self._limit)
-        except Refusal:
-            return None
-        if head is None or buffer or head.method != "POST" or head.length is None or head.version != "HTTP/1.1":
-            return None
-        if not head.keep_alive or head.expects_continue or any(name in head.headers for name in _LONG):
+        """Have a block parsed for the first time; None if it is not plain."""
+        head = judge("POST", block + b"\r\n\r\n", self._limit, self._stand_ins)
+        if head is None or head.length is None or "idempotency-key" in head.headers:
             return None
         if len(self._blocks) >= MAX_BLOCKS:
             self._blocks.clear()

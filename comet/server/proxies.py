@@ -11,14 +11,18 @@ from functools import lru_cache
 
 from comet.settings import Network
 
-PROXY = ""
-"""The network of a trusted proxy's connection between two requests."""
+
+class Proxy(str):
+    """The network of a trusted proxy's connection between two requests: its address, which counts for nobody."""
+
+    __slots__ = ()
 
 
 class Behind(str):
-    """The network of a client whose request came through a proxy; else it is like any other."""
+    """The network of a client whose request came through `proxy`; else it is like any other."""
 
-    __slots__ = ()
+    __slots__ = ("proxy",)
+    proxy: Proxy
 
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -57,15 +61,12 @@ class Proxies:
 
     def __init__(self, networks: Sequence[Network]) -> None:
         self._networks = networks
-        self._known = lru_cache(maxsize=4096)(self._look_up)
+        self.proxy = lru_cache(maxsize=4096)(self._look_up)
+        """The network of a connection from this address, if that is a proxy's."""
 
-    def trusts(self, host: str) -> bool:
-        """Whether a connection from there is a proxy's."""
-        return self._known(host)
-
-    def _look_up(self, host: str) -> bool:
+    def _look_up(self, host: str) -> Proxy | None:
         address = _address(host)
-        return address is not None and any(address in network for network in self._networks)
+        return Proxy(host) if address is not None and any(address in network for network in self._networks) else None
 
     def client(self, peer: str, forwarded: str) -> str:
         """The client's address: of X-Forwarded-For, from the right, the first that is no proxy's. What stands left of
@@ -77,6 +78,6 @@ class Proxies:
             if address is None:
                 break
             nearest = str(address)
-            if not self._known(nearest):
+            if self.proxy(nearest) is None:
                 break
         return nearest

@@ -1,20 +1,20 @@
 """The short way to read a request that only waits: no parser, no environ, no bottle.
 
 Nearly all requests of a push server are the same GET again, with another cursor: same client, same
-headers, byte for byte. So a header block that the strict parser has accepted once is remembered, and
-a request that brings the same block needs only its request line read. What is not plain (an escape
-in the target, a body, an Origin, HTTP/1.0, anything new) takes the long way, which decides.
+headers, byte for byte. So a header block that the strict parser has accepted once is remembered
+(`comet.server.blocks`), and a request that brings the same block needs only its request line read. What
+is not plain (an escape in the target, a body, an Origin, HTTP/1.0, anything new) takes the long way,
+which decides.
 """
 
 import re
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from comet.errors import Refusal
-from comet.server.http import split_head
+from comet.server.blocks import MAX_REQUEST, judge
 
-MAX_REQUEST = 4096
-"""Bytes of a request that can go the short way."""
 MAX_BLOCKS = 1000
 """Header blocks remembered."""
 MAX_WISHES = 2000
@@ -25,11 +25,17 @@ _LINE = re.compile(rb"GET (/[A-Za-z0-9_.:@,/-]*)(?:\?([A-Za-z0-9_.:@,&=-]*))? HT
 
 class Shortcut:
     """`wishes` makes a wish of path, query and Last-Event-ID, None where it can't, or raises Refusal; the
-    same must always give the same."""
+    same must always give the same. `stand_ins` are headers that were taken off before (`comet.server.blocks`)."""
 
-    def __init__(self, wishes: Callable[[str, Mapping[str, str], str | None], Any], limit: int = MAX_REQUEST) -> None:
+    def __init__(
+        self,
+        wishes: Callable[[str, Mapping[str, str], str | None], Any],
+        limit: int = MAX_REQUEST,
+        stand_ins: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         self._make = wishes
         self._limit = min(limit, MAX_REQUEST)
+        self._stand_ins = stand_ins
         self._blocks: dict[bytes, str | None] = {}
         self._wishes: dict[bytes, Any] = {}
 
@@ -65,16 +71,9 @@ class Shortcut:
         return found[1].decode(), pairs, self._blocks[block]
 
     def _learn(self, block: bytes) -> bool:
-        """Have the strict parser read a block for the first time, behind a request line of our own: what is
-        remembered must not depend on the line it came with. Whether it is plain."""
-        buffer = bytearray(b"GET / HTTP/1.1\r\n" + block)
-        try:
-            head = split_head(buffer, self._limit)
-        except Refusal:
-            return False
-        if head is None or buffer or head.method != "GET" or head.length != 0 or head.version != "HTTP/1.1":
-            return False
-        if not head.keep_alive or head.expects_continue or "origin" in head.headers:
+        """Have a block parsed for the first time; whether it is plain."""
+        head = judge("GET", block, self._limit, self._stand_ins)
+        if head is None or head.length != 0:
             return False
         if len(self._blocks) >= MAX_BLOCKS:
             self._blocks.clear()

@@ -20,11 +20,12 @@ from gevent.pywsgi import WSGIServer, format_date_time
 
 from comet.errors import Refusal
 from comet.log import Roll
+from comet.server.blocks import MAX_REQUEST, STAND_INS, Lifted, lift
 from comet.server.connection import Connection
 from comet.server.crew import Crew
 from comet.server.parking import Parking, Sleeper
 from comet.server.posts import Call, Posts
-from comet.server.proxies import PROXY, Behind, Proxies, network_of
+from comet.server.proxies import Behind, Proxies, Proxy, network_of
 from comet.server.short import LongWay, Shortcut
 from comet.settings import Settings, networks
 from comet.stats import Stats
@@ -32,8 +33,8 @@ from comet.stats import Stats
 MAX_REFUSING = 100
 """Connections that are being told at the same time that there is no room; more are just closed."""
 
-MAX_STARTING = 16
-"""Connections that are accepted before the first of them is served."""
+MOST_ACCEPTED = 16
+"""Connections that are accepted at once. To serve them takes about as long as the turn that the others have next (5 ms)."""
 
 FIRST_REQUEST = 0.5
 """Seconds that a drain waits for the first requests of new connections: about the longest way there is."""
@@ -59,6 +60,9 @@ class CometServer(WSGIServer):
     wish with a subscriber. `capacity` is how many connections the server holds at most; the rest are
     told so and closed. `roll` keeps who waits, with ``--log-clients``.
     """
+
+    max_accept = 1
+    """Calls of `do_read` that pywsgi makes at once."""
 
     def __init__(
         self,
@@ -88,10 +92,10 @@ class CometServer(WSGIServer):
         """Connections that have a greenlet."""
         self.idle: set[Connection] = set()
         """Those of them that wait for a request to begin."""
-        # these read of a request only what is asked for: not whose it is, nor what it is called
-        short = self.proxies is None and roll is None
-        self.shortcut = Shortcut(wishes, settings.max_header) if short else LongWay()
-        self.posts = Posts(calls, settings.max_header) if short else LongWay()
+        # these read of a request only what is asked for: not what it is called, which the roll keeps, nor whose it is
+        stand_ins = STAND_INS if self.proxies is not None else {}
+        self.shortcut = Shortcut(wishes, settings.max_header, stand_ins) if roll is None else LongWay()
+        self.posts = Posts(calls, settings.max_header, stand_ins) if roll is None else LongWay()
         self.subscribe = hub.subscribe
         self.subscribe_asleep = hub.subscribe_asleep
         self._crew = Crew()
@@ -117,51 +121,67 @@ class CometServer(WSGIServer):
 
     # -- admission
 
-    def do_read(self) -> tuple[int, Any] | None:
-        """Accept, for pywsgi's loop: a bare descriptor, since most connections need no more."""
-        if self._crew.starting >= MAX_STARTING:
-            return None  # those first: the queue of the kernel is cheaper than one of greenlets
+    def do_read(self) -> tuple[list[tuple[int, str]]] | None:
+        """Accept, for pywsgi's loop: bare descriptors, since most connections need no more, and their hosts."""
+        accepted: list[tuple[int, str]] = []
         try:
-            descriptor, address = self.socket._accept()
+            while len(accepted) < MOST_ACCEPTED:
+                descriptor, address = self.socket._accept()
+                os.set_blocking(descriptor, False)
+                accepted.append((descriptor, address[0]))
         except BlockingIOError:
-            return None
-        os.set_blocking(descriptor, False)
-        return descriptor, address
+            pass
+        except OSError:
+            if not accepted:  # else it will be met again
+                raise
+        return (accepted,) if accepted else None
 
-    def do_handle(self, descriptor: int, address: Any) -> None:
+    def do_handle(self, accepted: list[tuple[int, str]]) -> None:
+        """Serve new connections, each at once up to where it first waits: behind the requests of all who are in already they
+        would wait for seconds where those never cease, and the queue of the kernel is cheaper than one of greenlets. None is
+        accepted meanwhile: whoever closes one and opens another is noticed in this order."""
+        for descriptor, host in accepted:
+            self._admit(descriptor, host)
+
+    def _admit(self, descriptor: int, host: str) -> None:
         """Serve a new connection in a greenlet of its own, or say why not."""
-        network = PROXY if self.proxies is not None and self.proxies.trusts(address[0]) else network_of(address[0])
+        network = (None if self.proxies is None else self.proxies.proxy(host)) or network_of(host)
         refusal = self._refusal(network)
         connection = Connection(descriptor, self, network)
         if refusal is None:
-            self._networks[network] += 1
+            self._count(network, 1)
             self.stats.accepted += 1
             self.stats.connections += 1
             connection.fresh = True
-            self._crew.run(connection.handle, b"")
+            self._crew.begin(connection.handle, b"")
         elif self.refusing < MAX_REFUSING:
             self.refusing += 1
-            self._crew.run(connection.turn_away, refusal)
+            self._crew.begin(connection.turn_away, refusal)
         else:
             self.stats.refused[refusal.slug] += 1
             connection.close()
 
-    def lend(self, client: str) -> Behind:
-        """A request of `client` has come through a proxy. The network that its connection is of, until `rested`.
+    def lifted(self, data: bytes) -> Lifted:
+        """What came through a proxy as the short ways read it, and what the proxy says of it."""
+        return lift(data, min(self.settings.max_header, MAX_REQUEST))
+
+    def lend(self, client: str, proxy: Proxy) -> Behind:
+        """A request of `client` has come through this proxy. The network that its connection is of, until `rested`.
         Raises Refusal ``address-full``."""
         network = Behind(network_of(client))
+        network.proxy = proxy
         refusal = self._address_full(network)
         if refusal is not None:
             raise refusal
-        self._networks[network] += 1
+        self._count(network, 1)
         return network
 
     def rested(self, network: str) -> str:
         """An answer is over: the network that its connection is of between two requests."""
         if not isinstance(network, Behind):
             return network
-        self._count_down(network)
-        return PROXY
+        self._count(network, -1)
+        return network.proxy
 
     def new_id(self) -> str:
         """Of a request that was given none."""
@@ -174,7 +194,7 @@ class CometServer(WSGIServer):
             return Refusal(
                 "worker-full", f"This process holds its {self.capacity} connections; try again later, or start more (--max-connections)."
             )
-        return None if network == PROXY else self._address_full(network)
+        return None if isinstance(network, Proxy) else self._address_full(network)
 
     def _address_full(self, network: str) -> Refusal | None:
         most = self.settings.max_per_address
@@ -184,28 +204,39 @@ class CometServer(WSGIServer):
 
     def gone(self, network: str) -> None:
         """A connection that was let in has been closed."""
-        self._count_down(self.rested(network))
+        self._count(self.rested(network), -1)
         self.stats.connections -= 1
         if not self.stats.connections:
             self._empty.set()
 
-    def _count_down(self, network: str) -> None:
-        self._networks[network] -= 1
+    def _count(self, network: str, change: int) -> None:
+        if isinstance(network, Proxy):
+            return
+        self._networks[network] += change
         if not self._networks[network]:
             del self._networks[network]
 
     # -- between sleep and greenlet
 
-    def again(self, descriptor: int, data: bytes) -> bool:
+    def again(self, descriptor: int, network: str, data: bytes) -> bool:
         """See `Floor`."""
+        forwarded = ""
+        if isinstance(network, Proxy):
+            data, forwarded, _ = self.lifted(data)
         wish = self.shortcut.read(data)
         if wish is None or not wish.framing.one_shot:
             return False
+        if isinstance(network, Proxy) and self.proxies is not None:
+            try:
+                network = self.lend(self.proxies.client(network, forwarded), network)
+            except Refusal:
+                return False  # which the long way puts into words
         subscriber = self.subscribe_asleep(wish, self.parking)
         if subscriber is None:
+            self.rested(network)
             return False
         self.stats.requests += 1
-        self.parking.again(descriptor, subscriber, wish.patience)
+        self.parking.again(descriptor, network, subscriber, wish.patience)
         return True
 
     def resume(self, descriptor: int, network: str, subscriber: Sleeper | None, data: bytes | memoryview) -> None:
@@ -235,7 +266,7 @@ class CometServer(WSGIServer):
         """Serve those who were accepted a moment ago and whose first request is still on its way: where
         other processes go on, nobody who connects may find a closed door."""
         ends = time.monotonic() + FIRST_REQUEST
-        while (self._crew.starting or any(connection.fresh for connection in self.idle)) and time.monotonic() < ends:
+        while any(connection.fresh for connection in self.idle) and time.monotonic() < ends:
             gevent.sleep(0.01)
 
     def join(self, timeout: float) -> int:

@@ -14,6 +14,7 @@ from comet.kernel import check
 from comet.kernel.machine import Machine
 from comet.settings import Settings
 from handlers import poll
+from tests.deployment.image import DOCKERFILE, build, steps_of
 from tests.deployment.machine import verify_units
 from tests.harness import ROOT
 
@@ -109,6 +110,17 @@ def test_the_settings_file_names_settings() -> None:
         r"\bCOMET_[A-Z_]+", "".join((DEPLOY / file).read_text() for file in ("comet.env", "comet.service", "Dockerfile", "README.md"))
     ):
         assert name in names, name
+
+
+def test_the_image_is_made_of_what_is_there() -> None:
+    """Its lines are followed in deploy/verify; here, wherever no machine can be booted."""
+    steps = steps_of(DOCKERFILE)
+    copied = [source for step in steps if step.name == "COPY" for source in step.argument.split()[:-1]]
+    assert {"app.py", "comet", "handlers", "deploy/requirements.txt"} <= set(copied)
+    assert [source for source in copied if not (ROOT / source).exists()] == []
+    assert build(steps)[-1] == "cd /opt/comet"
+    names = [step.name for step in steps]
+    assert names.index("USER") < names.index("ENTRYPOINT") and steps[names.index("USER")].argument.partition(":")[0] != "0"
 
 
 def test_a_server_installs_what_it_imports_and_no_test_tools() -> None:

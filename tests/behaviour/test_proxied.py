@@ -70,6 +70,68 @@ def test_a_poll_behind_a_proxy_is_let_go_when_it_is_answered_or_given_up(start: 
         wait_until(lambda: server.clients() == 0)
 
 
+# -- on the short way: from a connection's second request on, plain ones, the same but for what the proxy says
+
+
+def test_a_kept_connection_knows_whose_each_request_is(start: Start) -> None:
+    server = start(*PROXY)
+    with via(server) as proxy, via(server) as one, via(server) as two:
+        assert proxy.request("GET", "/poll/a?timeout=0", headers=of("198.51.100.1")).status == 200
+        for client in (one, two):
+            client.request("GET", "/poll/a?timeout=0", headers=of("198.51.100.2"))
+            client.ask("GET", "/poll/a?timeout=20", headers=of("198.51.100.2"))
+        wait_until(lambda: server.clients() == 2)
+        for _ in range(3):  # somebody else's
+            assert proxy.request("GET", "/poll/b?timeout=0.1", headers=of("198.51.100.1")).status == 200
+            assert proxy.request("POST", "/send/7", b"x", of("198.51.100.1")).status == 200
+        for method, target, body in (("GET", "/poll/a?timeout=20", None), ("POST", "/send/7", b"x")):
+            with via(server) as third:
+                assert third.request("GET", "/poll/a?timeout=0", headers=of("198.51.100.1")).status == 200
+                refused = third.request(method, target, body, of("198.51.100.2", **{"X-Request-ID": "r-3"}))
+                assert (refused.status, refused.json["error"], refused.headers["x-request-id"]) == (429, "address-full", "r-3")
+                assert third.at_end()
+        server.publish("a", "hello")
+        assert [client.read().status for client in (one, two)] == [200, 200]
+        for client in (one, two):  # it has let go of both, and takes both again
+            client.ask("GET", "/poll/a?timeout=20", headers=of("198.51.100.2"))
+        wait_until(lambda: server.clients() == 2)
+        assert proxy.request("GET", "/poll/b?timeout=0", headers=of("198.51.100.2")).status == 429
+    wait_until(lambda: server.clients() == 0)
+    server.assert_healthy()
+
+
+def test_a_proxy_that_names_nobody_asks_for_itself(start: Start) -> None:
+    server = start(*PROXY)
+    with via(server) as one, via(server) as two, via(server) as third:
+        for _ in range(3):
+            assert third.request("GET", "/poll/a?timeout=0.1").status == 200
+            assert third.request("POST", "/send/7", b"x").status == 200
+        for client in (one, two):
+            client.request("GET", "/poll/a?timeout=0")
+            client.ask("GET", "/poll/a?timeout=20")
+        wait_until(lambda: server.clients() == 2)
+        assert third.request("GET", "/poll/a?timeout=0.1", headers=of("198.51.100.1, 127.0.0.2")).json["messages"] == []
+        refused = third.request("GET", "/poll/a?timeout=20")
+        assert refused.status == 429 and "127.0.0.2 has 2" in refused.json["detail"]
+    server.assert_healthy()
+
+
+def test_the_proxys_id_is_each_requests_own(start: Start) -> None:
+    server = start("--trusted-proxies", "127.0.0.2", "--publish-key", "secret")
+    with via(server) as proxy:
+        for number in range(4):
+            for given in (f"r-{number}", None):
+                headers = of("198.51.100.1") | ({} if given is None else {"X-Request-ID": given})
+                said = proxy.request("POST", "/send/7", b"x", headers).headers["x-request-id"]
+                assert (said == given) is (given is not None)
+    for given in ('bad "id"', "r-1"):  # one that is none, and one of somebody who is no proxy
+        with via(server) if '"' in given else server.client() as client:
+            assert client.request("POST", "/send/7", b"x", of("198.51.100.1", **{"X-Request-ID": given})).headers["x-request-id"] != given
+
+
+# -- what is said of it, and logged
+
+
 def test_who_is_no_proxy_can_not_say_who_it_is(start: Start) -> None:
     server = start(*PROXY)
     waiting = [server.client() for _ in range(2)]

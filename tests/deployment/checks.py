@@ -1,105 +1,27 @@
 """What deploy/ promises, each a function that answers what it has seen, or raises. They run in the order of `CHECKS`.
 
-The clients run outside of the machine but on its loopback (`Machine.enter_network`): a swarm of the chaos tests,
-whose model says what was lost, and single ones that measure.
+Here is what systemd does with the service; `tests.deployment.network` has what is in front of it, `tests.deployment.image`
+the Dockerfile.
 """
 
 import json
-import os
-import random
 import re
 import subprocess
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
 
-from tests.behaviour.swarm import Report
-from tests.behaviour.test_chaos import Swarm
-from tests.deployment.machine import ROOT, Machine, lines_of
+from tests.deployment.deployed import PORT, Deployed, told
+from tests.deployment.image import the_image_line_by_line
+from tests.deployment.machine import ROOT, lines_of
+from tests.deployment.network import (
+    a_refusal_names_the_request_and_a_limit_the_client,
+    connections_are_not_tracked,
+    messages_pass_through_nginx_at_once,
+)
 from tests.harness import Client, wait_until
 
-PORT = 8000
+CAP_SYS_RESOURCE = 24
 SCORE = 2.0
 """What `systemd-analyze security` may say at most."""
-PROMPT = 0.1
-"""Seconds from a publication to its arrival through nginx, at most."""
-
-
-class Deployed:
-    """A machine, and what the checks share."""
-
-    def __init__(self, machine: Machine, full: bool) -> None:
-        self.machine = machine
-        self.run = machine.run
-        self.full = full
-        self._swarms = 0
-
-    @property
-    def key(self) -> str:
-        """The publish key that was made."""
-        return self.run("cat /etc/comet/publish-key").stdout.strip()
-
-    def shown(self, name: str, unit: str = "comet.service") -> str:
-        """A property of a unit."""
-        return self.run(f"systemctl show --value -p {name} {unit}").stdout.strip()
-
-    def main(self) -> int:
-        """The supervisor's number, in the machine."""
-        return int(self.shown("MainPID"))
-
-    def workers(self) -> list[dict[str, Any]]:
-        """What /stats says of them."""
-        return list(self.ask("GET", "/stats")["workers"])
-
-    def ask(self, method: str, target: str, body: bytes | None = None) -> Any:
-        """One request, straight to the service."""
-        with Client(PORT) as client:
-            answer = client.request(method, target, body, {"Authorization": f"Bearer {self.key}"})
-        assert answer.status < 300, answer
-        return answer.json
-
-    def active(self) -> None:
-        """Wait until it is ready."""
-        wait_until(lambda: self.shown("ActiveState") == "active", 30)
-
-    @contextmanager
-    def settings(self, *lines: str) -> Iterator[None]:
-        """The service with other settings for a while."""
-        self.run("cp /etc/comet/comet.env /tmp/comet.env && printf '%s\\n' " + " ".join(lines) + " >>/etc/comet/comet.env")
-        self.run("systemctl restart comet")
-        try:
-            yield
-        finally:
-            self.run("cp /tmp/comet.env /etc/comet/comet.env && systemctl restart comet")
-
-    @contextmanager
-    def swarm(self) -> Iterator[Swarm]:
-        """Resuming clients and publishers, all subscribed."""
-        self._swarms += 1
-        os.environ["COMET_PUBLISH_KEY"] = self.key
-        swarm = Swarm([f"127.0.0.1:{PORT}"], random.Random(self._swarms).randrange(1 << 30))
-        try:
-            clients = 3000 if self.full else 600
-            begun = swarm.order(
-                "begin", clients=clients, channels=10, publishers=20, rate=300 if self.full else 150, size=100, prefix=f"s{self._swarms}-"
-            )
-            assert begun == {"clients": clients}
-            time.sleep(0.5)  # under load from here on
-            yield swarm
-        finally:
-            swarm.close()
-            del os.environ["COMET_PUBLISH_KEY"]
-
-
-def told(report: Report, gaps: int) -> str:
-    """What came of it: nothing lost or doubled, and so many gaps told to each."""
-    assert report.wrong == [], report
-    assert (report.lost, report.doubled) == (0, 0), report
-    assert report.sent == report.acknowledged > 0, report
-    assert report.gaps == [0] * gaps + [report.clients], report
-    return f"{report.clients} clients, {report.acknowledged} messages acknowledged, {report.received} received, lost 0, doubled 0, gaps told {gaps} each; longest outage {report.outage:.2f} s"
 
 
 # -- installed as the README says
@@ -152,25 +74,38 @@ def the_sandbox_holds(on: Deployed) -> str:
     said = on.run("systemd-analyze security --no-pager comet.service").stdout
     score = float(re.search(r"exposure level for comet.service: ([\d.]+)", said)[1])  # type: ignore[index]
     assert score <= SCORE, said
-    main = on.main()
-    status = Path(f"/proc/{_outside(on, main)}/status").read_text()
+    proc = on.machine.outside(on.main())
+    status = (proc / "status").read_text()
     assert re.search(r"^CapEff:\s+0+$", status, re.MULTILINE) and re.search(r"^NoNewPrivs:\s+1$", status, re.MULTILINE), status
-    environ = Path(f"/proc/{_outside(on, main)}/environ").read_text()
+    environ = (proc / "environ").read_text()
     assert on.key not in environ, "the key is in the environment"
     return f"scores {score}, has no capability, and its key is not in its environment"
 
 
-def _outside(on: Deployed, pid: int) -> int:
-    """The number, on this machine, of a process in that one."""
-    for path in Path("/proc").iterdir():
-        if path.name.isdigit():
-            try:
-                found = re.search(r"^NSpid:\s+\d+\s+(\d+)$", (path / "status").read_text(), re.MULTILINE)
-                if found and int(found[1]) == pid and on.machine.holds(int(path.name)):
-                    return int(path.name)
-            except OSError:
-                continue  # it has ended
-    raise AssertionError(f"no process {pid}")
+def what_the_unit_grants_is_in_force(on: Deployed) -> str:
+    proc = on.machine.outside(on.main())
+    first = on.machine.outside(1)
+    files, most = (int(re.findall(r"^Max open files +\d+ +(\d+)", (one / "limits").read_text(), re.MULTILINE)[0]) for one in (proc, first))
+    score = int((proc / "oom_score_adj").read_text())
+    capabilities = re.findall(r"^CapEff:\s+(\w+)", (first / "status").read_text(), re.MULTILINE)
+    assert (on.shown("LimitNOFILE"), on.shown("OOMScoreAdjust")) == ("1048576", "-500")
+    if int(capabilities[0], 16) >> CAP_SYS_RESOURCE & 1:
+        assert (files, score) == (1048576, -500)
+    else:  # systemd itself may give no more there than it has
+        assert (files, score) == (most, int((first / "oom_score_adj").read_text()))
+    assert on.shown("TasksMax") == "4096" and on.shown("Restart") == "on-failure"
+    assert on.run("stat -c '%a %U' /etc/comet/publish-key").stdout.split() == ["600", "root"]
+    assert on.run("stat -c '%a %U' /run/comet/ /var/lib/comet/").stdout.split() == ["700", "comet"] * 2
+    for unit in ("comet.service", "comet.socket", "comet-notrack.service"):
+        assert on.shown("UnitFileState", unit) == "enabled", unit
+    ours = dict(re.findall(r"^(net\.\S+) = (.+)$", (ROOT / "deploy" / "90-comet.conf").read_text(), re.MULTILINE))
+    set_to = {name: " ".join(on.run(f"sysctl -n {name}", check=False).stdout.split()) for name in ours}
+    set_here = [name for name, value in ours.items() if set_to[name] == value]
+    assert {"net.core.somaxconn", "net.ipv4.ip_local_port_range"} <= set(set_here), set_to
+    return (
+        f"{files:,} open files, {score} for the out-of-memory killer, owners and modes; "
+        f"{len(set_here)} of {len(ours)} kernel settings of the network, the rest are the host's"
+    )
 
 
 # -- broken, under load
@@ -284,6 +219,25 @@ def who_connects_while_it_is_away_is_served(on: Deployed) -> str:
     return f"a connection started it; during a restart {served} of {served} were answered, the slowest after {slowest:.2f} s"
 
 
+def subscriptions_outlive_a_restart(on: Deployed) -> str:
+    on.ask("PUT", "/users/1/following/2")
+    on.run("systemctl restart comet")
+    assert on.ask("GET", "/users/1/following")["following"] == ["2"]
+    return "/var/lib/comet keeps who follows whom"
+
+
+def wrong_settings_are_told_and_not_tried_again(on: Deployed) -> str:
+    restarts = on.shown("NRestarts")
+    on.run("cp /etc/comet/comet.env /tmp/right.env && echo COMET_TRUSTED_PROXIES=10.0.0.1/8 >>/etc/comet/comet.env")
+    assert on.run("systemctl restart comet", check=False).returncode != 0
+    assert (on.shown("ActiveState"), on.shown("ExecMainStatus"), on.shown("NRestarts")) == ("failed", "2", restarts)
+    said = on.run("journalctl --no-pager -o cat -n 20 -u comet").stdout
+    assert "--trusted-proxies" in said and "host bits" in said, said
+    on.run("cp /tmp/right.env /etc/comet/comet.env && systemctl restart comet")
+    on.active()
+    return "status 2, a sentence in the journal, and no restart"
+
+
 def it_stops(on: Deployed) -> str:
     with on.swarm() as swarm:
         swarm.order("leave")
@@ -298,79 +252,6 @@ def it_stops(on: Deployed) -> str:
     assert not on.run("pgrep -f '[/]opt/comet/app.py'; ls /run/comet", check=False).stdout
     on.run("systemctl start comet.socket comet.service")
     return f"after {took:.1f} s, with status 0; all {report.clients} clients were told properly, and no process or socket is left"
-
-
-# -- behind nginx
-
-
-def curl(on: Deployed, version: str, target: str) -> "subprocess.Popen[bytes]":
-    """A client, through nginx and TLS."""
-    command = ["curl", "--silent", "--no-buffer", "--include", f"--http{version}", "--cacert", "/etc/comet/tls.crt", "--max-time", "20"]
-    return subprocess.Popen(on.machine.inside([*command, f"https://localhost{target}"]), stdout=subprocess.PIPE)
-
-
-def messages_pass_through_nginx_at_once(on: Deployed) -> str:
-    """A buffer in between would hold them for ever; the quickest of three is judged, since others use this machine too."""
-    figures = []
-    for version in ("1.1", "2"):
-        for kind in ("events", "stream", "poll"):
-            quickest = min(first_message(on, version, kind, f"nginx-{version}-{kind}-{number}") for number in range(3))
-            assert quickest < PROMPT, f"{kind} over HTTP/{version}: {quickest:.3f} s"
-            figures.append(f"{kind} {quickest * 1000:.0f}")
-    return f"HTTP/1.1 then HTTP/2, milliseconds from publishing to arrival: {', '.join(figures)}"
-
-
-def first_message(on: Deployed, version: str, kind: str, channel: str) -> float:
-    """Seconds from publishing it, next to the service, to its arrival at a client behind nginx."""
-    with curl(on, version, f"/{kind}/{channel}") as client:
-        assert client.stdout is not None
-        try:
-            wait_until(lambda: listeners(channel) == 1)
-            with Client(PORT) as publisher:
-                began = time.monotonic()
-                answer = publisher.request("POST", f"/publish/{channel}", b"hello", {"Authorization": f"Bearer {on.key}"})
-                assert answer.status == 201, answer
-            head = client.stdout.readline()
-            assert head.startswith(f"HTTP/{version} 200".encode()), head
-            heard = b""
-            while b"hello" not in heard:
-                line = client.stdout.readline()
-                assert line, f"{channel}: it ended after {heard!r}"
-                heard += line
-            return time.monotonic() - began
-        finally:
-            client.kill()
-
-
-def a_refusal_names_the_request_and_a_limit_the_client(on: Deployed) -> str:
-    said = on.run("curl --silent --include --cacert /etc/comet/tls.crt https://localhost/nothing").stdout
-    found = re.search(r"^x-request-id: ([0-9a-f]{32})\r?$", said, re.MULTILINE | re.IGNORECASE)
-    assert said.startswith("HTTP/2 404") and found, said
-    # one worker, since each counts for itself; and so one socket
-    on.run("systemctl stop comet.socket comet.service && rm /etc/systemd/system/comet.socket.d/10-workers.conf && systemctl daemon-reload")
-    with on.settings("COMET_LOG_CLIENTS=on", "COMET_MAX_PER_ADDRESS=1", "COMET_WORKERS=1"), curl(on, "2", "/events/limit") as client:
-        try:
-            wait_until(lambda: on.shown("StatusText").startswith("1 worker, 1 of "))
-            ask = "curl --silent --output /dev/null --write-out '%{http_code}' --cacert /etc/comet/tls.crt --resolve localhost:443:"
-            # curl comes from the loopback address that it goes to: two clients, behind one proxy
-            statuses = [on.run(f"{ask}{address} https://localhost/healthz").stdout for address in ("127.0.0.1", "[::1]")]
-        finally:
-            client.kill()
-        log = on.run("journalctl --no-pager -o cat -u comet").stdout
-    mended = on.run("deploy/install.sh").stdout
-    assert "10-workers.conf" in mended and "start comet.socket" in mended, mended
-    assert on.shown("NAccepted", "comet.socket") == "0" and on.shown("Listen", "comet.socket").count(f":{PORT} ") == os.cpu_count()
-    assert sorted(statuses) == ["200", "429"], statuses
-    refusal = re.search(r"refused: address-full request=[0-9a-f]{32} address=(127.0.0.1|::1) asked=GET /healthz", log)
-    assert refusal, log
-    return f"nginx's id comes back in the answer; of two clients behind it, {refusal[1]} alone is over its limit, and logged by its own address"
-
-
-def listeners(channel: str) -> int:
-    """How many subscribers it has."""
-    with Client(PORT) as client:
-        answer = client.request("GET", f"/channels/{channel}")
-    return int(answer.json["subscribers"]) if answer.status == 200 else 0
 
 
 # -- the log, and the end
@@ -417,6 +298,8 @@ CHECKS = (
     installing_again_does_nothing,
     it_is_ready,
     the_sandbox_holds,
+    what_the_unit_grants_is_in_force,
+    connections_are_not_tracked,
     messages_pass_through_nginx_at_once,
     a_refusal_names_the_request_and_a_limit_the_client,
     a_worker_is_killed,
@@ -427,7 +310,10 @@ CHECKS = (
     the_main_process_is_killed,
     a_stuck_main_process_is_restarted,
     who_connects_while_it_is_away_is_served,
+    subscriptions_outlive_a_restart,
+    wrong_settings_are_told_and_not_tried_again,
     it_stops,
     the_journal_has_what_happened,
     it_is_uninstalled,
+    the_image_line_by_line,
 )

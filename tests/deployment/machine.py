@@ -7,6 +7,7 @@ alone. It is known by its process, ends with whoever made it, and in any case af
 import contextlib
 import ctypes
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -139,9 +140,16 @@ class Machine:
         pip = ["PIP_NO_INDEX=1", f"PIP_FIND_LINKS={WHEELS}", "SYSTEMD_PAGER=", "SYSTEMD_COLORS=0"]
         return ["nsenter", "--target", str(self._leader), "--all", "env", "-i", *environment, *pip, *command]
 
-    def holds(self, pid: int) -> bool:
-        """Whether a process, by its number outside, is in there. Raises OSError if it has ended."""
-        return os.readlink(f"/proc/{pid}/ns/net") == os.readlink(f"/proc/{self._leader}/ns/net")
+    def outside(self, pid: int) -> Path:
+        """What /proc on this machine has of a process in that one."""
+        space = os.readlink(f"/proc/{self._leader}/ns/net")
+        for path in Path("/proc").iterdir():
+            if path.name.isdigit():
+                with contextlib.suppress(OSError):  # it has ended
+                    found = re.search(r"^NSpid:\s+\d+\s+(\d+)$", (path / "status").read_text(), re.MULTILINE)
+                    if found and int(found[1]) == pid and os.readlink(path / "ns" / "net") == space:
+                        return path
+        raise AssertionError(f"no process {pid}")
 
     def enter_network(self) -> None:
         """From now on sockets of this process, and its children, are on the machine's loopback."""
