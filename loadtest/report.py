@@ -197,7 +197,7 @@ def judge(document: Document) -> list[str]:
     for one in facts.get("messages", []):
         if one["name"] not in ("messages", "churn"):
             continue  # the search is for what fails
-        if one["p99"] > SLOW:
+        if one["p99"] > SLOW and one["name"] == "messages":  # of clients that come and go it is asked that they miss nothing
             found.append(f"{one['name']}: p99 {one['p99']:,.0f} ms, more than {SLOW:,.0f}")
         if one["achieved"] < ACHIEVED * one["asked"]:
             found.append(f"{one['name']}: {one['achieved']:,.0f}/s of {one['asked']:,.0f}/s asked for")
