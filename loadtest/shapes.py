@@ -34,6 +34,9 @@ DRAINED = 30.0
 SETTLE = 10.0
 """Seconds between the last client and the first message: memory is read there."""
 
+FEW = 10
+"""Users of a kind that are so many to the one."""
+
 STEP = 20
 """Seconds at each rate of the search."""
 
@@ -89,11 +92,15 @@ class Phased(LoadTestShape):
     # -- steps
 
     def users(self, kind: type[User], count: int) -> None:
-        """Have so many of them from the next tick on. All but swarms are to come together: Locust spreads them by weight."""
+        """Have so many of them from the next tick on. Many are to come together, so Locust spreads them by weight; of a few,
+        such as swarms, it might have none then."""
         if count:
             self._users.append((kind, count))
             kind.weight = count
-            kind.fixed_count = count if kind is SwarmUser else 0
+            kind.fixed_count = count if kind is SwarmUser or count < FEW else 0
+            dispatcher = self.runner._users_dispatcher if self.runner else None
+            if dispatcher is not None and kind.fixed_count:
+                dispatcher._try_dispatch_fixed = True  # Locust looks for such kinds at its first dispatch alone
 
     def now(self) -> Tick:
         """What Locust is to run now."""
