@@ -207,7 +207,10 @@ class _Generation:
         os.dup2(nothing, 0)
         close(nothing)
         if limits.crowding(orders.workers, limits.cores()):
-            give_way()
+            try:
+                give_way()
+            except OSError as error:  # some sandboxes don't let a process say so; then it is as every other
+                log.info("worker %d can't have SCHED_BATCH: %s", worker, error)
         listener = socket.socket(fileno=orders.listeners[worker % len(orders.listeners)])
         for descriptor in orders.listeners:
             if descriptor != listener.fileno():

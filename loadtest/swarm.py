@@ -62,6 +62,9 @@ AGAIN = 1.0
 AWAY = 0.2, 2.0
 """Seconds that one stays away on purpose."""
 
+TRIES = 20
+"""Clients that are looked at for one that can leave: most of them may be away."""
+
 BATCH = 512
 TURN = 8
 """Batches before everything else in the process has its turn."""
@@ -186,7 +189,9 @@ class Swarm:
         self._leaving += self.churning * passed
         while self._leaving >= 1 and self._known:
             self._leaving -= 1
-            self._leave(random.choice(self._known), now)
+            for _ in range(TRIES):
+                if self._leave(random.choice(self._known), now):
+                    break
         if self._budget < BURST and self._budget < self.rate * 0.2:
             return  # a few at a time would wake the server, and this process, for each
         while self._budget >= 1 and len(self._opening) < UNDER_WAY:
@@ -274,14 +279,15 @@ class Swarm:
 
     # -- ending
 
-    def _leave(self, client: int, now: float) -> None:
-        """One goes away on purpose; what it has not read it gets by its cursor."""
+    def _leave(self, client: int, now: float) -> bool:
+        """One goes away on purpose; what it has not read it gets by its cursor. False where it is away."""
         descriptor = self._descriptors[client]
         if descriptor < 0 or descriptor in self._opening:
-            return
+            return False
         self.counts.left += 1
         self._forget(descriptor)
         heapq.heappush(self._later, (now + random.uniform(*AWAY), client))
+        return True
 
     def _lost(self, descriptor: int, why: str) -> None:
         """One is gone that should not be. It comes back."""
@@ -362,10 +368,10 @@ class Swarm:
                 microseconds = (now - sent) // 1000
                 kind = number & KIND_MASK
                 latencies[kind][index(microseconds)] += 1
-                if microseconds > late:
-                    counts.fail(self._endpoint(client - base).name, "late")
                 if kind == EVERYONE:
                     counts.spread(number, now)
+                elif microseconds > late:
+                    counts.fail(self._endpoint(client - base).name, "late")
                 if not client % SAMPLE and (problem := counts.order.take(client, number)):
                     counts.fail(self._endpoint(client - base).name, problem)
             except OSError as error:

@@ -38,7 +38,7 @@ def die_with_parent() -> None:
 def give_way() -> None:
     """Have this process wait for the end of another's turn when something wakes it (SCHED_BATCH), rather than interrupt it.
     It gets as much of a core as before. Of many processes that are busy at once fewer are torn away from what they
-    have in the core's caches, and each finds more to do when its turn comes."""
+    have in the core's caches, and each finds more to do when its turn comes. Raises OSError."""
     os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 

@@ -2,7 +2,9 @@
 behind. Real processes; each is known by a mark in its environment, which all of a service inherit."""
 
 import contextlib
+import fcntl
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -19,6 +21,8 @@ import pytest
 from gevent import subprocess as green
 
 from comet.board import Board, Slot
+from comet.fanout import MANY
+from comet.permit import PATIENCE
 from comet.policy import MOST_DEATHS
 from tests.harness import HALF_A_POST, ROOT, TIMEOUT, Client, Events, Server, wait_until
 
@@ -654,3 +658,50 @@ def test_a_worker_that_is_told_to_stop_is_replaced(begin: Begin) -> None:
     os.kill(before, signal.SIGTERM)
     wait_until(lambda: len(service.workers()) == 2 and before not in service.workers().values())
     answers(service)
+
+
+# -- more workers than cores
+
+
+def test_workers_that_are_too_many_for_the_cores_let_others_finish(begin: Begin) -> None:
+    cores = len(os.sched_getaffinity(0))
+    few, many = begin("--workers", str(2 * cores)), begin("--workers", str(2 * cores + 1))
+    for service, policy in ((few, os.SCHED_OTHER), (many, os.SCHED_BATCH)):
+        pids = wait_until(lambda service=service: len(service.workers()) > 2 * cores - 1 and service.workers())  # type: ignore[misc]
+        assert {os.sched_getscheduler(pid) for pid in pids.values()} == {policy}
+        assert os.sched_getscheduler(service.router()) == os.SCHED_OTHER
+
+
+def test_a_sweep_of_very_many_waits_for_its_turn_and_nothing_else_does(begin: Begin) -> None:
+    """Somebody else has all the permits: what was published to all waits, and a message to one, or a request, does not."""
+    cores = len(os.sched_getaffinity(0))
+    workers = cores + 1
+    service = begin("--workers", str(workers))
+    board = service._board.descriptor
+    clients = [service.holds(service.client()) for _ in range(workers * (MANY + 200))]
+    for client in clients:
+        client.ask("GET", "/test/all")
+    for client in clients:
+        assert client.read_head().status == 200
+        assert client.read_chunk().startswith(b"comet welcomes you!")
+    one = service.holds(service.client())
+    one.ask("GET", "/test/one")
+    one.read_head()
+    one.read_chunk()
+    fcntl.lockf(board, fcntl.LOCK_EX, cores, 0)
+    began = time.monotonic()
+    service.publish("user:all", "to all")
+    service.publish("user:one", "to one")
+    assert one.read_chunk() == b"to one\n"
+    answers(service)
+    poll = select.poll()
+    for client in clients:
+        poll.register(client.sock.fileno(), select.POLLIN)
+    served = len(poll.poll(0))
+    taken = time.monotonic() - began
+    fcntl.lockf(board, fcntl.LOCK_UN, cores, 0)
+    assert {client.read_chunk() for client in clients} == {b"to all\n"}
+    if taken < PATIENCE:  # a worker that has fewer than it takes may have been served
+        assert served < MANY
+    service.publish("user:all", "again")
+    assert {client.read_chunk() for client in clients} == {b"again\n"}
