@@ -443,6 +443,7 @@ def main(arguments: Sequence[str]) -> int:
         if time.monotonic() >= next_tick:
             next_tick = time.monotonic() + TICK
             router.backplane.expire()
+            collector.keep()
             board.write(options.slot, {
                 "role": "router",
                 "pid": os.getpid(),

@@ -1,5 +1,6 @@
 """The router at the level of frames: a worker here is a bare socket that says what it likes."""
 
+import gc
 import logging
 import socket
 import time
@@ -259,3 +260,26 @@ def test_a_channel_with_one_subscriber_costs_little(served: Served) -> None:
         tracemalloc.stop()
     assert served.router.backplane.totals()["channels"] == count
     assert cost < 500, cost
+
+
+def test_nothing_that_is_said_leaves_a_cycle(served: Served) -> None:
+    """What the router holds is frozen each second (`collector.keep`): a cycle would stay for ever."""
+    times = 50
+
+    def all_of_it() -> None:
+        for _ in range(times):
+            peer = served.peer()
+            peer.sock.sendall(b"".join(map(frames.frame, SAID)))
+            served.turn()
+            peer.heard()
+            peer.sock.close()
+            served.turn(1)
+
+    all_of_it()
+    gc.collect()
+    gc.disable()
+    try:
+        all_of_it()
+        assert gc.collect() < times
+    finally:
+        gc.enable()
