@@ -20,6 +20,7 @@ import pytest
 from comet.backplane import Backplane
 from comet.backplane.memory import Bounds, MemoryBackplane
 from comet.backplane.redis import RedisBackplane
+from comet.backplane.redis_following import INTEREST as REDIS_INTEREST
 from comet.backplane.redis_scripts import HOLD
 from comet.backplane.router import INTEREST, RouterBackplane
 from comet.message import Message, Position, Publication, Receipt
@@ -172,12 +173,12 @@ def _redis(bounds: Bounds) -> Iterator[Harness]:
         while seconds > 0:  # they prolong what they hold more often than this
             step = min(seconds, HOLD / 3)
             seconds -= step
-            gevent.sleep(2 * INTEREST)  # what the worker has to say by itself is said
+            gevent.sleep(2 * REDIS_INTEREST)  # what the worker has to say by itself is said
             clock.now += step
             server.pass_time(step)
             say()
             backplane._following.prolong()
-            gevent.sleep(2 * INTEREST)
+            gevent.sleep(2 * REDIS_INTEREST)
 
     class Counted(Harness):
         def totals(self) -> dict[str, int]:
