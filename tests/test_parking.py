@@ -20,7 +20,7 @@ class Floor:
     def __init__(self) -> None:
         self.closed: list[float] = []
 
-    def again(self, descriptor: int, data: bytes) -> bool:
+    def again(self, descriptor: int, network: str, data: bytes) -> bool:
         return False
 
     def resume(self, descriptor: int, network: str, subscriber: Any, data: Any) -> None:
