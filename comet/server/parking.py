@@ -160,7 +160,8 @@ class Parking:
         """Block the greenlet of a watched subscriber until it has something to take, has ended, or its
         patience is over: its deadline stands in the table like a sleeper's, and costs no timer. Answers
         what is to be sent first."""
-        self._set_deadline(descriptor, self._after(descriptor, awake.patience))
+        if awake.patience is not None or self._deadlines[descriptor] == NEVER:  # a silence goes on
+            self._set_deadline(descriptor, self._after(descriptor, awake.patience))
         awake.waker = partial(self._loop.run_callback, getcurrent().switch)
         awake.ready = b""
         self._hub.switch()
