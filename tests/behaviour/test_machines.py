@@ -176,8 +176,8 @@ class Chaos:
         """So many seconds."""
         return max(0.0, self._until - time.monotonic())
 
-    def settle(self, events: Any) -> Report:
-        """What came of it."""
+    def settle(self, events: Any, least: float = 0.5) -> Report:
+        """What came of it, of which `least` of the rate must have been sent: while Redis is away publishers wait."""
         gevent.sleep(self.left())
         report = self.swarm.report("settle")
         gaps = ", ".join(f"{number} told {count}" for count, number in enumerate(report.gaps) if number)
@@ -192,7 +192,7 @@ class Chaos:
         assert report.wrong == [], (report, logs)
         assert (report.lost, report.doubled) == (0, 0), (report, logs)
         assert report.sent == report.acknowledged, (report, logs)
-        assert report.sent > LOAD.rate * LOAD.seconds * 0.5, report
+        assert report.sent > LOAD.rate * LOAD.seconds * least, report
         for node in self.nodes:
             assert "Traceback" not in node.log.read_text(), node.log.read_text()
         return report
@@ -272,5 +272,5 @@ def test_three_machines_on_a_cluster_that_fails_over(request: pytest.FixtureRequ
         others = [server for server in servers if server is not master]
         wait_until(lambda: sum(server.ask("ROLE")[0] == b"master" for server in others) == 3)
         master.start()  # else there would be no replica to confirm
-        report = chaos.settle("a failover")
+        report = chaos.settle("a failover", 0.25)  # Redis takes its time for it, and nobody can confirm meanwhile
         assert report.gaps[0] >= 0.5 * report.clients, report  # only who saw what no replica has may be told one
