@@ -172,7 +172,7 @@ def serve(settings: Settings, listener: socket.socket, data: Path, place: Place 
     collector.set_up(stats)
     server.start()
     if isinstance(backplane, MemoryBackplane):
-        gevent.spawn(_every_second, backplane.expire)
+        gevent.spawn(_every, 1.0, backplane.expire)
     else:
         backplane.start()
 
@@ -182,7 +182,8 @@ def serve(settings: Settings, listener: socket.socket, data: Path, place: Place 
             place.board.write(place.slot, own())  # from the loop, so that one that is stuck is noticed
 
     beat()
-    gevent.spawn(_every_second, beat)
+    gevent.spawn(_every, 1.0, beat)
+    gevent.spawn(_every, collector.TIDYING, collector.tidy)
     if place is None:
         greet(settings, listener.getsockname(), capacity)
         _speak(notifier, stats, capacity)
@@ -328,13 +329,13 @@ def _together(place: Place, own: Callable[[], dict[str, Any]], hub: Hub | None) 
     return service.summary(workers, router, supervisor, memory.sockets())
 
 
-def _every_second(work: Callable[[], None]) -> None:
+def _every(seconds: float, work: Callable[[], None]) -> None:
     while True:
-        gevent.sleep(1)
+        gevent.sleep(seconds)
         try:
             work()
         except Exception:
-            log.exception("what is done each second failed; it goes on")
+            log.exception("what is done every %g s failed; it goes on", seconds)
 
 
 if __name__ == "__main__":

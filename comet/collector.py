@@ -1,4 +1,4 @@
-"""Python's garbage collector, set up for a process that holds very many small objects for long.
+"""Python's garbage collector, and the C library's heap, in a process that holds very many small objects for long.
 
 The collector stays on: cyclic garbage from clients that come and go must not pile up. What it costs is
 its walk over everything that may be garbage, all clients included, with the loop held. So what exists
@@ -9,12 +9,17 @@ longest stop.
 import gc
 import time
 
+from comet.kernel import processes
 from comet.stats import Stats
 
 THRESHOLDS = (10_000, 20, 50)
 """Young objects before the youngest generation is walked; such walks before the
 middle one is; and those before all is. The last also waits, in CPython, until a quarter of all that
 survived so far is new, which keeps full walks rare when there are many clients."""
+
+
+TIDYING = 10.0
+"""Seconds between two calls of `tidy`."""
 
 
 def set_up(stats: Stats) -> None:
@@ -31,8 +36,15 @@ def set_up(stats: Stats) -> None:
 
     gc.collect()
     gc.freeze()
+    tidy()
     gc.set_threshold(*THRESHOLDS)
     gc.callbacks.append(measure)
+
+
+def tidy() -> None:
+    """Give back what is free. Messages and answers of every size come and go for hours, between clients that stay, and the C
+    library's heap would grow by the holes. A walk over the free pieces of that heap, which holds what is larger than 512 bytes."""
+    processes.give_back()
 
 
 def keep() -> None:

@@ -42,7 +42,7 @@ from typing import NamedTuple, Self
 
 from comet.board import Board
 from comet.kernel import limits
-from comet.kernel.processes import close, fork, give_way, waitpid
+from comet.kernel.processes import close, fork, give_back, give_way, waitpid
 from comet.kernel.sockets import epoll
 from comet.kernel.stock import stock
 
@@ -121,6 +121,7 @@ def run(orders: Orders, work: Work) -> int:
     # what is garbage now would be collected later, in each worker, and tear shared pages apart
     gc.collect()
     gc.freeze()
+    give_back()
     return _Generation(orders, work).run()
 
 

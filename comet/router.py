@@ -438,12 +438,15 @@ def main(arguments: Sequence[str]) -> int:
         signal.signal(number, (lambda *_: None) if number == signal.SIGTERM else signal.SIG_IGN)
     router.watch(options.lifeline_fd)
     router.watch(stop)
-    next_tick = time.monotonic()
+    next_tick = next_tidying = time.monotonic()
     while router.turn(max(0.0, next_tick - time.monotonic())):
         if time.monotonic() >= next_tick:
             next_tick = time.monotonic() + TICK
             router.backplane.expire()
             collector.keep()
+            if next_tick >= next_tidying:
+                next_tidying = next_tick + collector.TIDYING
+                collector.tidy()
             board.write(options.slot, {
                 "role": "router",
                 "pid": os.getpid(),

@@ -36,7 +36,7 @@ from comet.board import FIRST_WORKER, ROUTER, SUPERVISOR, Board
 from comet.children import Generation, Reports, Router, Worker
 from comet.generation import Orders
 from comet.kernel import check, limits, sockets
-from comet.kernel.processes import adopt_orphans, waitpid
+from comet.kernel.processes import adopt_orphans, give_back, waitpid
 from comet.loop import Loop
 from comet.policy import MOST_DEATHS, CrashLoop, Plan, Restarts, Vigil, describe, plan
 from comet.settings import Settings
@@ -132,6 +132,7 @@ class Supervisor:
             try:
                 self._start_router()
                 self._start_generation()
+                give_back()  # what it took to get here
                 self._loop.later(LOOK, self._look)
                 self._sign()
                 while not self._finished:

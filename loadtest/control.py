@@ -21,7 +21,7 @@ from locust.runners import MasterRunner, Runner, WorkerRunner
 
 from comet.kernel.processes import die_with_parent
 from loadtest import tally
-from loadtest.counting import Counts, Send, sends
+from loadtest.counting import Counts
 from loadtest.histogram import Histogram
 from loadtest.options import Asked, endpoints, masks, target
 from loadtest.swarm import Swarm
@@ -164,6 +164,8 @@ class Master:
         return cls._all[runner]
 
     def _clear(self) -> None:
+        from loadtest.audit import Outgoing  # numpy: of the master alone
+
         self.asked = Asked.of(self.environment.parsed_options)
         self.endpoints = endpoints(self.asked.endpoints)
         self.sections = [Section("start")]
@@ -174,7 +176,7 @@ class Master:
         self._now = [Histogram() for _ in KINDS]
         self._totals: dict[str, dict[str, int]] = {}
         self._everyone: dict[str, dict[int, list[int]]] = {}
-        self.sends: list[Send] = []
+        self.outgoing = Outgoing(self.asked.clients)
         self._accounts: dict[str, dict[str, bytes]] = {}
         self._orders = {"rate": 0.0, "senders": self.asked.senders, "direct": 0.0, "everyone": 0, "churn": 0.0}
         self._writer: Any = None
@@ -232,11 +234,11 @@ class Master:
 
     def judge(self, complete: bool) -> dict[str, Any]:
         """Audit, and put what is wrong among Locust's failures."""
-        from loadtest.audit import audit, edges  # numpy: of the master alone
+        from loadtest.audit import audit, edges
 
         own, shared = masks(self.endpoints) if self.facts.get("swarm") else ([True], [False])
         friends = edges(Path(self.asked.friends)) if self.asked.friends else []
-        self.verdict = audit(friends, self.asked.clients, self.sends, list(self._accounts.values()), own, shared, complete)
+        self.verdict = audit(friends, self.outgoing, list(self._accounts.values()), own, shared, complete)
         for what in ("lost", "doubled", "other"):
             if self.verdict[what]:
                 tally.failures(self.environment.stats, "PUSH", "audit", what, self.verdict[what])
@@ -263,7 +265,7 @@ class Master:
         self.section.opening.merge({int(bucket): count for bucket, count in report["opening"].items()})
         for where, what, count in report["failures"]:
             self.failures[f"{where}: {what}"] += count
-        self.sends += sends(report["sends"])
+        self.outgoing.add(report["sends"])
         self._everyone[msg.node_id] = {number: seen for number, *seen in report["everyone"]}
         self._totals[msg.node_id] = {
             name: report[name] for name in ("open", "opened", "received", "bytes", "sent", "left", "clients")

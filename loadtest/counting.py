@@ -7,7 +7,7 @@ which makes Locust's statistics of it.
 import struct
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from loadtest.histogram import Histogram
@@ -36,11 +36,6 @@ class Send(NamedTuple):
     targets: int
     delivered: int
     sent: int
-
-
-def sends(data: bytes) -> Iterable[Send]:
-    """All records in what `Counts.report` has told."""
-    return (Send(*fields) for fields in RECORD.iter_unpack(data))
 
 
 class Counts:

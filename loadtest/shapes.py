@@ -172,7 +172,7 @@ class Phased(LoadTestShape):
         before = -1
         while time.monotonic() < until:
             received = master.total("received")
-            if received == before and received >= sum(one.delivered for one in master.sends):
+            if received == before and received >= master.outgoing.outcomes["delivered"]:
                 return
             before = received
             yield self.now()
@@ -293,7 +293,7 @@ class Million(Phased):
             until = time.monotonic() + 60
             while time.monotonic() < until:
                 yield self.now()
-                numbers = [one for one in master.sends if one.kind == 2]
+                numbers = master.outgoing.everyone
                 if len(numbers) == turn and master.spread().get(numbers[-1].number, (0, 0))[0] >= shared:
                     break
             else:

@@ -303,7 +303,8 @@ class RouterBackplane:
         for message in messages:
             known = look_up(message.channel)
             if known is not None:
-                known.epoch = message.epoch
+                if known.epoch != message.epoch:  # else the number that is there stays: an object less for each channel
+                    known.epoch = message.epoch
                 known.offset = message.offset
         if messages:
             self._deliver(messages)

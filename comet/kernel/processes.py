@@ -42,6 +42,16 @@ def give_way() -> None:
     os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
+_malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+
+
+def give_back() -> None:
+    """Return to the kernel the whole pages that the C library's heap keeps for later. glibc returns by itself only what is at
+    the heap's end, so with buffers of every size that come and go it grows for long. Elsewhere (musl) this does nothing."""
+    if _malloc_trim is not None:
+        _malloc_trim(0)
+
+
 def resident() -> int:
     """Bytes of memory this process has in use, shared pages included."""
     with open("/proc/self/statm", "rb", buffering=0) as file:

@@ -1,14 +1,15 @@
 """What a client knows of what it got, and the audit at the end: lost, doubled, other, out of order."""
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from loadtest.audit import audit, edges
-from loadtest.counting import REFUSED, SENT, UNSURE, Counts, Send, sends
+from loadtest.audit import Outgoing, audit, edges
+from loadtest.counting import RECORD, REFUSED, SENT, UNSURE, Counts, Send
 from loadtest.verify import DIRECT, EVERYONE, FEED, KIND_MASK, SENDER_SHIFT, SIZE, Order, Place, body, number, read
 
 FOLLOWS = {(1, 0), (2, 0), (2, 1), (3, 1)}
@@ -23,6 +24,14 @@ def graph() -> list[Any]:
 def message(count: int, user: int, kind: int = FEED, outcome: int = SENT, sender: int = 3) -> Send:
     targets = 1 + sum(followee == user for _, followee in FOLLOWS)
     return Send(kind, outcome, number(sender, count, kind), user, targets, targets, 0)
+
+
+def told(sends: Sequence[Send], clients: int = 4) -> Outgoing:
+    """The master's sums, of reports of two records."""
+    outgoing = Outgoing(clients)
+    for start in range(0, len(sends), 2):
+        outgoing.add(b"".join(RECORD.pack(*one) for one in sends[start : start + 2]))
+    return outgoing
 
 
 def got(*clients: list[Send], logins: tuple[int, ...] = (0, 1, 2, 3)) -> list[dict[str, bytes]]:
@@ -69,58 +78,58 @@ def test_steps_from_place_to_place() -> None:
 
 def test_all_that_was_due_was_got() -> None:
     first, second = message(1, 0), message(2, 1)
-    verdict = audit(graph(), 4, [first, second], got([first], [first, second], [second, first], [second]))
+    verdict = audit(graph(), told([first, second]), got([first], [first, second], [second, first], [second]))
     assert (verdict["due"], verdict["received"], verdict["targets"]) == (6, 6, 6)
     assert (verdict["lost"], verdict["doubled"], verdict["other"]) == (0, 0, 0)
 
 
 def test_what_one_client_missed_is_lost_although_another_had_it_twice() -> None:
     first = message(1, 0)
-    verdict = audit(graph(), 4, [first], got([first], [], [first, first], []))
+    verdict = audit(graph(), told([first]), got([first], [], [first, first], []))
     assert (verdict["lost"], verdict["doubled"], verdict["short"]) == (1, 1, 1)
 
 
 def test_another_message_than_was_sent() -> None:
     first, second = message(1, 0), message(2, 3)
-    verdict = audit(graph(), 4, [first, second], got([first], [second], [first], [second]))
+    verdict = audit(graph(), told([first, second]), got([first], [second], [first], [second]))
     assert (verdict["lost"], verdict["doubled"], verdict["other"]) == (0, 0, 1)
 
 
 def test_who_is_logged_in_twice_is_due_it_twice() -> None:
     first = message(1, 3)
-    verdict = audit(graph(), 4, [first], got([], [first], [first], logins=(0, 3, 3)))
+    verdict = audit(graph(), told([first]), got([], [first], [first], logins=(0, 3, 3)))
     assert (verdict["due"], verdict["lost"], verdict["doubled"], verdict["clients"]) == (2, 0, 0, 3)
 
 
 def test_who_is_not_connected_is_due_nothing() -> None:
-    verdict = audit(graph(), 4, [message(1, 0)], got([], logins=(3,)))
+    verdict = audit(graph(), told([message(1, 0)]), got([], logins=(3,)))
     assert (verdict["due"], verdict["lost"]) == (0, 0)
 
 
 def test_an_unconfirmed_message_may_have_come_or_not() -> None:
     doubtful = message(1, 3, outcome=UNSURE)
     for those in ([], [doubtful]):
-        verdict = audit(graph(), 4, [doubtful], got([], [], [], those))
+        verdict = audit(graph(), told([doubtful]), got([], [], [], those))
         assert (verdict["lost"], verdict["doubled"], verdict["unsure"]) == (0, 0, 1)
-    assert audit(graph(), 4, [doubtful], got([], [], [], [doubtful, doubtful]))["doubled"] == 1
+    assert audit(graph(), told([doubtful]), got([], [], [], [doubtful, doubtful]))["doubled"] == 1
 
 
 def test_a_refused_message_must_not_come() -> None:
     refused = message(1, 3, outcome=REFUSED)
-    assert audit(graph(), 4, [refused], got([], [], [], [refused]))["doubled"] == 1
+    assert audit(graph(), told([refused]), got([], [], [], [refused]))["doubled"] == 1
 
 
 def test_a_direct_message_is_for_one_and_one_to_everyone_for_whom_the_endpoint_has_it() -> None:
     direct, everyone = message(1, 0, DIRECT), message(2, 0, EVERYONE)
-    verdict = audit(graph(), 4, [direct, everyone], got([direct], [everyone], [], [everyone]), own=[True, False], shared=[False, True])
+    verdict = audit(graph(), told([direct, everyone]), got([direct], [everyone], [], [everyone]), own=[True, False], shared=[False, True])
     assert (verdict["due"], verdict["lost"], verdict["doubled"], verdict["other"]) == (3, 0, 0, 0)
 
 
 def test_while_clients_still_come_sums_are_compared() -> None:
     first = Send(FEED, SENT, number(1, 1, FEED), 0, 3, 1, 0)
-    verdict = audit(graph(), 4, [first], got([], [first], [], []), complete=False)
+    verdict = audit(graph(), told([first]), got([], [first], [], []), complete=False)
     assert (verdict["due"], verdict["lost"], verdict["doubled"]) == (1, 0, 0)
-    assert audit(graph(), 4, [first], got([], [], [], []), complete=False)["lost"] == 1
+    assert audit(graph(), told([first]), got([], [], [], []), complete=False)["lost"] == 1
 
 
 def test_a_random_history_with_each_kind_of_damage(tmp_path: Path) -> None:
@@ -135,18 +144,23 @@ def test_a_random_history_with_each_kind_of_damage(tmp_path: Path) -> None:
         for user in {one.user, *(follower for follower, followee in follows if followee == one.user and follower != followee)}:
             due[user].append(one)
     logins = tuple(range(users))
-    assert audit(edges(path), users, sent, got(*due, logins=logins))["received"] == sum(map(len, due))
+    assert audit(edges(path), told(sent, users), got(*due, logins=logins))["received"] == sum(map(len, due))
     lost = [those[1:] if user % 10 == 0 else those for user, those in enumerate(due)]
-    assert audit(edges(path), users, sent, got(*lost, logins=logins))["lost"] == sum(bool(due[user]) for user in range(0, users, 10))
+    assert audit(edges(path), told(sent, users), got(*lost, logins=logins))["lost"] == sum(bool(due[user]) for user in range(0, users, 10))
 
 
 def test_records_survive_the_way_to_the_master() -> None:
     counts = Counts()
-    made = [message(1, 0), message(2, 3, DIRECT, UNSURE)]
+    made = [message(1, 0), message(2, 3, DIRECT, UNSURE), message(3, 1, outcome=REFUSED), message(4, 0, EVERYONE)]
     for one in made:
         counts.record(one)
-    assert list(sends(counts.report()["sends"])) == made
-    assert counts.sent == 1
+    outgoing = Outgoing(4)
+    outgoing.add(counts.report()["sends"])
+    assert outgoing.outcomes == {"sent": 2, "unsure": 1, "refused": 1, "targets": 6, "delivered": 6}
+    assert outgoing.everyone == [made[3]]
+    assert list(outgoing.sums[FEED].total) == [made[0].number, 0, 0, 0]
+    assert list(outgoing.sums[DIRECT].doubt) == [0, 0, 0, 1]
+    assert counts.sent == 2
     assert counts.report()["sends"] == b""
 
 
