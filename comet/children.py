@@ -129,12 +129,12 @@ class Router:
     born: float
 
     @classmethod
-    def start(cls, listener: int, lifeline: int, board: int, arguments: Sequence[str]) -> Self:
-        """On descriptors that it inherits, with the supervisor's own `arguments`."""
+    def start(cls, listener: int, lifeline: int, board: int, workers: int, arguments: Sequence[str]) -> Self:
+        """On descriptors that it inherits, for so many workers, with the supervisor's own `arguments`."""
         process = subprocess.Popen(  # noqa: S603 - our own module
             [
                 sys.executable, "-m", "comet.router", "--listener-fd", str(listener), "--lifeline-fd", str(lifeline),
-                "--board-fd", str(board), "--slot", str(ROUTER), "--", *arguments,
+                "--board-fd", str(board), "--slot", str(ROUTER), "--workers", str(workers), "--", *arguments,
             ],
             cwd=Path(__file__).parent.parent, stdin=subprocess.DEVNULL, pass_fds=(listener, lifeline, board), process_group=0,
         )  # fmt: skip

@@ -388,7 +388,9 @@ class Supervisor:
         """Its socket waits here meanwhile, with the workers that connect to it."""
         if self._stopping or self._settings.backplane:  # Redis orders the messages
             return
-        self._router = Router.start(self._router_listener.fileno(), self._lifeline, self._board.descriptor, self._arguments)
+        self._router = Router.start(
+            self._router_listener.fileno(), self._lifeline, self._board.descriptor, self._plan.workers, self._arguments
+        )
 
     def _router_died(self, status: int) -> None:
         assert self._router is not None

@@ -37,6 +37,9 @@ READY = 120.0
 WEDGED = 120.0
 """Seconds without a line of Locust's master after which the test is over."""
 
+SCARCE = 400_000_000
+"""Bytes of memory: with less available the test is over, before the kernel ends whatever is largest."""
+
 LINE = 10.0
 """Seconds between two lines of progress where there is no terminal."""
 
@@ -168,6 +171,9 @@ def carry_out(order: Order, planned: plans.Plan, folder: Path, friends: str, con
                     seen = time.monotonic()
                 if roots and service.poll() is not None:
                     failed.append(f"the service ended with status {service.returncode}: see {folder / 'service.log'}")
+                    break
+                if sampler.last and sampler.last["kernel"]["MemAvailable"] < SCARCE:
+                    failed.append(f"less than {SCARCE / 1e6:.0f} MB of memory were left: fewer clients fit")
                     break
                 if time.monotonic() - seen > WEDGED:
                     failed.append(f"Locust's master has said nothing for {WEDGED:.0f} s: see {folder / 'locust.log'}")

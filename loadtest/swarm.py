@@ -138,6 +138,7 @@ class Swarm:
         self._rests: dict[int, bytes] = {}
         self._places: dict[int, Place] = {}
         self._known: list[int] = []  # clients that know their place
+        self._back: dict[int, int] = {}  # and when those came back that were away, by `counts.clock`
         self._timer: Any = get_hub().loop.timer(max(nap, 0.001), max(nap, 0.001))  # 0 would be once
         self._over = AsyncResult()
         self._looked = monotonic()
@@ -269,9 +270,12 @@ class Swarm:
         self.counts.open += 1
         self.counts.opening.add(int((monotonic() - opening.began) * 1e6))
         client = opening.client
-        if where.id_mark and client not in self._places:
-            self._places[client] = Place.read(headers[b"comet-cursor"])
-            self._known.append(client)
+        if where.id_mark:
+            if client in self._places:
+                self._back[client] = self.counts.clock()
+            else:
+                self._places[client] = Place.read(headers[b"comet-cursor"])
+                self._known.append(client)
         # whatever came along behind the opening piece
         self._take(client, told[1:])
         if rest:
@@ -410,7 +414,7 @@ class Swarm:
                 if b'"gap":true' in piece or b"event: gap" in piece:
                     counts.fail(endpoint.name, "gap")
                 continue
-            counts.take(endpoint.name, self._base + client, *read(text), counts.clock())
+            counts.take(endpoint.name, self._base + client, *read(text), counts.clock(), self._back.get(client, 0))
             if endpoint.id_mark:
                 places.append(Place.read(endpoint.id(piece)))
         if places:

@@ -41,7 +41,7 @@ ALLOWED: dict[str, set[str]] = {
     "comet.stats": set(),
     "comet.turn": set(),
     "comet.permit": set(),
-    "comet.collector": {"comet.stats"},
+    "comet.collector": {"comet.kernel", "comet.stats"},
     "comet.kernel": set(),
     "comet.kernel.check": {"comet.kernel"},
     "comet.kernel.limits": set(),

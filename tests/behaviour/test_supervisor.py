@@ -22,6 +22,7 @@ from gevent import subprocess as green
 
 from comet.board import Board, Slot
 from comet.fanout import MANY
+from comet.kernel.processes import FIRST
 from comet.permit import PATIENCE
 from comet.policy import MOST_DEATHS
 from tests.harness import HALF_A_POST, ROOT, TIMEOUT, Client, Events, Server, wait_until
@@ -663,13 +664,19 @@ def test_a_worker_that_is_told_to_stop_is_replaced(begin: Begin) -> None:
 # -- more workers than cores
 
 
-def test_workers_that_are_too_many_for_the_cores_let_others_finish(begin: Begin) -> None:
+def test_workers_that_are_too_many_for_the_cores_let_others_finish_and_the_router_goes_first(begin: Begin) -> None:
     cores = len(os.sched_getaffinity(0))
     few, many = begin("--workers", str(2 * cores)), begin("--workers", str(2 * cores + 1))
-    for service, policy in ((few, os.SCHED_OTHER), (many, os.SCHED_BATCH)):
+    may = subprocess.run(
+        [sys.executable, "-c", "from comet.kernel.processes import go_first; go_first()"], cwd=ROOT, stderr=subprocess.DEVNULL
+    )
+    first = 0 if may.returncode else FIRST
+    own = os.nice(0)
+    for service, policy, nice in ((few, os.SCHED_OTHER, own), (many, os.SCHED_BATCH, own + first)):
         pids = wait_until(lambda service=service: len(service.workers()) > 2 * cores - 1 and service.workers())  # type: ignore[misc]
         assert {os.sched_getscheduler(pid) for pid in pids.values()} == {policy}
         assert os.sched_getscheduler(service.router()) == os.SCHED_OTHER
+        assert os.getpriority(os.PRIO_PROCESS, service.router()) == nice
 
 
 def test_a_sweep_of_very_many_waits_for_its_turn_and_nothing_else_does(begin: Begin) -> None:

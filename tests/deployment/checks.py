@@ -8,6 +8,7 @@ import json
 import re
 import subprocess
 import time
+from typing import Any
 
 from tests.deployment.deployed import PORT, Deployed, told
 from tests.deployment.image import the_image_line_by_line
@@ -85,14 +86,19 @@ def the_sandbox_holds(on: Deployed) -> str:
 def what_the_unit_grants_is_in_force(on: Deployed) -> str:
     proc = on.machine.outside(on.main())
     first = on.machine.outside(1)
-    files, most = (int(re.findall(r"^Max open files +\d+ +(\d+)", (one / "limits").read_text(), re.MULTILINE)[0]) for one in (proc, first))
+
+    def most(process: Any, what: str) -> int:
+        return int(re.findall(rf"^Max {what} +\d+ +(\d+)", (process / "limits").read_text(), re.MULTILINE)[0])
+
     score = int((proc / "oom_score_adj").read_text())
     capabilities = re.findall(r"^CapEff:\s+(\w+)", (first / "status").read_text(), re.MULTILINE)
-    assert (on.shown("LimitNOFILE"), on.shown("OOMScoreAdjust")) == ("1048576", "-500")
+    assert (on.shown("LimitNOFILE"), on.shown("LimitNICE"), on.shown("OOMScoreAdjust")) == ("1048576", "30", "-500")
     if int(capabilities[0], 16) >> CAP_SYS_RESOURCE & 1:
-        assert (files, score) == (1048576, -500)
+        assert (most(proc, "open files"), most(proc, "nice priority"), score) == (1048576, 30, -500)
     else:  # systemd itself may give no more there than it has
-        assert (files, score) == (most, int((first / "oom_score_adj").read_text()))
+        for what in ("open files", "nice priority"):
+            assert most(proc, what) == most(first, what)
+        assert score == int((first / "oom_score_adj").read_text())
     assert on.shown("TasksMax") == "4096" and on.shown("Restart") == "on-failure"
     assert on.run("stat -c '%a %U' /etc/comet/publish-key").stdout.split() == ["600", "root"]
     assert on.run("stat -c '%a %U' /run/comet/ /var/lib/comet/").stdout.split() == ["700", "comet"] * 2
@@ -103,7 +109,7 @@ def what_the_unit_grants_is_in_force(on: Deployed) -> str:
     set_here = [name for name, value in ours.items() if set_to[name] == value]
     assert {"net.core.somaxconn", "net.ipv4.ip_local_port_range"} <= set(set_here), set_to
     return (
-        f"{files:,} open files, {score} for the out-of-memory killer, owners and modes; "
+        f"{most(proc, 'open files'):,} open files, {score} for the out-of-memory killer, owners and modes; "
         f"{len(set_here)} of {len(ours)} kernel settings of the network, the rest are the host's"
     )
 

@@ -170,3 +170,12 @@ def test_what_is_late_is_a_failure() -> None:
     counts.take("/test", client, number(1, 1, FEED), 0, 400_000_000)
     counts.take("/test", client, number(1, 2, FEED), 0, 600_000_000)
     assert counts.failures == {("/test", "late"): 1}
+
+
+def test_what_waited_for_a_client_that_was_away_is_not_late_by_that() -> None:
+    counts = Counts(late=0.5)
+    client = counts.ledger.add(9)
+    counts.take("/stream", client, number(1, 1, FEED), 0, 5_000_000_000, back=4_600_000_000)
+    assert not counts.failures
+    counts.take("/stream", client, number(1, 2, FEED), 0, 5_200_000_000, back=4_600_000_000)
+    assert counts.failures == {("/stream", "late"): 1}
