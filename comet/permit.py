@@ -17,6 +17,8 @@ from typing import Any
 from gevent import get_hub
 from gevent.threadpool import ThreadPool
 
+from comet.turn import Alarm
+
 PATIENCE = 10.0
 """Seconds after which a worker goes ahead without: whoever holds the permit may be stopped, and is replaced only after
 `--hang-limit`. Sixty workers of 17,000 clients are done in half of it."""
@@ -31,7 +33,7 @@ class Permit:
         self._descriptor = descriptor
         self._place = place
         self._pool: Any = None
-        self._timer = get_hub().loop.timer(PATIENCE)
+        self._patience = Alarm(PATIENCE, self._go_ahead)
         self._granted: Callable[[], None] | None = None
         self._locking = False
         """The thread waits for the lock."""
@@ -42,17 +44,27 @@ class Permit:
         """Have the loop call `granted` when it is this worker's turn."""
         self._wanted = True
         self._granted = granted
-        self._timer.start(self._go_ahead)
-        if not self._locking:  # else it has gone ahead without, and is still in the queue
-            self._locking = True
-            self._pool = self._pool or ThreadPool(1)
+        self._patience.set()
+        if self._locking:  # it has gone ahead without, and is still in the queue
+            return
+        if self._pool is None:  # and not `or`: one that has nothing to do is false
+            self._pool = ThreadPool(1)
+        try:
             self._pool.spawn(fcntl.lockf, self._descriptor, fcntl.LOCK_EX, 1, self._place).rawlink(self._locked)
+        except RuntimeError as error:  # there is no thread to be had
+            log.error("a permit can't be asked for, so this worker goes without: %s", error)
+            get_hub().loop.run_callback(self._go_ahead)
+        else:
+            self._locking = True
 
     def give_back(self) -> None:
         """Let the next one have it."""
         self._wanted = False
         if not self._locking:
-            fcntl.lockf(self._descriptor, fcntl.LOCK_UN, 1, self._place)
+            try:
+                fcntl.lockf(self._descriptor, fcntl.LOCK_UN, 1, self._place)
+            except OSError as error:
+                log.error("a permit can't be given back: %s", error)
 
     def _locked(self, result: Any) -> None:
         self._locking = False
@@ -64,7 +76,7 @@ class Permit:
             self.give_back()
 
     def _go_ahead(self) -> None:
-        self._timer.stop()
+        self._patience.stop()
         granted, self._granted = self._granted, None
         if granted is not None:
             granted()

@@ -86,6 +86,8 @@ class Subscriber:
 
     def drop(self, channel: str) -> None:
         """It is no longer registered there."""
+        if isinstance(self._names, str) and self.places is None:  # what still waits is told with its place there
+            self.places = self.cursor
         self._names = [name for name in self.channels if name != channel]
 
     def join(self, answers: Mapping[str, Joined]) -> None:
@@ -93,7 +95,7 @@ class Subscriber:
         awake = self.awake
         if not awake.offered:
             starts = [answer.position for answer in answers.values()]
-            if len(starts) == 1:
+            if len(starts) == 1 and self.places is None:
                 self.epoch, self.offset = starts[0]
             else:
                 self.places = Cursor(list(answers), starts)

@@ -1,11 +1,14 @@
-"""A turn for everybody else, in the middle of work that would hold the event loop for too long."""
+"""When the event loop does what: a turn for everybody else in the middle of long work, the next turn, so many seconds later."""
 
+import logging
 from collections.abc import Callable
 
 import gevent
 from gevent import get_hub
 
 _SOON = 1e-9
+
+log = logging.getLogger("comet")
 
 
 def give_way() -> None:
@@ -15,7 +18,7 @@ def give_way() -> None:
 
 
 class Soon:
-    """Runs functions in the loop's next turn, behind whatever is ready, for work that needs no greenlet. None may raise."""
+    """Runs functions in the loop's next turn, behind whatever is ready, for work that needs no greenlet."""
 
     def __init__(self) -> None:
         self._timer = get_hub().loop.timer(0)
@@ -30,4 +33,34 @@ class Soon:
     def _run(self) -> None:
         those, self._work = self._work, []
         for work in those:
-            work()
+            try:
+                work()
+            except Exception:  # the others are to be done as well
+                log.exception("what was put off failed")
+
+
+class Alarm:
+    """Runs `work` once in the loop, `seconds` after it was last set, as often as it is set. libev's own timer for once would
+    keep what was left of its time when it rang, nothing, or was stopped, and go on with that when it is started again."""
+
+    def __init__(self, seconds: float, work: Callable[[], None]) -> None:
+        self._timer = get_hub().loop.timer(seconds, seconds)
+        self._work = work
+
+    @property
+    def active(self) -> bool:
+        """It is set."""
+        active: bool = self._timer.active
+        return active
+
+    def set(self) -> None:
+        """From now on; one that is set begins anew."""
+        self._timer.again(self._ring)
+
+    def stop(self) -> None:
+        """It does not ring, unless it is set again."""
+        self._timer.stop()
+
+    def _ring(self) -> None:
+        self._timer.stop()
+        self._work()

@@ -4,6 +4,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import gevent
@@ -54,6 +55,8 @@ class Sleeper:
         self.framing = framing
         self.descriptor = -1
         self.host: Any = None
+        self.awake: Any = None
+        self.ended = False
 
     def sleep(self, bed: Parking, descriptor: int) -> None:
         self.host, self.descriptor = bed, descriptor
@@ -166,6 +169,31 @@ def test_who_has_no_heartbeat_is_asked_for_a_sign_of_life(parking: Parking, monk
     assert firsts[-1] - firsts[0] > 0.1, "all at once"
     assert all(second - first > 0.5 for first, second, *_ in (those for those in times.values() if len(those) > 1))
     for client, descriptor in pairs:
+        parking.take(descriptor)
+        os.close(descriptor)
+        client.close()
+
+
+def test_who_is_awake_and_watched_is_asked_for_a_sign_of_life_where_nothing_is_ever_sent_by_itself(
+    parking: Parking, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An answer that closes its connection never sleeps (HTTP/1.0)."""
+    asked: list[int] = []
+    monkeypatch.setattr(module, "SILENCE", 0.6)
+    monkeypatch.setattr(module, "GRAIN", 10)
+    monkeypatch.setattr(module, "probe", asked.append)
+    pairs = {patience: pair() for patience in (None, 5.0)}
+    watched = {}
+    for patience, (_, descriptor) in pairs.items():
+        watched[patience] = Sleeper(Framing(b""))
+        watched[patience].host = watched[patience].awake = SimpleNamespace(patience=patience)
+        parking.watch(descriptor, watched[patience])  # type: ignore[arg-type]
+    wait_until(lambda: len(asked) == 2)
+    watched[None].ended = True  # and its last bytes are being sent
+    wait_until(lambda: len(asked) == 3)
+    assert set(asked) == {pairs[None][1]}
+    assert not caplog.text
+    for client, descriptor in pairs.values():
         parking.take(descriptor)
         os.close(descriptor)
         client.close()

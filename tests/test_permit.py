@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import gevent
 import pytest
+from gevent.threadpool import ThreadPool
 
 from comet import permit as module
 from comet.permit import Permit
@@ -109,11 +110,47 @@ def test_who_waits_too_long_goes_ahead_without(memory: int, monkeypatch: pytest.
 def test_asked_again_and_again_it_is_granted_each_time(memory: int) -> None:
     permit = Permit(memory, 0)
     granted: list[None] = []
+    threads = len(os.listdir("/proc/self/task"))
     for count in range(1, 50):
         permit.ask(lambda: granted.append(None))
         wait_until(lambda: len(granted) == count)  # noqa: B023 - it is over before the next
         permit.give_back()
     assert not held_by_others(memory, 0)
+    assert len(os.listdir("/proc/self/task")) <= threads + 1
+
+
+def test_patience_is_for_each_time_anew(memory: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PATIENCE", 2.0)
+    permit = Permit(memory, 0)
+    granted: list[None] = []
+    for count in range(1, 6):
+        other = Other(memory, 0)
+        permit.ask(lambda: granted.append(None))
+        gevent.sleep(0.5)
+        assert len(granted) == count - 1, "without the lock, though there was time"
+        other.end()
+        wait_until(lambda: len(granted) == count)  # noqa: B023 - it is over before the next
+        permit.give_back()
+
+
+def test_without_a_thread_it_goes_ahead_and_asks_the_next_time(
+    memory: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    permit = Permit(memory, 0)
+    granted: list[None] = []
+    with monkeypatch.context() as patched:
+        patched.setattr(ThreadPool, "spawn", refuse)
+        permit.ask(lambda: granted.append(None))
+        wait_until(lambda: granted)
+    assert "can't start new thread" in caplog.text
+    permit.give_back()
+    permit.ask(lambda: granted.append(None))
+    wait_until(lambda: len(granted) == 2)
+    assert held_by_others(memory, 0)
+    permit.give_back()
 
 
 def test_it_can_not_be_had_of_what_is_no_file(caplog: pytest.LogCaptureFixture) -> None:

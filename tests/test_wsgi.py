@@ -2,15 +2,17 @@
 
 import errno
 from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
 
 import gevent
 import pytest
 from gevent import socket
 
+from comet.server.connection import Connection
 from comet.server.wsgi import MOST_ACCEPTED, CometServer
 from comet.settings import Settings
 from comet.stats import Stats
-from tests.harness import Client
+from tests.harness import Client, wait_until
 
 
 class Nobody:
@@ -79,6 +81,37 @@ def test_who_is_refused_is_told_so_and_does_not_count(server: CometServer) -> No
             assert (answer.status, answer.json["error"]) == (503, "worker-full")
             assert second.at_end()
         assert server.stats.connections == 1
+
+
+def test_who_was_to_wait_is_released_where_the_answer_fails_and_the_client_has_gone(
+    server: CometServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """So that a failure can't be told either."""
+
+    class Waiting:
+        one_shot = True
+        said: ClassVar[list[str]] = []
+
+        def end(self, reason: str) -> None:
+            self.said.append(reason)
+
+        def close(self) -> None:
+            self.said.append("closed")
+
+    def application(environ: dict[str, Any], start_response: object) -> object:
+        environ["comet.park"](Waiting())
+        raise RuntimeError("as a test has it")
+
+    def gone(connection: Connection, data: object) -> None:
+        raise ConnectionResetError
+
+    monkeypatch.setattr(server, "application", application)
+    monkeypatch.setattr(Connection, "send", gone)
+    with Client(server.server_port) as client:
+        client.ask("GET", "/")
+        wait_until(lambda: server.stats.accepted and not server.stats.connections)
+    assert Waiting.said == ["lost", "closed"]
+    assert "as a test has it" in caplog.text
 
 
 def test_a_failing_accept_loses_nobody_who_was_accepted_before(server: CometServer, monkeypatch: pytest.MonkeyPatch) -> None:

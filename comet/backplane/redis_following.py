@@ -22,7 +22,6 @@ from typing import Any, Final
 
 import gevent
 import msgspec
-from gevent import get_hub
 
 from comet.backplane import Deliver, Dropped, Lost
 from comet.backplane.memory import EPOCH_BITS
@@ -34,7 +33,7 @@ from comet.backplane.redis_scripts import HOLD, PAGE, PAGE_BYTES, Scripts
 from comet.backplane.redis_shards import Cluster, Single
 from comet.errors import Refusal
 from comet.message import Position, Since
-from comet.turn import give_way
+from comet.turn import Alarm, give_way
 
 LINGER: Final = 5.0
 """Seconds that the worker stays subscribed to a channel that has lost its last subscriber here."""
@@ -102,8 +101,8 @@ class Following:
         """Those for which Redis could do nothing; the first to go first."""
         self._recovering: set[str] = set()
         """Those whose connection was broken, and that have not caught up yet."""
-        self._interest = get_hub().loop.timer(INTEREST)
-        self._moving = get_hub().loop.timer(LOOK)
+        self._interest = Alarm(INTEREST, self.tell)
+        self._moving = Alarm(LOOK, self.moved)
         self._touching: list[str] = []
         self.lease = Lease(calls, scripts, names.nodes, self.count_again, self.look_again)
 
@@ -207,7 +206,7 @@ class Following:
     def _change(self, channel: str) -> None:
         self._changed[channel] = None
         if not self._interest.active:
-            self._interest.start(self.tell)
+            self._interest.set()
 
     def tell(self) -> None:
         """Changes of counts stand before what is asked later."""
@@ -304,7 +303,7 @@ class Following:
             state.link = None
             self._shards.refresh()
             if not self._moving.active:  # thousands may be thrown out together
-                self._moving.start(self.moved)
+                self._moving.set()
 
     def _recover(self, names: Sequence[str], link: Link) -> None:
         """Subscribe at once, ahead of joins that are asked again; read on in lots."""

@@ -27,7 +27,6 @@ from typing import Any
 
 import gevent
 import msgspec
-from gevent import get_hub
 from gevent.event import Event
 
 from comet.backplane import Deliver, Dropped, Lost, frames
@@ -35,6 +34,7 @@ from comet.backplane.link import Link
 from comet.errors import Refusal
 from comet.history import Joined
 from comet.message import ChannelInfo, Message, Position, Publication, Receipt, Sent, Since
+from comet.turn import Alarm
 
 LINGER = 5.0
 """Seconds that the worker stays logged in to a channel that has lost its last subscriber here."""
@@ -80,7 +80,7 @@ class RouterBackplane:
         answer has as well. They stay logged in to until then, even if they are deleted meanwhile."""
         self._up = Event()
         """There is a link, and it has resumed."""
-        self._interest = get_hub().loop.timer(INTEREST)
+        self._interest = Alarm(INTEREST, self._link.flush)
         self._greenlet: Any = None
 
     def attach(self, deliver: Deliver, dropped: Dropped, lost: Lost) -> None:
@@ -210,7 +210,7 @@ class RouterBackplane:
     def _change(self, channel: str) -> None:
         self._changed[channel] = None
         if not self._interest.active:
-            self._interest.start(self._link.flush)
+            self._interest.set()
 
     def _rest(self, channel: str) -> None:
         """The channel has nobody here."""

@@ -295,7 +295,10 @@ class Connection(Transport, WSGIHandler):
             log.exception("a request failed", extra=self.origin().fields())
             self.abandon("lost")
             if not self.headers_sent:
-                self.answer_refusal(Refusal("internal", "The server failed at this request; its log says how."))
+                try:
+                    self.answer_refusal(Refusal("internal", "The server failed at this request; its log says how."))
+                except OSError:
+                    pass  # the client has gone as well, and who was to wait for it has to be released
 
     def abandon(self, reason: str) -> None:
         """The answer can't be finished: end whoever waited behind it, and the connection. Before the subscriber is closed,

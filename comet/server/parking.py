@@ -153,8 +153,11 @@ class Parking:
     # -- coming and going
 
     def watch(self, descriptor: int, subscriber: Sleeper) -> None:
-        """Tell an awake subscriber when its peer hangs up, until `take`."""
+        """Tell an awake subscriber when its peer hangs up, until `take`. The peer of one that is never sent anything by itself is
+        asked for a sign of life, as a sleeper's is."""
         self._put(descriptor, subscriber, "")
+        if subscriber.awake.patience is None:
+            self._set_deadline(descriptor, self._after(descriptor, None))
 
     def wait(self, descriptor: int, awake: Any) -> bytes:
         """Block the greenlet of a watched subscriber until it has something to take, has ended, or its
@@ -449,7 +452,7 @@ class Parking:
             self._close(descriptor, "idle")
         elif owner.host is self and (owner.one_shot or owner.framing.heartbeat):
             self.write(owner, owner.framing.wire(owner.encode([]), self._date()))
-        elif owner.host is not self and owner.awake.patience is not None:
+        elif owner.host is not self and not owner.ended and owner.awake.patience is not None:
             self._deadlines[descriptor] = NEVER
             owner.awake.notify()
         else:
