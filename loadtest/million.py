@@ -77,7 +77,7 @@ class Order:
 def run(order: Order) -> int:
     """The exit status: 0 passed, 1 failed, 2 refused, 130 interrupted."""
     console = Console(highlight=False, soft_wrap=True)
-    planned = plans.plan(order.clients, order.port, here=not order.host)
+    planned = plans.plan(order.clients, order.port, here=not order.host, senders=order.senders)
     console.print(planned.text())
     # SIGTERM ends it as Ctrl-C does, which a shell's background jobs inherit as ignored
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -178,9 +178,9 @@ def carry_out(order: Order, planned: plans.Plan, folder: Path, friends: str, con
                 if time.monotonic() - seen > WEDGED:
                     failed.append(f"Locust's master has said nothing for {WEDGED:.0f} s: see {folder / 'locust.log'}")
                     break
-        if not (folder / "summary.json").exists():
-            raise Refused(f"Locust did not run: see {folder / 'locust.log'}")
         console.print("ending what was started")
+    if not (folder / "summary.json").exists():  # Locust writes it as it ends, also where it is ended
+        raise Refused("; ".join(failed) or f"Locust did not run: see {folder / 'locust.log'}")
     return failed
 
 
