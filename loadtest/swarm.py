@@ -206,11 +206,11 @@ class Swarm:
             self._connect(client)
 
     def _connect(self, client: int) -> None:
-        sock = _socket.socket(_socket.AF_INET, _socket.SOCK_STREAM | _socket.SOCK_NONBLOCK)
-        source = self.target.source(self._users[client])
-        if source:
-            sock.setsockopt(_socket.IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, 1)
-            sock.bind((source, 0))
+        try:
+            sock = self._socket(client)
+        except OSError as error:  # no descriptor is left, or the address is not this machine's
+            self._again(client, f"not opened: {_name(error)}")
+            return
         opening = _Opening(client, monotonic())
         error = sock.connect_ex((self.target.host, self.target.port))
         descriptor = sock.detach()
@@ -227,6 +227,19 @@ class Swarm:
         elif descriptor in self._opening:
             self._epoll.register(descriptor, _WATCHED | select.EPOLLOUT)
 
+    def _socket(self, client: int) -> _socket.socket:
+        """One that is bound to the client's address. Raises OSError."""
+        sock = _socket.socket(_socket.AF_INET, _socket.SOCK_STREAM | _socket.SOCK_NONBLOCK)
+        source = self.target.source(self._users[client])
+        try:
+            if source:
+                sock.setsockopt(_socket.IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, 1)
+                sock.bind((source, 0))
+        except OSError:
+            sock.close()
+            raise
+        return sock
+
     def _request(self, descriptor: int, client: int) -> bool:
         """Ask; whether that was possible already."""
         endpoint = self._endpoint(client)
@@ -236,7 +249,7 @@ class Swarm:
         except BlockingIOError:
             return False
         except OSError as error:
-            self._lost(descriptor, errno.errorcode.get(error.errno or 0, str(error)))
+            self._lost(descriptor, _name(error))
             return False
         return True
 
@@ -298,8 +311,13 @@ class Swarm:
         client = self._clients[descriptor]
         if client < 0:
             return
-        self.counts.fail(self._endpoint(client).name, f"not opened: {why}" if descriptor in self._opening else f"closed: {why}")
+        opening = descriptor in self._opening
         self._forget(descriptor)
+        self._again(client, f"not opened: {why}" if opening else f"closed: {why}")
+
+    def _again(self, client: int, why: str) -> None:
+        """It is not connected that should be: a failure, and it comes back."""
+        self.counts.fail(self._endpoint(client).name, why)
         heapq.heappush(self._later, (monotonic() + AGAIN, client))
 
     def _forget(self, descriptor: int) -> None:
@@ -326,7 +344,7 @@ class Swarm:
         except BlockingIOError:
             pass  # that was all
         except OSError as error:
-            self._lost(descriptor, errno.errorcode.get(error.errno or 0, str(error)))
+            self._lost(descriptor, _name(error))
             return b""
         self.counts.bytes += len(found)
         return found
@@ -379,7 +397,7 @@ class Swarm:
                 if not client % SAMPLE and (problem := counts.order.take(client, number)):
                     counts.fail(self._endpoint(client - base).name, problem)
             except OSError as error:
-                self._lost(descriptor, errno.errorcode.get(error.errno or 0, str(error)))
+                self._lost(descriptor, _name(error))
             except Ended:
                 self._lost(descriptor, "the answer ended")
             except (Malformed, ValueError) as error:
@@ -421,6 +439,10 @@ class Swarm:
             for before, after in pairwise([self._places[client], *places]):
                 counts.step(endpoint.name, before, after)
             self._places[client] = places[-1]
+
+
+def _name(error: OSError) -> str:
+    return errno.errorcode.get(error.errno or 0, str(error))
 
 
 def resolve(host: str) -> str:

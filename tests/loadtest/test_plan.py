@@ -38,6 +38,12 @@ def test_a_few_take_a_process_a_core() -> None:
     assert (made.workers, made.processes, made.each) == (2, 2, 500)
 
 
+def test_senders_are_open_files_too() -> None:
+    made = plan(38_000, 8000, machine=made_up(), processors=2, senders=10_000)
+    assert made.processes * (20_000 - 512) >= 38_000 + 10_000
+    assert made.processes == 3
+
+
 def test_what_does_not_fit_is_refused_and_says_what_would() -> None:
     made = plan(4_000_000, 8000, machine=made_up(), processors=2)
     (objection,) = made.objections

@@ -54,8 +54,8 @@ class Play:
         self.answer(sock)
         gevent.sleep(60)  # the handler's end would close it
 
-    def start(self, clients: int, endpoint: Endpoint = TEST) -> Swarm:
-        target = Target("127.0.0.1", self.server.server_port)
+    def start(self, clients: int, endpoint: Endpoint = TEST, sources: tuple[str, ...] = ()) -> Swarm:
+        target = Target("127.0.0.1", self.server.server_port, sources)
         self.swarm = Swarm(target, range(clients), [endpoint], self.counts, rate=1e6)
         self.greenlet = gevent.spawn(self.swarm.run)
         return self.swarm
@@ -146,6 +146,13 @@ def test_nobody_listens(play: Play) -> None:
     play.server.stop()
     play.start(2)
     wait_until(lambda: play.failures().get("not opened: ECONNREFUSED", 0) >= 2)
+
+
+def test_an_address_of_another_machine_is_a_failure_of_those_that_have_it(play: Play) -> None:
+    play.start(2, sources=("192.0.2.1",))
+    wait_until(lambda: play.failures().get("not opened: EADDRNOTAVAIL", 0) >= 3)
+    assert not play.greenlet.ready()
+    assert list(play.counts.ledger.ids) == [0, 1]
 
 
 def test_places_find_what_is_lost_doubled_or_out_of_order(play: Play) -> None:
