@@ -36,7 +36,8 @@ runners.HEARTBEAT_INTERVAL = 5
 EVERY = 1.0
 """Seconds between two reports."""
 
-SENDERS_A_PROCESS = 4096
+SENDERS_A_PROCESS = 1 << 16
+"""Numbers of senders that a process has to itself."""
 
 
 class Worker:

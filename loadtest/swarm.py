@@ -37,7 +37,7 @@ from comet.kernel.processes import close
 from comet.kernel.stock import stock
 from loadtest.counting import SAMPLE, Counts
 from loadtest.histogram import index
-from loadtest.verify import EVERYONE, KIND_MASK, Place, read
+from loadtest.verify import EVERYONE, KIND_MASK, WRAP, Place, read
 from loadtest.wire import Ended, Endpoint, Malformed, head, pieces
 
 PER_ADDRESS = 2000
@@ -385,7 +385,7 @@ class Swarm:
                 received += 1
                 client += base
                 tallies[client] += 1
-                sums[client] += number
+                sums[client] = sums[client] + number & WRAP
                 now = clock()
                 microseconds = (now - sent) // 1000
                 kind = number & KIND_MASK

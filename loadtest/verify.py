@@ -29,8 +29,11 @@ EVERYONE: Final = 2
 KINDS: Final = ("feed", "direct", "everyone")
 
 KIND_MASK: Final = 3
-SENDER_SHIFT: Final = 28
-"""A number: 26 bits of count above the kind, and the sender above them."""
+SENDER_SHIFT: Final = 34
+"""A number: 32 bits of count above the kind, and 29 of sender above them, so that 63 are enough."""
+
+WRAP: Final = (1 << 64) - 1
+"""Sums of numbers are what remains in 64 bits."""
 
 SIZE: Final = 100
 """Bytes of a message, unless asked otherwise."""
@@ -73,7 +76,7 @@ class Ledger:
     def take(self, client: int, number: int) -> None:
         """It got this message."""
         self.counts[client] += 1
-        self.sums[client] += number
+        self.sums[client] = self.sums[client] + number & WRAP
 
 
 class Order:
