@@ -75,6 +75,7 @@ class Worker:
         self.senders = self.asked.senders
         self.direct_rate = 0.0
         self.everyone = 0
+        self._obeyed = 0
         self._clients = 0
 
     def _begin(self, **_: Any) -> None:
@@ -103,7 +104,7 @@ class Worker:
             self._report()
 
     def _report(self) -> None:
-        report = self.counts.report()
+        report = self.counts.report() | {"obeyed": self._obeyed}
         stats = self.runner.stats
         for kind, counts in zip(KINDS, report["latencies"], strict=True):
             tally.requests(stats, "PUSH", kind, counts)
@@ -120,6 +121,7 @@ class Worker:
             return
         self.rate = orders["rate"]
         self.senders = orders["senders"]
+        self._obeyed = orders["number"]
         self.direct_rate, self.everyone = orders["direct"], orders["everyone"]
         if self.swarm is not None:
             self.swarm.churning = orders["churn"] * len(self.swarm)
@@ -179,7 +181,7 @@ class Master:
         self._everyone: dict[str, dict[int, list[int]]] = {}
         self.outgoing = Outgoing(self.asked.clients)
         self._accounts: dict[str, dict[str, bytes]] = {}
-        self._orders = {"rate": 0.0, "senders": self.asked.senders, "direct": 0.0, "everyone": 0, "churn": 0.0}
+        self._orders = {"number": 0, "rate": 0.0, "senders": self.asked.senders, "direct": 0.0, "everyone": 0, "churn": 0.0}
         self._writer: Any = None
 
     def _begin(self, **_: Any) -> None:
@@ -204,8 +206,10 @@ class Master:
 
     @property
     def processes(self) -> int:
-        """Those with users."""
-        return len(self.runner.clients) if isinstance(self.runner, MasterRunner) else 1
+        """Those with users, that give signs of life."""
+        if not isinstance(self.runner, MasterRunner):
+            return 1
+        return len(self.runner.clients) - len(self.runner.clients.missing)
 
     @property
     def section(self) -> Section:
@@ -220,8 +224,23 @@ class Master:
     def order(self, **orders: float) -> None:
         """Tell all workers: `rate` (messages a second in all), `senders`, `direct` (messages a second to one
         each), `everyone` (messages to all, so many since the start), `churn` (share of the clients a second)."""
-        self._orders |= orders
+        self._orders |= {"number": self._orders["number"] + 1, **orders}
         self.runner.send_message(ORDERS, self._orders)
+
+    @property
+    def obeyed(self) -> bool:
+        """What all workers have reported is what they did since the last order."""
+        return all(one["obeyed"] >= self._orders["number"] for one in self._totals.values())
+
+    @property
+    def unanswered(self) -> int:
+        """Publications whose outcome nobody knows yet."""
+        return self.total("begun") - sum(self.outgoing.outcomes[name] for name in ("sent", "refused", "unsure"))
+
+    def fail(self, what: str, count: int) -> None:
+        """Something that all of them together have got wrong; it is among Locust's failures as well."""
+        tally.failures(self.environment.stats, "PUSH", "audit", what, count)
+        self.failures[f"audit: {what}"] += count
 
     def ask_accounts(self) -> None:
         """Have all workers tell what each client got."""
@@ -234,7 +253,7 @@ class Master:
         return len(self._accounts) >= max(1, len(self._totals))
 
     def judge(self, complete: bool) -> dict[str, Any]:
-        """Audit, and put what is wrong among Locust's failures."""
+        """Audit, and put what is wrong among the failures."""
         from loadtest.audit import audit, edges
 
         own, shared = masks(self.endpoints) if self.facts.get("swarm") else ([True], [False])
@@ -242,8 +261,7 @@ class Master:
         self.verdict = audit(friends, self.outgoing, list(self._accounts.values()), own, shared, complete)
         for what in ("lost", "doubled", "other"):
             if self.verdict[what]:
-                tally.failures(self.environment.stats, "PUSH", "audit", what, self.verdict[what])
-                self.failures[f"audit: {what}"] += self.verdict[what]
+                self.fail(what, self.verdict[what])
         return self.verdict
 
     def spread(self) -> dict[int, tuple[int, int]]:
@@ -269,7 +287,7 @@ class Master:
         self.outgoing.add(report["sends"])
         self._everyone[msg.node_id] = {number: seen for number, *seen in report["everyone"]}
         self._totals[msg.node_id] = {
-            name: report[name] for name in ("open", "opened", "received", "bytes", "sent", "left", "clients")
+            name: report[name] for name in ("open", "opened", "received", "bytes", "begun", "sent", "left", "clients", "obeyed")
         }  # fmt: skip
 
     def _accounted(self, environment: Environment, msg: Any, **_: Any) -> None:

@@ -51,6 +51,8 @@ class Counts:
         self.open = 0
         """Clients that are connected and have had the start of their answer."""
         self.opened = self.received = self.bytes = self.sent = self.left = 0
+        self.begun = 0
+        """Publications, with those whose answer is not here yet."""
         self.failures: Counter[tuple[str, str]] = Counter()
         """By endpoint and what it was."""
         self.everyone: dict[int, list[int]] = {}
@@ -111,7 +113,7 @@ class Counts:
         records, self._records = bytes(self._records), bytearray()
         return {
             "open": self.open, "opened": self.opened, "received": self.received, "bytes": self.bytes, "sent": self.sent, "left": self.left,
-            "clients": len(self.ledger.ids),
+            "begun": self.begun, "clients": len(self.ledger.ids),
             "latencies": [one.take() for one in self.latencies],
             "opening": self.opening.take(),
             "failures": [[*key, count] for key, count in failures.items()],

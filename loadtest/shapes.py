@@ -28,8 +28,8 @@ Tick = tuple[int, float, list[type[User]]]
 STALLED = 60.0
 """Seconds without another client open after which the opening has failed."""
 
-DRAINED = 30.0
-"""Seconds that messages under way have to arrive once nothing is sent."""
+DRAINED = 75.0
+"""Seconds that messages under way have to arrive once nothing is sent: longer than a sender waits for its answer."""
 
 SETTLE = 10.0
 """Seconds between the last client and the first message: memory is read there."""
@@ -61,6 +61,9 @@ class Phased(LoadTestShape):
         self._script: Iterator[Tick] | None = None
         self._users: list[tuple[type[User], int]] = []
         self._rate = 500.0
+        self._processes = 0
+        self._opened = 0
+        """Clients that are to be there from the opening on."""
 
     @property
     def master(self) -> Master:
@@ -76,9 +79,13 @@ class Phased(LoadTestShape):
         """Locust's."""
         if self._script is None:
             self._users = []
+            self._opened = 0
+            self._processes = self.master.processes
             self.master.start()
             self._script = self.script()
         try:
+            if self.master.processes < self._processes:
+                raise Failed("a load process has ended")
             return next(self._script)
         except StopIteration:
             self._script = None
@@ -132,6 +139,7 @@ class Phased(LoadTestShape):
                 raise Failed(f"{opened:,} of {clients:,} clients are open, and no more come: {dict(master.failures.most_common(5))}")
             yield self.now()
         seconds = time.time() - section.began
+        self._opened = clients
         master.facts["open"] = {"clients": clients, "seconds": seconds, "rate": clients / seconds}
         log.info(
             "%s clients open in %.1f s: %s a second; %s", f"{clients:,}", seconds, f"{clients / seconds:,.0f}", section.opening.summary()
@@ -166,13 +174,14 @@ class Phased(LoadTestShape):
         log.info("%s: %s", name, fact)
 
     def drain(self) -> Iterator[Tick]:
-        """Until what the server said that it delivers is here, and nothing more comes."""
+        """Until nobody sends, all clients are back, what the server said that it delivered is here, and nothing more comes."""
         master = self.master
         until = time.monotonic() + DRAINED
         before = -1
         while time.monotonic() < until:
             received = master.total("received")
-            if received == before and received >= master.outgoing.outcomes["delivered"]:
+            still = master.obeyed and not master.unanswered and master.total("open") >= self._opened
+            if still and received == before and received >= master.outgoing.outcomes["delivered"]:
                 return
             before = received
             yield self.now()
@@ -181,6 +190,8 @@ class Phased(LoadTestShape):
         """Ask every client what it got, and judge. Raises Failed."""
         master = self.master
         master.begin("audit")
+        if (away := self._opened - master.total("open")) > 0:
+            master.fail("away", away)
         master.ask_accounts()
         until = time.monotonic() + DRAINED
         while not master.accounts_here:

@@ -212,15 +212,15 @@ class Swarm:
             self._again(client, f"not opened: {_name(error)}")
             return
         opening = _Opening(client, monotonic())
-        error = sock.connect_ex((self.target.host, self.target.port))
+        status = sock.connect_ex((self.target.host, self.target.port))
         descriptor = sock.detach()
         if descriptor >= len(self._clients):
             self._clients.extend([-1] * (descriptor + 1024 - len(self._clients)))
         self._clients[descriptor] = client
         self._descriptors[client] = descriptor
         self._opening[descriptor] = opening
-        if error not in _AT_ONCE:
-            self._lost(descriptor, errno.errorcode.get(error, str(error)))
+        if status not in _AT_ONCE:
+            self._lost(descriptor, errno.errorcode.get(status, str(status)))
             return
         if self._request(descriptor, client):  # on loopback it is connected by now
             self._epoll.register(descriptor, _WATCHED)

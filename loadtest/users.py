@@ -175,6 +175,7 @@ class SwarmUser(User):
     def hold(self) -> None:
         """Open them, and hold them until it ends."""
         if self.work.swarm is not None:
+            gevent.sleep(AGAIN)  # Locust has it try again at once
             raise RuntimeError("a process holds one swarm: start as many processes as SwarmUsers")
         self.work.swarm = self.swarm()
         try:
@@ -241,6 +242,7 @@ class Publisher(User):
         outcome, told, problem = UNSURE, _Answered(), ""
         began = time.monotonic()
         size, sent = 0, counts.clock()
+        counts.begun += 1
         try:
             if self.connection is None:
                 self.connection = Connection(self.work.target, self.work.asked.clients + number % 60_000, timeout=self.work.patience)

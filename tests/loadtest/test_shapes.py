@@ -1,0 +1,108 @@
+"""What the shapes wait for and what they object to, tick by tick, with counts that the tests make up."""
+
+from collections.abc import Iterator
+from functools import partial
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from locust.runners import Runner
+
+from loadtest import shapes
+from loadtest.control import Master, Worker
+from loadtest.counting import SENT, Send
+from loadtest.shapes import Phased, Tick
+from loadtest.verify import FEED, number
+from tests.loadtest.work import process, steps
+
+
+class Shape(Phased):
+    """Opens, drains, audits."""
+
+    abstract = False
+
+    def script(self) -> Iterator[Tick]:
+        yield from self.until_open(5)
+        self.master.order(rate=0.0)
+        yield from self.drain()
+        yield from self.audit()
+
+
+class Run:
+    """A shape, its master and its worker, all in this process."""
+
+    def __init__(self, shape: type[Phased] = Shape) -> None:
+        self.shape = shape()
+        self.environment, self.worker, self.master = process("--clients", "10", shape=self.shape)
+        self.shape.tick()  # the master forgets what was before
+
+    def steps(self, seconds: int) -> int:
+        return steps(self.shape, self.worker, seconds)
+
+    def close(self) -> None:
+        self.master._end()
+
+
+@pytest.fixture
+def run() -> Iterator[Run]:
+    made = Run()
+    yield made
+    made.close()
+
+
+def publish(worker: Worker, count: int) -> None:
+    worker.counts.record(Send(FEED, SENT, number(1, count, FEED), 0, 0, 0, 0))
+
+
+def test_a_drain_waits_for_clients_that_are_away(run: Run) -> None:
+    run.worker.counts.open = 5
+    assert run.steps(1) == 1
+    run.worker.counts.open = 4  # it left
+    assert run.steps(10) == 10
+    run.worker.counts.open = 5
+    assert run.steps(10) < 3
+    assert run.master.verdict is not None
+    assert not run.master.failures
+
+
+def test_a_drain_waits_for_answers(run: Run) -> None:
+    run.worker.counts.open = 5
+    run.worker.counts.begun = 2
+    publish(run.worker, 1)
+    assert run.steps(10) == 10
+    publish(run.worker, 2)
+    assert run.steps(10) < 3
+
+
+def test_a_drain_waits_until_senders_have_heard_of_it(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    run.worker.counts.open = 5
+    heard: list[Any] = []
+    monkeypatch.setattr(run.environment.runner, "send_message", lambda kind, data: heard.append(data) if "rate" in data else None)
+    told = partial(reported, run.master)
+    run.worker.runner = cast(Runner, SimpleNamespace(stats=run.environment.stats, send_message=told))
+    assert run.steps(10) == 10
+    run.worker._obey(run.environment, SimpleNamespace(data=heard[-1]))
+    monkeypatch.undo()
+    assert run.steps(10) < 3
+
+
+def reported(master: Master, kind: str, data: Any) -> None:
+    listener, _ = master.runner.custom_messages[kind]
+    listener(master.environment, SimpleNamespace(data=data, node_id="one"))
+
+
+def test_a_client_that_never_comes_back_is_a_failure(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shapes, "DRAINED", 0.5)
+    run.worker.counts.open = 5
+    assert run.steps(1) == 1
+    run.worker.counts.open = 3
+    while run.steps(1):
+        pass
+    assert run.master.failures == {"audit: away": 2}
+
+
+def test_a_load_process_that_dies_ends_it(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run.steps(2) == 2
+    monkeypatch.setattr(Master, "processes", 0)
+    assert run.steps(2) == 0
+    assert run.master.facts["failed"] == "a load process has ended"
