@@ -415,7 +415,8 @@ class Swarm:
             end = data.find(b"\r\n")
             if end > 0 and len(data) == end + int(data[:end], 16) + 4 > end + 4 and data.endswith(b"\r\n"):
                 text = endpoint.text(data[end + 2 :])
-                return None if text is None else read(text)
+                if text is not None:
+                    return read(text)
         told, rest = pieces(data)
         if rest:
             self._rests[descriptor] = rest

@@ -13,7 +13,7 @@ from gevent.server import StreamServer
 from loadtest.counting import Counts
 from loadtest.swarm import Swarm, Target
 from loadtest.verify import FEED, body, number
-from loadtest.wire import STREAM, TEST, Endpoint
+from loadtest.wire import BOTH, STREAM, TEST, Endpoint
 from tests.harness import wait_until
 
 HEAD = b"HTTP/1.1 200 OK\r\nComet-Cursor: ab-0\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -163,6 +163,13 @@ def test_places_find_what_is_lost_doubled_or_out_of_order(play: Play) -> None:
         wait_until(partial(lambda count: play.counts.received == count, count))
     play.sockets[0].sendall(chunk(b'{"gap":true,"cursor":"cd-0"}\n'))
     wait_until(lambda: play.failures() == {"lost": 2, "doubled": 1, "out of order": 1, "gap": 1})
+
+
+def test_a_gap_is_told_to_those_without_places_too(play: Play) -> None:
+    play.start(1, BOTH)
+    wait_until(lambda: play.counts.open == 1)
+    play.sockets[0].sendall(chunk(b'{"gap":true,"cursor":"cd-0,ef-0"}\n'))
+    wait_until(lambda: play.failures() == {"gap": 1})
 
 
 def test_who_leaves_comes_back_with_the_cursor_of_the_last_message(play: Play) -> None:
