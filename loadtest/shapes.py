@@ -93,18 +93,19 @@ class Phased(LoadTestShape):
         except Failed as failed:
             log.error("%s", failed)
             self.master.facts["failed"] = str(failed)
+            self.master.environment.process_exit_code = 1  # of Locust, which takes it for a normal end
             self._script = None
             return None
 
     # -- steps
 
-    def users(self, kind: type[User], count: int) -> None:
+    def users(self, kind: type[User], count: int, first: bool = False) -> None:
         """Have so many of them from the next tick on. Many are to come together, so Locust spreads them by weight; of a few,
-        such as swarms, it might have none then."""
+        such as swarms, it might have none then, and not as many of those that are there `first`: it does not count them."""
         if count:
             self._users.append((kind, count))
             kind.weight = count
-            kind.fixed_count = count if kind is SwarmUser or count < FEW else 0
+            kind.fixed_count = count if first or kind is SwarmUser or count < FEW else 0
             dispatcher = self.runner._users_dispatcher if self.runner else None
             if dispatcher is not None and kind.fixed_count:
                 dispatcher._try_dispatch_fixed = True  # Locust looks for such kinds at its first dispatch alone
@@ -215,7 +216,7 @@ class Metabrew10k(Phased):
         """Messages go out while clients come, so only sums can be audited."""
         asked = self.master.asked
         self._rate = min(10.0, asked.open_rate)
-        self.users(FriendSender, min(asked.senders, 50))
+        self.users(FriendSender, min(asked.senders, 50), first=True)
         yield self.now()
         self.master.begin("messages")
         self.master.order(rate=asked.clients / 10, senders=min(asked.senders, 50))

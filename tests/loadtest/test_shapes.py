@@ -6,12 +6,14 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from locust.runners import Runner
+from locust.dispatch import UsersDispatcher
+from locust.runners import Runner, WorkerNode
 
 from loadtest import shapes
 from loadtest.control import Master, Worker
 from loadtest.counting import SENT, Send
-from loadtest.shapes import Phased, Tick
+from loadtest.shapes import Metabrew10k, Phased, Tick
+from loadtest.users import FriendSender, StreamUser
 from loadtest.verify import FEED, number
 from tests.loadtest.work import process, steps
 
@@ -31,9 +33,9 @@ class Shape(Phased):
 class Run:
     """A shape, its master and its worker, all in this process."""
 
-    def __init__(self, shape: type[Phased] = Shape) -> None:
+    def __init__(self, shape: type[Phased] = Shape, clients: int = 10) -> None:
         self.shape = shape()
-        self.environment, self.worker, self.master = process("--clients", "10", shape=self.shape)
+        self.environment, self.worker, self.master = process("--clients", str(clients), shape=self.shape)
         self.shape.tick()  # the master forgets what was before
 
     def steps(self, seconds: int) -> int:
@@ -106,3 +108,21 @@ def test_a_load_process_that_dies_ends_it(run: Run, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(Master, "processes", 0)
     assert run.steps(2) == 0
     assert run.master.facts["failed"] == "a load process has ended"
+    assert run.environment.process_exit_code == 1
+
+
+def test_as_many_of_each_kind_as_were_asked_for_with_the_senders_there_first() -> None:
+    run = Run(Metabrew10k, clients=1000)
+    dispatcher = UsersDispatcher([WorkerNode(str(one)) for one in range(2)], [FriendSender, StreamUser])
+    run.environment.runner._users_dispatcher = dispatcher  # type: ignore[union-attr]
+    had: Any = {}
+    tick: Any = run.shape.now()
+    for _ in range(2):
+        dispatcher.new_dispatch(tick[0], 1e6, tick[2])
+        had = list(dispatcher)[-1]
+        tick = run.shape.tick()
+    run.close()
+    assert {kind: sum(one[kind] for one in had.values()) for kind in ("FriendSender", "StreamUser")} == {
+        "FriendSender": 50,
+        "StreamUser": 1000,
+    }
