@@ -127,13 +127,15 @@ def figures(document: Document) -> list[tuple[str, str]]:
             f"most {one['max']:,.0f} ms"
         )
         found.append((f"messages: {one['name']}", text))
-        cores = [within(machine, f"{part}_cores", *when.get(one["name"], (0.0, 0.0))) for part in ("service", "load", "busy")]
+        since = when.get(one["name"], (0.0, 0.0))[0]  # what comes behind its seconds is the drain
+        cores = [within(machine, f"{part}_cores", since, since + one["seconds"]) for part in ("service", "load", "busy")]
         if all(cores):
             shares = [sum(part) / len(part) for part in cores]
+            service = f"service {shares[0]:.2f} cores, " if document["plan"]["workers"] else ""
             found.append(
                 (
                     f"CPU: {one['name']}",
-                    f"service {shares[0]:.2f} cores, load {shares[1]:.2f}, others {shares[2] - shares[0] - shares[1]:.2f}",
+                    f"{service}load {shares[1]:.2f} cores, others {shares[2] - shares[0] - shares[1]:.2f}",
                 )
             )
     if "fastest" in facts:
@@ -215,6 +217,9 @@ def soak(document: Document) -> list[str]:
     if not first or not last:
         return ["memory was not sampled"]
     before, after = sum(first) / len(first), sum(last) / len(last)
+    if not before:
+        document["figures"].append(("memory's growth", "unknown: the service is on another machine"))
+        return []
     growth = (after - before) / before
     document["figures"].append(
         ("memory's growth", f"{growth:+.1%}, from {before / 2**20:,.1f} MiB after {warm - since:,.0f} s to {after / 2**20:,.1f} MiB")
