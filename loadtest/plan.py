@@ -81,9 +81,15 @@ def plan(
 
 
 def unmet(plan: Plan, machine: Machine = check.HERE) -> list[check.Row]:
-    """Limits of the kernel that stand in its way. Memory and open files are planned for here, more closely."""
-    wanted = check.Plan(plan.clients, plan.port, max(1, plan.workers), loopback=plan.workers > 0)
-    return [row for row in check.rows(wanted, machine) if row.unmet and row.name not in ("memory available", "open files a process")]
+    """Limits of the kernel that stand in its way. Memory and open files are planned for here, more closely. Where the service
+    runs elsewhere, nobody listens here."""
+    planned = {"memory available", "open files a process"}
+    if plan.workers:
+        wanted = check.Plan(plan.clients, plan.port, plan.workers, loopback=True)
+    else:
+        wanted = check.Plan(plan.clients, 0, plan.processes)
+        planned.add("net.core.somaxconn")
+    return [row for row in check.rows(wanted, machine) if row.unmet and row.name not in planned]
 
 
 def settings(rows: list[check.Row]) -> list[list[str]]:

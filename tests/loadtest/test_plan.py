@@ -67,3 +67,12 @@ def test_the_kernel_settings_are_commands() -> None:
 def test_hardly_any(clients: int) -> None:
     made = plan(clients, 8000, machine=made_up(), processors=2)
     assert made.each * made.processes >= clients
+
+
+def test_a_port_of_another_machine_clashes_with_nothing_here() -> None:
+    machine = made_up(tcp_mem=1_000_000)
+    answers = {"/proc/sys/net/ipv4/ip_local_port_range": "1024 65000", "/proc/sys/net/core/somaxconn": "16"}
+    small = Machine(lambda path: answers.get(path) or machine.read(path), lambda: "")
+    here, elsewhere = (unmet(plan(1_000_000, 8000, one, machine, 2), small) for one in (True, False))
+    assert {row.name for row in here} == {"net.ipv4.ip_local_port_range", "net.core.somaxconn"}
+    assert not elsewhere
