@@ -10,6 +10,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
@@ -52,6 +53,9 @@ class Worker:
         """Seconds that a client with a greenlet waits for anything."""
         self._all[environment] = self
         self._reporter: Any = None
+        # the master's flags come with the first users, in place of those that a --worker was given for its own machine
+        own = isinstance(runner, WorkerRunner)
+        self._own = {name: value for name in ("sources", "key") if own and (value := getattr(environment.parsed_options, name))}
         self._clear()
         runner.register_message(ORDERS, self._obey)
         environment.events.test_start.add_listener(self._begin)
@@ -63,7 +67,7 @@ class Worker:
         return cls._all[environment]
 
     def _clear(self) -> None:
-        self.asked = Asked.of(self.environment.parsed_options)
+        self.asked = replace(Asked.of(self.environment.parsed_options), **self._own)
         self.target = target(self.environment.host, self.asked.sources)
         self.endpoints = endpoints(self.asked.endpoints)
         self.index = max(0, getattr(self.runner, "worker_index", 0))
@@ -155,6 +159,7 @@ class Master:
         self.environment = environment
         self.runner = runner
         self._all[runner] = self
+        self.running = False
         self._clear()
         runner.register_message(REPORT, self._reported)
         runner.register_message(ACCOUNT, self._accounted)
@@ -191,9 +196,13 @@ class Master:
     def start(self) -> None:
         """A run begins. A shape says so before Locust does: it has orders before the first user is there."""
         self._clear()
+        self.running = True
+        if self.asked.out:
+            Path(self.asked.out).mkdir(parents=True, exist_ok=True)
         self._writer = gevent.spawn(self._write_on)
 
     def _end(self, **_: Any) -> None:
+        self.running = False
         if self._writer is not None:
             self._writer.kill()
             self._write("summary.json", self.summary())

@@ -27,6 +27,7 @@ from rich.live import Live
 from rich.table import Table
 
 from loadtest import plan as plans
+from loadtest.options import endpoints, sequels, target
 from loadtest.process import ROOT, program
 from loadtest.report import report
 from loadtest.sampler import Sampler
@@ -108,6 +109,18 @@ def prepare(planned: plans.Plan, order: Order, console: Console) -> None:
     """See that it fits and that the kernel allows it. Raises Refused."""
     if planned.objections:
         raise Refused("; ".join(planned.objections))
+    try:
+        sequels(order.then)
+        endpoints(order.endpoints)
+        target(order.host, order.sources)
+    except (ValueError, OSError) as error:
+        raise Refused(str(error)) from None
+    if order.host and order.friends and not Path(order.friends).is_file():
+        raise Refused(f"--friends {order.friends}: there is no such file")
+    if not order.host:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", order.port)) == 0:
+                raise Refused(f"something listens on port {order.port} already")
     rows = plans.unmet(planned)
     if rows and order.apply:
         for line in plans.apply(rows):
@@ -227,8 +240,8 @@ def wait_until_ready(service: "subprocess.Popen[bytes]", port: int, folder: Path
             connection.request("GET", "/readyz")
             if connection.getresponse().status == 200:
                 return
-        except OSError:
-            pass  # it does not listen yet
+        except (OSError, http.client.HTTPException):
+            pass  # it does not listen yet, or ends
         finally:
             connection.close()
         time.sleep(0.2)

@@ -7,11 +7,13 @@ have reported (`loadtest.control`), and orders rates. They are metabrew's three 
 import logging
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from locust import LoadTestShape, User
 
 from loadtest.control import Master
+from loadtest.options import sequels
 from loadtest.users import (
     DIRECT_SENDERS,
     DirectSender,
@@ -77,13 +79,9 @@ class Phased(LoadTestShape):
 
     def tick(self) -> Tick | None:
         """Locust's."""
-        if self._script is None:
-            self._users = []
-            self._opened = 0
-            self._processes = self.master.processes
-            self.master.start()
-            self._script = self.script()
         try:
+            if self._script is None or not self.master.running:  # one that was stopped does not go on in the next run
+                self._script = self._begin()
             if self.master.processes < self._processes:
                 raise Failed("a load process has ended")
             return next(self._script)
@@ -96,6 +94,21 @@ class Phased(LoadTestShape):
             self.master.environment.process_exit_code = 1  # of Locust, which takes it for a normal end
             self._script = None
             return None
+
+    def _begin(self) -> Iterator[Tick]:
+        """Another run. Raises Failed where its end would."""
+        self._users = []
+        self._opened = 0
+        self._processes = self.master.processes
+        self.master.start()
+        asked = self.master.asked
+        if asked.friends and not Path(asked.friends).is_file():
+            raise Failed(f"--friends {asked.friends}: there is no such file")
+        try:
+            sequels(asked.then)
+        except ValueError as error:
+            raise Failed(str(error)) from None
+        return self.script()
 
     # -- steps
 
@@ -254,7 +267,7 @@ class Million(Phased):
     def script(self) -> Iterator[Tick]:
         """All of it."""
         asked = self.master.asked
-        then = list(filter(None, asked.then.split(",")))
+        then = sequels(asked.then)
         yield from self.swarm()
         yield from self.until_open(asked.clients)
         yield from self.settle()

@@ -1,5 +1,6 @@
 """What surrounds a load test, without the programs that it starts."""
 
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from loadtest import million
-from loadtest.million import Order, Refused, carry_out
+from loadtest.million import Order, Refused, carry_out, prepare
 from loadtest.plan import Plan
 
 PLAN = Plan(clients=10, port=8000, workers=1, processes=1, each=10, addresses=1, memory=0, available=0)
@@ -63,3 +64,25 @@ def test_a_locust_that_did_not_run_is_said(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(million, "program", program)
     with pytest.raises(Refused, match="Locust did not run"):
         carry_out(Order(clients=10, duration=1, rate=1, host="http://10.0.0.1"), PLAN, tmp_path, "", Console(quiet=True))
+
+
+@pytest.mark.parametrize(
+    ("order", "said"),
+    [
+        ({"then": "churn,chrun"}, "--then chrun"),
+        ({"endpoints": "test:1,tset"}, "'tset'"),
+        ({"host": "http://127.0.0.1", "friends": "/nowhere/friends.txt"}, "--friends /nowhere/friends.txt"),
+        ({"host": "https://127.0.0.1"}, "plain HTTP"),
+        ({"host": "http://127.0.0.1/comet"}, "the root"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_is_started(order: dict[str, str], said: str) -> None:
+    with pytest.raises(Refused, match=said):
+        prepare(PLAN, Order(clients=10, duration=1, rate=1, **order), Console(quiet=True))  # type: ignore[arg-type]
+
+
+def test_a_port_on_which_another_service_listens_is_refused() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        with pytest.raises(Refused, match=f"something listens on port {port} already"):
+            prepare(PLAN, Order(clients=10, duration=1, rate=1, port=port), Console(quiet=True))

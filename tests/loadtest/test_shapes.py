@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -126,3 +127,28 @@ def test_as_many_of_each_kind_as_were_asked_for_with_the_senders_there_first() -
         "FriendSender": 50,
         "StreamUser": 1000,
     }
+
+
+def test_a_run_that_was_stopped_does_not_go_on_in_the_next(run: Run) -> None:
+    run.worker.counts.open = 5
+    run.master.facts["of"] = "the first"
+    run.master._end()
+    run.shape.tick()
+    assert not run.master.facts
+
+
+@pytest.mark.parametrize(("flags", "said"), [(("--then", "chrun"), "--then chrun"), (("--friends", "/nowhere"), "--friends /nowhere")])
+def test_what_is_wrong_is_said_at_the_beginning(flags: tuple[str, str], said: str) -> None:
+    shape = Shape()
+    _, _, master = process(*flags, shape=shape)
+    assert shape.tick() is None
+    assert said in master.facts["failed"]
+    master._end()
+
+
+def test_the_master_makes_its_folder(tmp_path: Path) -> None:
+    shape = Shape()
+    _, _, master = process("--out", str(tmp_path / "a" / "run"), shape=shape)
+    shape.tick()
+    master._end()
+    assert (tmp_path / "a" / "run" / "summary.json").exists()
