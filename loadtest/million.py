@@ -140,7 +140,7 @@ def data(order: Order, console: Console) -> str:
     if not loaded.exists():
         console.print(f"making the friends of {order.clients:,} users in {folder}")
         folder.mkdir(parents=True, exist_ok=True)
-        each = min(order.each, order.clients - 1)
+        each = max(1, min(order.each, order.clients - 1))
         for command in (
             ["loadtest", "friends", "--users", str(order.clients), "--each", str(each), "--out", str(edges)],
             ["comet", "load-friends", str(edges), "--data", str(folder)],

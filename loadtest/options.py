@@ -98,7 +98,8 @@ def target(host: str | None, sources: str) -> Target:
     parts = urlsplit(host if host and "//" in host else f"//{host or '127.0.0.1:8000'}")
     if parts.scheme not in ("", "http") or parts.path.strip("/") or parts.query:
         raise ValueError(f"--host {host}: load tests speak plain HTTP, to the root of a server")
-    return Target(resolve(parts.hostname or "127.0.0.1"), parts.port or 80, tuple(filter(None, sources.split(","))))
+    name = parts.hostname or "127.0.0.1"
+    return Target(resolve(name), parts.port or 80, tuple(filter(None, sources.split(","))), called=name)
 
 
 def masks(those: Sequence[Endpoint]) -> tuple[list[bool], list[bool]]:

@@ -85,11 +85,13 @@ class Target:
     port: int
     sources: tuple[str, ...] = ()
     per_address: int = PER_ADDRESS
+    called: str = ""
+    """The name that `host` was resolved from."""
 
     @cached_property
     def name(self) -> str:
         """For the Host header."""
-        return f"{self.host}:{self.port}"
+        return f"{self.called or self.host}:{self.port}"
 
     def source(self, client: int) -> str:
         """The address of the client with this number in the whole test; "" where the system may choose."""
@@ -275,6 +277,8 @@ class Swarm:
         if status != 200:
             self._lost(descriptor, f"answered {status}")
             return
+        if where.id_mark and b"comet-cursor" not in headers:
+            raise Malformed("no Comet-Cursor")
         told, rest = pieces(opening.data[at:])
         if not told:
             return
@@ -361,7 +365,8 @@ class Swarm:
             try:
                 if descriptor in opening:
                     self._answer(descriptor, event)
-                    if event & _ENDING and clients[descriptor] >= 0 and descriptor not in opening:
+                    if event & _ENDING and not event & select.EPOLLOUT and clients[descriptor] >= 0:
+                        # its end is behind what was read, and is not told again
                         events.append((descriptor, event))
                     continue
                 try:

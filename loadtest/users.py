@@ -102,7 +102,10 @@ class Client(User):
         if self.place is None and self.endpoint.id_mark:
             self.place = Place.read(headers[b"comet-cursor"])
         chunks = connection.chunks()
-        yield next(chunks)
+        first = next(chunks, None)
+        if first is None:
+            raise Malformed("an answer that ended before it began")
+        yield first
         connection.wait_on()
         for piece in chunks:
             self.take(piece)

@@ -142,6 +142,36 @@ def test_a_client_that_is_refused_is_a_failure_and_tries_again(play: Play) -> No
     wait_until(lambda: len(play.requests) == 6)
 
 
+def test_an_answer_that_ends_in_its_middle_is_a_failure(play: Play) -> None:
+    swarm = play.start(1)
+    epoll = swarm._epoll
+    ended: list[bool] = []
+
+    class Later:
+        """Tells of what has come when the connection has ended."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(epoll, name)
+
+        def poll(self, *arguments: Any) -> Any:
+            return epoll.poll(*arguments) if ended else []
+
+    def answer(sock: Any) -> None:
+        sock.sendall(HEAD[:40])
+        sock.shutdown(socket.SHUT_WR)
+        ended.append(True)
+
+    swarm._epoll = Later()
+    play.answer = answer
+    wait_until(lambda: play.failures().get("not opened: by the server"))
+
+
+def test_an_answer_without_a_cursor_is_a_failure(play: Play) -> None:
+    play.answer = lambda sock: sock.sendall(HEAD.replace(b"Comet-Cursor: ab-0\r\n", b"") + chunk(b"\n"))
+    play.start(1, STREAM)
+    wait_until(lambda: play.failures().get("not opened: malformed: no Comet-Cursor"))
+
+
 def test_nobody_listens(play: Play) -> None:
     play.server.stop()
     play.start(2)

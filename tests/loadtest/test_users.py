@@ -1,5 +1,6 @@
 """Locust users, without a server."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -7,7 +8,8 @@ from locust.exception import StopUser
 
 from loadtest import users
 from loadtest.client import Answer
-from loadtest.users import DirectSender, FriendSender
+from loadtest.options import target
+from loadtest.users import DirectSender, FriendSender, StreamUser
 from tests.loadtest.work import process
 
 
@@ -58,3 +60,27 @@ def test_where_nobody_has_a_feed_of_its_own_there_are_no_direct_messages(clients
     environment, _, _ = process("--clients", str(clients), "--endpoints", endpoints)
     with pytest.raises(StopUser):
         DirectSender(environment).choose()
+
+
+def test_an_answer_that_ends_before_its_first_chunk_is_no_client(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Ending(Server):
+        def start(self) -> tuple[int, dict[bytes, bytes]]:
+            return 200, {}
+
+        def send(self, _: bytes) -> None: ...
+
+        def chunks(self) -> Iterator[bytes]:
+            return iter(())
+
+    server = Ending()
+    monkeypatch.setattr(users, "Connection", server.connection)
+    monkeypatch.setattr(users, "AGAIN", 0)
+    environment, worker, _ = process()
+    StreamUser(environment).stay()
+    assert worker.counts.failures == {("/test", "not opened: Malformed an answer that ended before it began"): 1}
+    assert server.closed == 1
+
+
+def test_the_host_header_has_the_name_that_was_given() -> None:
+    assert target("http://localhost:8001", "").name == "localhost:8001"
+    assert target("http://localhost:8001", "").host == "127.0.0.1"
