@@ -79,8 +79,12 @@ class Ledger:
         self.sums[client] = self.sums[client] + number & WRAP
 
 
+PAIRS: Final = 200_000
+"""Of client and sender, whose order a process remembers: of hours with many senders it would be gigabytes otherwise."""
+
+
 class Order:
-    """The last number of each sender that each client of a sample got."""
+    """The last number of each sender that each client of a sample got, for the first `PAIRS` of the two."""
 
     def __init__(self) -> None:
         self._last: dict[int, int] = {}  # a number for both: a tuple would be three objects more
@@ -89,6 +93,8 @@ class Order:
         """It got this message."""
         key = client << 64 - SENDER_SHIFT | number >> SENDER_SHIFT
         last = self._last.get(key, -1)
+        if last < 0 and len(self._last) >= PAIRS:
+            return ""
         self._last[key] = number
         return "" if number > last else "doubled" if number == last else "out of order"
 

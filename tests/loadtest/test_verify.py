@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from loadtest import verify
 from loadtest.audit import Outgoing, audit, edges
 from loadtest.control import SENDERS_A_PROCESS
 from loadtest.counting import RECORD, REFUSED, SENT, UNSURE, Counts, Send
@@ -81,6 +82,13 @@ def test_the_order_of_a_sender() -> None:
     assert [order.take(0, number(1, count, FEED)) for count in (1, 5, 5, 2, 6)] == ["", "", "doubled", "out of order", ""]
     assert order.take(0, number(2, 1, FEED)) == ""
     assert order.take(1, number(1, 1, FEED)) == ""
+
+
+def test_the_order_of_so_many_is_remembered_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verify, "PAIRS", 2)
+    order = Order()
+    assert [order.take(client, number(1, 5, FEED)) for client in range(4)] == [""] * 4
+    assert [order.take(client, number(1, 4, FEED)) for client in range(4)] == ["out of order"] * 2 + [""] * 2
 
 
 def test_steps_from_place_to_place() -> None:
