@@ -7,6 +7,7 @@ is both. Neighbours: `loadtest.shapes`, which drives the master; `loadtest.users
 """
 
 import json
+import math
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -126,6 +127,7 @@ class Worker:
         self.rate = orders["rate"]
         self.senders = orders["senders"]
         self._obeyed = orders["number"]
+        self.counts.judge(self.asked.late if orders["judge"] else math.inf)
         self.direct_rate, self.everyone = orders["direct"], orders["everyone"]
         if self.swarm is not None:
             self.swarm.churning = orders["churn"] * len(self.swarm)
@@ -186,7 +188,7 @@ class Master:
         self._everyone: dict[str, dict[int, list[int]]] = {}
         self.outgoing = Outgoing(self.asked.clients)
         self._accounts: dict[str, dict[str, bytes]] = {}
-        self._orders = {"number": 0, "rate": 0.0, "senders": self.asked.senders, "direct": 0.0, "everyone": 0, "churn": 0.0}
+        self._orders = {"number": 0, "rate": 0.0, "senders": self.asked.senders, "direct": 0.0, "everyone": 0, "churn": 0.0, "judge": True}
         self._writer: Any = None
 
     def _begin(self, **_: Any) -> None:
@@ -232,7 +234,8 @@ class Master:
 
     def order(self, **orders: float) -> None:
         """Tell all workers: `rate` (messages a second in all), `senders`, `direct` (messages a second to one
-        each), `everyone` (messages to all, so many since the start), `churn` (share of the clients a second)."""
+        each), `everyone` (messages to all, so many since the start), `churn` (share of the clients a second), `judge` (whether what is
+        late is a failure)."""
         self._orders |= {"number": self._orders["number"] + 1, **orders}
         self.runner.send_message(ORDERS, self._orders)
 

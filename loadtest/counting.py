@@ -43,7 +43,7 @@ class Counts:
 
     def __init__(self, late: float = 5.0, first_sender: int = 0, clock: Callable[[], int] = time.monotonic_ns) -> None:
         self.clock = clock
-        self.late = int(late * 1e6)
+        self.judge(late)
         self.ledger = Ledger()
         self.order = Order()
         self.latencies = [Histogram() for _ in KINDS]
@@ -59,6 +59,10 @@ class Counts:
         """A message to everyone: how many have it, and when the last got it."""
         self._records = bytearray()
         self._next_sender = first_sender
+
+    def judge(self, late: float) -> None:
+        """A message that took so many seconds is a failure from now on."""
+        self.late = int(min(late, 1e9) * 1e6)
 
     def sender(self) -> "Sender":
         """A new one."""

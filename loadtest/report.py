@@ -145,6 +145,9 @@ def figures(document: Document) -> list[tuple[str, str]]:
                 f"{facts['fastest']['achieved']:,.0f} messages/s, {facts['fastest']['deliveries']:,.0f} deliveries/s",
             )
         )
+    if "search" in facts:
+        one = facts["search"]
+        found.append(("at rates that were too high", f"{one['refused']:,} messages refused, {one['unsure']:,} not confirmed"))
     if "churn" in facts:
         found.append(("churn", f"{facts['churn']['left']:,} left and came back with their cursor: {facts['churn']['rate']:,.0f}/s"))
     if "broadcast" in facts:
@@ -194,8 +197,10 @@ def judge(document: Document) -> list[str]:
     found += [f"{what}: {count:,}" for what, count in summary["failures"].items()]
     if verdict is None:
         found.append("there was no audit")
-    elif verdict["unsure"] or verdict["refused"]:
-        found.append(f"of the messages {verdict['refused']:,} were refused, and {verdict['unsure']:,} not confirmed")
+    else:
+        refused, unsure = (verdict[name] - facts.get("search", {}).get(name, 0) for name in ("refused", "unsure"))
+        if refused or unsure:
+            found.append(f"of the messages {refused:,} were refused, and {unsure:,} not confirmed")
     for one in facts.get("messages", []):
         if one["name"] not in ("messages", "churn"):
             continue  # the search is for what fails

@@ -292,12 +292,19 @@ class Million(Phased):
         log.info("churn: %s", self.master.facts["churn"])
 
     def search(self) -> Iterator[Tick]:
-        """The rate raised until p99 passes a second or no more can be sent; or lowered until it does not."""
+        """The rate raised until p99 passes a second or no more can be sent; or lowered until it does not. What is late, refused
+        or not confirmed at a rate that is too high is what was looked for: it is told, and no failure."""
+        before = dict(self.master.outgoing.outcomes)
+        yield from self._search()
+        self.master.order(judge=True)
+        self.master.facts["search"] = {name: self.master.outgoing.outcomes[name] - before[name] for name in ("refused", "unsure")}
+
+    def _search(self) -> Iterator[Tick]:
         facts, rate = self.master.facts, self.master.asked.message_rate
         enough = "messages" in facts and fast(facts["messages"][0])
         while True:
             rate = rate * FASTER if enough else rate / FASTER
-            yield from self.messages(f"{rate:,.0f} messages/s", rate, STEP)
+            yield from self.messages(f"{rate:,.0f} messages/s", rate, STEP, judge=False)
             step = facts["messages"][-1]
             if fast(step):
                 facts["fastest"] = step

@@ -67,6 +67,17 @@ def test_steps_of_the_search_may_be_slow(folder: Path) -> None:
     assert not judge({**gather(RECORDED), "summary": json.loads((folder / "summary.json").read_text())})
 
 
+def test_what_the_search_had_refused_is_told_and_no_failure(folder: Path) -> None:
+    def searched(summary: Any) -> None:
+        summary["verdict"].update(unsure=7, refused=2)
+        summary["facts"]["search"] = {"unsure": 6, "refused": 2}
+
+    changed(folder, "summary.json", searched)
+    document = gather(folder)
+    assert judge(document) == ["of the messages 0 were refused, and 1 not confirmed"]
+    assert ("at rates that were too high", "2 messages refused, 6 not confirmed") in document["figures"]
+
+
 @pytest.mark.parametrize(("end", "grown"), [(104, False), (110, True), (60, False)])
 def test_a_soak_looks_at_growth_after_it_is_warm(end: int, grown: bool) -> None:
     at = list(range(2000))

@@ -1,5 +1,6 @@
 """What the shapes wait for and what they object to, tick by tick, with counts that the tests make up."""
 
+import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ from locust.runners import Runner, WorkerNode
 from loadtest import shapes
 from loadtest.control import Master, Worker
 from loadtest.counting import SENT, Send
-from loadtest.shapes import Metabrew10k, Phased, Tick
+from loadtest.shapes import Metabrew10k, Million, Phased, Tick
 from loadtest.users import FriendSender, StreamUser
 from loadtest.verify import FEED, number
 from tests.loadtest.work import process, steps
@@ -152,3 +153,26 @@ def test_the_master_makes_its_folder(tmp_path: Path) -> None:
     shape.tick()
     master._end()
     assert (tmp_path / "a" / "run" / "summary.json").exists()
+
+
+class Searching(Million):
+    """The search, with nothing sent: one step."""
+
+    abstract = False
+
+    def script(self) -> Iterator[Tick]:
+        yield from self.search()
+        yield self.now()
+
+
+def test_nothing_is_late_in_a_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shapes, "STEP", 0.2)
+    run = Run(Searching)
+    began = time.monotonic()
+    assert run.worker.counts.late > 1e14
+    while "search" not in run.master.facts:
+        assert run.steps(1) == 1
+        assert time.monotonic() < began + 30
+    assert run.worker.counts.late == 5_000_000
+    assert run.master.facts["search"] == {"refused": 0, "unsure": 0}
+    run.close()
