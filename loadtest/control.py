@@ -162,6 +162,7 @@ class Master:
         self.runner = runner
         self._all[runner] = self
         self.running = False
+        self._writer: Any = None
         self._clear()
         runner.register_message(REPORT, self._reported)
         runner.register_message(ACCOUNT, self._accounted)
@@ -189,7 +190,6 @@ class Master:
         self.outgoing = Outgoing(self.asked.clients)
         self._accounts: dict[str, dict[str, bytes]] = {}
         self._orders = {"number": 0, "rate": 0.0, "senders": self.asked.senders, "direct": 0.0, "everyone": 0, "churn": 0.0, "judge": True}
-        self._writer: Any = None
 
     def _begin(self, **_: Any) -> None:
         if not self.environment.shape_class:
@@ -197,6 +197,8 @@ class Master:
 
     def start(self) -> None:
         """A run begins. A shape says so before Locust does: it has orders before the first user is there."""
+        if self._writer is not None:
+            self._writer.kill()
         self._clear()
         self.running = True
         if self.asked.out:
@@ -207,6 +209,7 @@ class Master:
         self.running = False
         if self._writer is not None:
             self._writer.kill()
+            self._writer = None
             self._write("summary.json", self.summary())
 
     # -- what the shape wants

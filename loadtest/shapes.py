@@ -83,7 +83,7 @@ class Phased(LoadTestShape):
             if self._script is None or not self.master.running:  # one that was stopped does not go on in the next run
                 self._script = self._begin()
             if self.master.processes < self._processes:
-                raise Failed("a load process has ended")
+                raise Failed("a load process has ended, or gives no sign of life")
             return next(self._script)
         except StopIteration:
             self._script = None
