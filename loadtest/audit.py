@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loadtest.counting import REFUSED, SENT, UNSURE, Send
-from loadtest.verify import DIRECT, EVERYONE, FEED
+from loadtest.verify import DIRECT, EVERYONE, FEED, WRAP
 
 Records = NDArray[np.void]
 _RECORD = np.dtype(
@@ -82,7 +82,7 @@ def audit(
     clients, outcomes = outgoing.clients, outgoing.outcomes
     feed, direct = outgoing.sums[FEED], outgoing.sums[DIRECT]
     to_all = [one for one in outgoing.everyone if one.outcome == SENT]
-    all_counted, all_summed = len(to_all), sum(one.number for one in to_all)
+    all_counted, all_summed = len(to_all), sum(one.number for one in to_all) & WRAP
     all_unsure = sum(one.outcome == UNSURE for one in outgoing.everyone)
     due, due_sum, doubtful = feed.count + direct.count, feed.total + direct.total, feed.doubt + direct.doubt
     for followers, followees in friends:

@@ -7,9 +7,11 @@ is both. Neighbours: `loadtest.shapes`, which drives the master; `loadtest.users
 """
 
 import json
+import math
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
@@ -36,7 +38,8 @@ runners.HEARTBEAT_INTERVAL = 5
 EVERY = 1.0
 """Seconds between two reports."""
 
-SENDERS_A_PROCESS = 4096
+SENDERS_A_PROCESS = 1 << 16
+"""Numbers of senders that a process has to itself."""
 
 
 class Worker:
@@ -51,6 +54,9 @@ class Worker:
         """Seconds that a client with a greenlet waits for anything."""
         self._all[environment] = self
         self._reporter: Any = None
+        # the master's flags come with the first users, in place of those that a --worker was given for its own machine
+        own = isinstance(runner, WorkerRunner)
+        self._own = {name: value for name in ("sources", "key") if own and (value := getattr(environment.parsed_options, name))}
         self._clear()
         runner.register_message(ORDERS, self._obey)
         environment.events.test_start.add_listener(self._begin)
@@ -62,7 +68,7 @@ class Worker:
         return cls._all[environment]
 
     def _clear(self) -> None:
-        self.asked = Asked.of(self.environment.parsed_options)
+        self.asked = replace(Asked.of(self.environment.parsed_options), **self._own)
         self.target = target(self.environment.host, self.asked.sources)
         self.endpoints = endpoints(self.asked.endpoints)
         self.index = max(0, getattr(self.runner, "worker_index", 0))
@@ -74,6 +80,7 @@ class Worker:
         self.senders = self.asked.senders
         self.direct_rate = 0.0
         self.everyone = 0
+        self._obeyed = 0
         self._clients = 0
 
     def _begin(self, **_: Any) -> None:
@@ -102,7 +109,7 @@ class Worker:
             self._report()
 
     def _report(self) -> None:
-        report = self.counts.report()
+        report = self.counts.report() | {"obeyed": self._obeyed}
         stats = self.runner.stats
         for kind, counts in zip(KINDS, report["latencies"], strict=True):
             tally.requests(stats, "PUSH", kind, counts)
@@ -119,6 +126,8 @@ class Worker:
             return
         self.rate = orders["rate"]
         self.senders = orders["senders"]
+        self._obeyed = orders["number"]
+        self.counts.judge(self.asked.late if orders["judge"] else math.inf)
         self.direct_rate, self.everyone = orders["direct"], orders["everyone"]
         if self.swarm is not None:
             self.swarm.churning = orders["churn"] * len(self.swarm)
@@ -152,6 +161,8 @@ class Master:
         self.environment = environment
         self.runner = runner
         self._all[runner] = self
+        self.running = False
+        self._writer: Any = None
         self._clear()
         runner.register_message(REPORT, self._reported)
         runner.register_message(ACCOUNT, self._accounted)
@@ -178,8 +189,7 @@ class Master:
         self._everyone: dict[str, dict[int, list[int]]] = {}
         self.outgoing = Outgoing(self.asked.clients)
         self._accounts: dict[str, dict[str, bytes]] = {}
-        self._orders = {"rate": 0.0, "senders": self.asked.senders, "direct": 0.0, "everyone": 0, "churn": 0.0}
-        self._writer: Any = None
+        self._orders = {"number": 0, "rate": 0.0, "senders": self.asked.senders, "direct": 0.0, "everyone": 0, "churn": 0.0, "judge": True}
 
     def _begin(self, **_: Any) -> None:
         if not self.environment.shape_class:
@@ -187,12 +197,19 @@ class Master:
 
     def start(self) -> None:
         """A run begins. A shape says so before Locust does: it has orders before the first user is there."""
+        if self._writer is not None:
+            self._writer.kill()
         self._clear()
+        self.running = True
+        if self.asked.out:
+            Path(self.asked.out).mkdir(parents=True, exist_ok=True)
         self._writer = gevent.spawn(self._write_on)
 
     def _end(self, **_: Any) -> None:
+        self.running = False
         if self._writer is not None:
             self._writer.kill()
+            self._writer = None
             self._write("summary.json", self.summary())
 
     # -- what the shape wants
@@ -203,8 +220,10 @@ class Master:
 
     @property
     def processes(self) -> int:
-        """Those with users."""
-        return len(self.runner.clients) if isinstance(self.runner, MasterRunner) else 1
+        """Those with users, that give signs of life."""
+        if not isinstance(self.runner, MasterRunner):
+            return 1
+        return len(self.runner.clients) - len(self.runner.clients.missing)
 
     @property
     def section(self) -> Section:
@@ -218,9 +237,25 @@ class Master:
 
     def order(self, **orders: float) -> None:
         """Tell all workers: `rate` (messages a second in all), `senders`, `direct` (messages a second to one
-        each), `everyone` (messages to all, so many since the start), `churn` (share of the clients a second)."""
-        self._orders |= orders
+        each), `everyone` (messages to all, so many since the start), `churn` (share of the clients a second), `judge` (whether what is
+        late is a failure)."""
+        self._orders |= {"number": self._orders["number"] + 1, **orders}
         self.runner.send_message(ORDERS, self._orders)
+
+    @property
+    def obeyed(self) -> bool:
+        """What all workers have reported is what they did since the last order."""
+        return all(one["obeyed"] >= self._orders["number"] for one in self._totals.values())
+
+    @property
+    def unanswered(self) -> int:
+        """Publications whose outcome nobody knows yet."""
+        return self.total("begun") - sum(self.outgoing.outcomes[name] for name in ("sent", "refused", "unsure"))
+
+    def fail(self, what: str, count: int) -> None:
+        """Something that all of them together have got wrong; it is among Locust's failures as well."""
+        tally.failures(self.environment.stats, "PUSH", "audit", what, count)
+        self.failures[f"audit: {what}"] += count
 
     def ask_accounts(self) -> None:
         """Have all workers tell what each client got."""
@@ -233,7 +268,7 @@ class Master:
         return len(self._accounts) >= max(1, len(self._totals))
 
     def judge(self, complete: bool) -> dict[str, Any]:
-        """Audit, and put what is wrong among Locust's failures."""
+        """Audit, and put what is wrong among the failures."""
         from loadtest.audit import audit, edges
 
         own, shared = masks(self.endpoints) if self.facts.get("swarm") else ([True], [False])
@@ -241,8 +276,7 @@ class Master:
         self.verdict = audit(friends, self.outgoing, list(self._accounts.values()), own, shared, complete)
         for what in ("lost", "doubled", "other"):
             if self.verdict[what]:
-                tally.failures(self.environment.stats, "PUSH", "audit", what, self.verdict[what])
-                self.failures[f"audit: {what}"] += self.verdict[what]
+                self.fail(what, self.verdict[what])
         return self.verdict
 
     def spread(self) -> dict[int, tuple[int, int]]:
@@ -268,7 +302,7 @@ class Master:
         self.outgoing.add(report["sends"])
         self._everyone[msg.node_id] = {number: seen for number, *seen in report["everyone"]}
         self._totals[msg.node_id] = {
-            name: report[name] for name in ("open", "opened", "received", "bytes", "sent", "left", "clients")
+            name: report[name] for name in ("open", "opened", "received", "bytes", "begun", "sent", "left", "clients", "obeyed")
         }  # fmt: skip
 
     def _accounted(self, environment: Environment, msg: Any, **_: Any) -> None:

@@ -43,7 +43,7 @@ class Counts:
 
     def __init__(self, late: float = 5.0, first_sender: int = 0, clock: Callable[[], int] = time.monotonic_ns) -> None:
         self.clock = clock
-        self.late = int(late * 1e6)
+        self.judge(late)
         self.ledger = Ledger()
         self.order = Order()
         self.latencies = [Histogram() for _ in KINDS]
@@ -51,12 +51,18 @@ class Counts:
         self.open = 0
         """Clients that are connected and have had the start of their answer."""
         self.opened = self.received = self.bytes = self.sent = self.left = 0
+        self.begun = 0
+        """Publications, with those whose answer is not here yet."""
         self.failures: Counter[tuple[str, str]] = Counter()
         """By endpoint and what it was."""
         self.everyone: dict[int, list[int]] = {}
         """A message to everyone: how many have it, and when the last got it."""
         self._records = bytearray()
         self._next_sender = first_sender
+
+    def judge(self, late: float) -> None:
+        """A message that took so many seconds is a failure from now on."""
+        self.late = int(min(late, 1e9) * 1e6)
 
     def sender(self) -> "Sender":
         """A new one."""
@@ -111,7 +117,7 @@ class Counts:
         records, self._records = bytes(self._records), bytearray()
         return {
             "open": self.open, "opened": self.opened, "received": self.received, "bytes": self.bytes, "sent": self.sent, "left": self.left,
-            "clients": len(self.ledger.ids),
+            "begun": self.begun, "clients": len(self.ledger.ids),
             "latencies": [one.take() for one in self.latencies],
             "opening": self.opening.take(),
             "failures": [[*key, count] for key, count in failures.items()],

@@ -27,6 +27,7 @@ from rich.live import Live
 from rich.table import Table
 
 from loadtest import plan as plans
+from loadtest.options import endpoints, sequels, target
 from loadtest.process import ROOT, program
 from loadtest.report import report
 from loadtest.sampler import Sampler
@@ -77,7 +78,7 @@ class Order:
 def run(order: Order) -> int:
     """The exit status: 0 passed, 1 failed, 2 refused, 130 interrupted."""
     console = Console(highlight=False, soft_wrap=True)
-    planned = plans.plan(order.clients, order.port, here=not order.host)
+    planned = plans.plan(order.clients, order.port, here=not order.host, senders=order.senders)
     console.print(planned.text())
     # SIGTERM ends it as Ctrl-C does, which a shell's background jobs inherit as ignored
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -108,6 +109,18 @@ def prepare(planned: plans.Plan, order: Order, console: Console) -> None:
     """See that it fits and that the kernel allows it. Raises Refused."""
     if planned.objections:
         raise Refused("; ".join(planned.objections))
+    try:
+        sequels(order.then)
+        endpoints(order.endpoints)
+        target(order.host, order.sources)
+    except (ValueError, OSError) as error:
+        raise Refused(str(error)) from None
+    if order.host and order.friends and not Path(order.friends).is_file():
+        raise Refused(f"--friends {order.friends}: there is no such file")
+    if not order.host:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", order.port)) == 0:
+                raise Refused(f"something listens on port {order.port} already")
     rows = plans.unmet(planned)
     if rows and order.apply:
         for line in plans.apply(rows):
@@ -127,7 +140,7 @@ def data(order: Order, console: Console) -> str:
     if not loaded.exists():
         console.print(f"making the friends of {order.clients:,} users in {folder}")
         folder.mkdir(parents=True, exist_ok=True)
-        each = min(order.each, order.clients - 1)
+        each = max(1, min(order.each, order.clients - 1))
         for command in (
             ["loadtest", "friends", "--users", str(order.clients), "--each", str(each), "--out", str(edges)],
             ["comet", "load-friends", str(edges), "--data", str(folder)],
@@ -178,9 +191,9 @@ def carry_out(order: Order, planned: plans.Plan, folder: Path, friends: str, con
                 if time.monotonic() - seen > WEDGED:
                     failed.append(f"Locust's master has said nothing for {WEDGED:.0f} s: see {folder / 'locust.log'}")
                     break
-        if not (folder / "summary.json").exists():
-            raise Refused(f"Locust did not run: see {folder / 'locust.log'}")
         console.print("ending what was started")
+    if not (folder / "summary.json").exists():  # Locust writes it as it ends, also where it is ended
+        raise Refused("; ".join(failed) or f"Locust did not run: see {folder / 'locust.log'}")
     return failed
 
 
@@ -227,8 +240,8 @@ def wait_until_ready(service: "subprocess.Popen[bytes]", port: int, folder: Path
             connection.request("GET", "/readyz")
             if connection.getresponse().status == 200:
                 return
-        except OSError:
-            pass  # it does not listen yet
+        except (OSError, http.client.HTTPException):
+            pass  # it does not listen yet, or ends
         finally:
             connection.close()
         time.sleep(0.2)

@@ -9,6 +9,9 @@ from loadtest.swarm import Target, resolve
 from loadtest.verify import SIZE
 from loadtest.wire import ENDPOINTS, Endpoint
 
+THEN = ("churn", "search", "broadcast")
+"""What may come after the messages."""
+
 
 @dataclass
 class Asked:
@@ -81,10 +84,22 @@ def endpoints(text: str) -> list[Endpoint]:
     return [ENDPOINTS[name] for _, name in turns]
 
 
+def sequels(text: str) -> list[str]:
+    """What --then names. Raises ValueError."""
+    found = list(filter(None, text.split(",")))
+    for one in found:
+        if one not in THEN:
+            raise ValueError(f"--then {one}: it is of {', '.join(THEN)}")
+    return found
+
+
 def target(host: str | None, sources: str) -> Target:
-    """Of Locust's --host."""
+    """Of Locust's --host. Raises ValueError."""
     parts = urlsplit(host if host and "//" in host else f"//{host or '127.0.0.1:8000'}")
-    return Target(resolve(parts.hostname or "127.0.0.1"), parts.port or 80, tuple(filter(None, sources.split(","))))
+    if parts.scheme not in ("", "http") or parts.path.strip("/") or parts.query:
+        raise ValueError(f"--host {host}: load tests speak plain HTTP, to the root of a server")
+    name = parts.hostname or "127.0.0.1"
+    return Target(resolve(name), parts.port or 80, tuple(filter(None, sources.split(","))), called=name)
 
 
 def masks(those: Sequence[Endpoint]) -> tuple[list[bool], list[bool]]:

@@ -27,7 +27,7 @@ SPARE = 700_000_000
 """Bytes that stay free: messages on their way, the page cache that the database wants, and whatever else runs."""
 
 FILES = 512
-"""Open files of a load process that are not its clients: senders, Locust's own."""
+"""Open files of a load process that are neither its clients nor its senders: Locust's own."""
 
 
 @dataclass(frozen=True)
@@ -56,13 +56,15 @@ class Plan:
         )
 
 
-def plan(clients: int, port: int, here: bool = True, machine: Machine = check.HERE, processors: int | None = None) -> Plan:
-    """For so many clients, with the service on this machine or not (`here`). A limit that is unknown is none."""
+def plan(
+    clients: int, port: int, here: bool = True, machine: Machine = check.HERE, processors: int | None = None, senders: int = 0
+) -> Plan:
+    """For so many clients and senders, with the service on this machine or not (`here`). A limit that is unknown is none."""
     files = (machine.open_files() or (0, 1 << 30))[1]
     processors = processors or cores()
     held, holds = max(1, files - RESERVE), max(1, files - FILES)
     workers = max(processors, math.ceil(clients * 100 / (held * FILL))) if here else 0
-    processes = max(processors, math.ceil(clients / holds))
+    processes = max(processors, math.ceil((clients + senders) / holds))
     memory = clients * (LOAD_CLIENT + KERNEL_CLIENT // (1 if here else 2)) + processes * LOAD_PROCESS + MASTER + SPARE
     if here:
         memory += clients * SERVICE_CLIENT + (workers + 3) * SERVICE_PROCESS  # supervisor, router and generation
@@ -79,9 +81,15 @@ def plan(clients: int, port: int, here: bool = True, machine: Machine = check.HE
 
 
 def unmet(plan: Plan, machine: Machine = check.HERE) -> list[check.Row]:
-    """Limits of the kernel that stand in its way. Memory and open files are planned for here, more closely."""
-    wanted = check.Plan(plan.clients, plan.port, max(1, plan.workers), loopback=plan.workers > 0)
-    return [row for row in check.rows(wanted, machine) if row.unmet and row.name not in ("memory available", "open files a process")]
+    """Limits of the kernel that stand in its way. Memory and open files are planned for here, more closely. Where the service
+    runs elsewhere, nobody listens here."""
+    planned = {"memory available", "open files a process"}
+    if plan.workers:
+        wanted = check.Plan(plan.clients, plan.port, plan.workers, loopback=True)
+    else:
+        wanted = check.Plan(plan.clients, 0, plan.processes)
+        planned.add("net.core.somaxconn")
+    return [row for row in check.rows(wanted, machine) if row.unmet and row.name not in planned]
 
 
 def settings(rows: list[check.Row]) -> list[list[str]]:

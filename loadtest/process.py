@@ -35,9 +35,10 @@ def descendants(pid: int) -> list[int]:
     """A process and all that it started, and what those started; without those that end meanwhile."""
     found = [pid]
     for one in found:
-        for children in Path(f"/proc/{one}/task").glob("*/children"):
-            with contextlib.suppress(OSError):
-                found += map(int, children.read_text().split())
+        with contextlib.suppress(OSError):  # the glob itself may find that it has ended
+            for children in Path(f"/proc/{one}/task").glob("*/children"):
+                with contextlib.suppress(OSError):
+                    found += map(int, children.read_text().split())
     return found
 
 
@@ -116,9 +117,10 @@ def program(command: Sequence[str], log: Path, patience: float = 30.0, **environ
             process.wait(patience)
         except subprocess.TimeoutExpired:
             pass  # it is killed with the others
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # its own session: whatever of it is left
-        process.wait()
+        finally:  # also where this is interrupted again
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # its own session: whatever of it is left
+            process.wait()
 
 
 @contextlib.contextmanager

@@ -127,13 +127,15 @@ def figures(document: Document) -> list[tuple[str, str]]:
             f"most {one['max']:,.0f} ms"
         )
         found.append((f"messages: {one['name']}", text))
-        cores = [within(machine, f"{part}_cores", *when.get(one["name"], (0.0, 0.0))) for part in ("service", "load", "busy")]
+        since = when.get(one["name"], (0.0, 0.0))[0]  # what comes behind its seconds is the drain
+        cores = [within(machine, f"{part}_cores", since, since + one["seconds"]) for part in ("service", "load", "busy")]
         if all(cores):
             shares = [sum(part) / len(part) for part in cores]
+            service = f"service {shares[0]:.2f} cores, " if document["plan"]["workers"] else ""
             found.append(
                 (
                     f"CPU: {one['name']}",
-                    f"service {shares[0]:.2f} cores, load {shares[1]:.2f}, others {shares[2] - shares[0] - shares[1]:.2f}",
+                    f"{service}load {shares[1]:.2f} cores, others {shares[2] - shares[0] - shares[1]:.2f}",
                 )
             )
     if "fastest" in facts:
@@ -143,6 +145,9 @@ def figures(document: Document) -> list[tuple[str, str]]:
                 f"{facts['fastest']['achieved']:,.0f} messages/s, {facts['fastest']['deliveries']:,.0f} deliveries/s",
             )
         )
+    if "search" in facts:
+        one = facts["search"]
+        found.append(("at rates that were too high", f"{one['refused']:,} messages refused, {one['unsure']:,} not confirmed"))
     if "churn" in facts:
         found.append(("churn", f"{facts['churn']['left']:,} left and came back with their cursor: {facts['churn']['rate']:,.0f}/s"))
     if "broadcast" in facts:
@@ -192,8 +197,10 @@ def judge(document: Document) -> list[str]:
     found += [f"{what}: {count:,}" for what, count in summary["failures"].items()]
     if verdict is None:
         found.append("there was no audit")
-    elif verdict["unsure"] or verdict["refused"]:
-        found.append(f"of the messages {verdict['refused']:,} were refused, and {verdict['unsure']:,} not confirmed")
+    else:
+        refused, unsure = (verdict[name] - facts.get("search", {}).get(name, 0) for name in ("refused", "unsure"))
+        if refused or unsure:
+            found.append(f"of the messages {refused:,} were refused, and {unsure:,} not confirmed")
     for one in facts.get("messages", []):
         if one["name"] not in ("messages", "churn"):
             continue  # the search is for what fails
@@ -215,6 +222,9 @@ def soak(document: Document) -> list[str]:
     if not first or not last:
         return ["memory was not sampled"]
     before, after = sum(first) / len(first), sum(last) / len(last)
+    if not before:
+        document["figures"].append(("memory's growth", "unknown: the service is on another machine"))
+        return []
     growth = (after - before) / before
     document["figures"].append(
         ("memory's growth", f"{growth:+.1%}, from {before / 2**20:,.1f} MiB after {warm - since:,.0f} s to {after / 2**20:,.1f} MiB")

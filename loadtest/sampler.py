@@ -7,6 +7,7 @@ so it is done as often as takes `SHARE` of a core, and the last sum is repeated 
 """
 
 import json
+import math
 import os
 import re
 import threading
@@ -72,10 +73,11 @@ class Sampler:
         """One line."""
         now = time.monotonic()
         if now - self._looked > TREE or self.roots.keys() - self._pids.keys():
-            self._looked = now
+            self._looked, before = now, self._pids
             self._pids = {name: descendants(pid) for name, pid in self.roots.items()}
             self._pids["load"] = [*self._pids.get("load", ()), os.getpid()]  # what this takes is the test's
-            self._summed = 0.0
+            if self._pids != before:
+                self._summed = -math.inf
         if now - self._summed >= self._cost / SHARE:
             began = time.thread_time()
             self._sums = {name: sum(map(_memory, pids)) for name, pids in self._pids.items()}

@@ -7,11 +7,13 @@ have reported (`loadtest.control`), and orders rates. They are metabrew's three 
 import logging
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from locust import LoadTestShape, User
 
 from loadtest.control import Master
+from loadtest.options import sequels
 from loadtest.users import (
     DIRECT_SENDERS,
     DirectSender,
@@ -28,8 +30,8 @@ Tick = tuple[int, float, list[type[User]]]
 STALLED = 60.0
 """Seconds without another client open after which the opening has failed."""
 
-DRAINED = 30.0
-"""Seconds that messages under way have to arrive once nothing is sent."""
+DRAINED = 75.0
+"""Seconds that messages under way have to arrive once nothing is sent: longer than a sender waits for its answer."""
 
 SETTLE = 10.0
 """Seconds between the last client and the first message: memory is read there."""
@@ -61,6 +63,9 @@ class Phased(LoadTestShape):
         self._script: Iterator[Tick] | None = None
         self._users: list[tuple[type[User], int]] = []
         self._rate = 500.0
+        self._processes = 0
+        self._opened = 0
+        """Clients that are to be there from the opening on."""
 
     @property
     def master(self) -> Master:
@@ -74,11 +79,11 @@ class Phased(LoadTestShape):
 
     def tick(self) -> Tick | None:
         """Locust's."""
-        if self._script is None:
-            self._users = []
-            self.master.start()
-            self._script = self.script()
         try:
+            if self._script is None or not self.master.running:  # one that was stopped does not go on in the next run
+                self._script = self._begin()
+            if self.master.processes < self._processes:
+                raise Failed("a load process has ended, or gives no sign of life")
             return next(self._script)
         except StopIteration:
             self._script = None
@@ -86,18 +91,34 @@ class Phased(LoadTestShape):
         except Failed as failed:
             log.error("%s", failed)
             self.master.facts["failed"] = str(failed)
+            self.master.environment.process_exit_code = 1  # of Locust, which takes it for a normal end
             self._script = None
             return None
 
+    def _begin(self) -> Iterator[Tick]:
+        """Another run. Raises Failed where its end would."""
+        self._users = []
+        self._opened = 0
+        self._processes = self.master.processes
+        self.master.start()
+        asked = self.master.asked
+        if asked.friends and not Path(asked.friends).is_file():
+            raise Failed(f"--friends {asked.friends}: there is no such file")
+        try:
+            sequels(asked.then)
+        except ValueError as error:
+            raise Failed(str(error)) from None
+        return self.script()
+
     # -- steps
 
-    def users(self, kind: type[User], count: int) -> None:
+    def users(self, kind: type[User], count: int, first: bool = False) -> None:
         """Have so many of them from the next tick on. Many are to come together, so Locust spreads them by weight; of a few,
-        such as swarms, it might have none then."""
+        such as swarms, it might have none then, and not as many of those that are there `first`: it does not count them."""
         if count:
             self._users.append((kind, count))
             kind.weight = count
-            kind.fixed_count = count if kind is SwarmUser or count < FEW else 0
+            kind.fixed_count = count if first or kind is SwarmUser or count < FEW else 0
             dispatcher = self.runner._users_dispatcher if self.runner else None
             if dispatcher is not None and kind.fixed_count:
                 dispatcher._try_dispatch_fixed = True  # Locust looks for such kinds at its first dispatch alone
@@ -132,6 +153,7 @@ class Phased(LoadTestShape):
                 raise Failed(f"{opened:,} of {clients:,} clients are open, and no more come: {dict(master.failures.most_common(5))}")
             yield self.now()
         seconds = time.time() - section.began
+        self._opened = clients
         master.facts["open"] = {"clients": clients, "seconds": seconds, "rate": clients / seconds}
         log.info(
             "%s clients open in %.1f s: %s a second; %s", f"{clients:,}", seconds, f"{clients / seconds:,.0f}", section.opening.summary()
@@ -166,13 +188,14 @@ class Phased(LoadTestShape):
         log.info("%s: %s", name, fact)
 
     def drain(self) -> Iterator[Tick]:
-        """Until what the server said that it delivers is here, and nothing more comes."""
+        """Until nobody sends, all clients are back, what the server said that it delivered is here, and nothing more comes."""
         master = self.master
         until = time.monotonic() + DRAINED
         before = -1
         while time.monotonic() < until:
             received = master.total("received")
-            if received == before and received >= master.outgoing.outcomes["delivered"]:
+            still = master.obeyed and not master.unanswered and master.total("open") >= self._opened
+            if still and received == before and received >= master.outgoing.outcomes["delivered"]:
                 return
             before = received
             yield self.now()
@@ -181,6 +204,8 @@ class Phased(LoadTestShape):
         """Ask every client what it got, and judge. Raises Failed."""
         master = self.master
         master.begin("audit")
+        if (away := self._opened - master.total("open")) > 0:
+            master.fail("away", away)
         master.ask_accounts()
         until = time.monotonic() + DRAINED
         while not master.accounts_here:
@@ -204,7 +229,7 @@ class Metabrew10k(Phased):
         """Messages go out while clients come, so only sums can be audited."""
         asked = self.master.asked
         self._rate = min(10.0, asked.open_rate)
-        self.users(FriendSender, min(asked.senders, 50))
+        self.users(FriendSender, min(asked.senders, 50), first=True)
         yield self.now()
         self.master.begin("messages")
         self.master.order(rate=asked.clients / 10, senders=min(asked.senders, 50))
@@ -242,7 +267,7 @@ class Million(Phased):
     def script(self) -> Iterator[Tick]:
         """All of it."""
         asked = self.master.asked
-        then = list(filter(None, asked.then.split(",")))
+        then = sequels(asked.then)
         yield from self.swarm()
         yield from self.until_open(asked.clients)
         yield from self.settle()
@@ -267,12 +292,19 @@ class Million(Phased):
         log.info("churn: %s", self.master.facts["churn"])
 
     def search(self) -> Iterator[Tick]:
-        """The rate raised until p99 passes a second or no more can be sent; or lowered until it does not."""
+        """The rate raised until p99 passes a second or no more can be sent; or lowered until it does not. What is late, refused
+        or not confirmed at a rate that is too high is what was looked for: it is told, and no failure."""
+        before = dict(self.master.outgoing.outcomes)
+        yield from self._search()
+        self.master.order(judge=True)
+        self.master.facts["search"] = {name: self.master.outgoing.outcomes[name] - before[name] for name in ("refused", "unsure")}
+
+    def _search(self) -> Iterator[Tick]:
         facts, rate = self.master.facts, self.master.asked.message_rate
         enough = "messages" in facts and fast(facts["messages"][0])
         while True:
             rate = rate * FASTER if enough else rate / FASTER
-            yield from self.messages(f"{rate:,.0f} messages/s", rate, STEP)
+            yield from self.messages(f"{rate:,.0f} messages/s", rate, STEP, judge=False)
             step = facts["messages"][-1]
             if fast(step):
                 facts["fastest"] = step

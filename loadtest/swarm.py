@@ -37,7 +37,7 @@ from comet.kernel.processes import close
 from comet.kernel.stock import stock
 from loadtest.counting import SAMPLE, Counts
 from loadtest.histogram import index
-from loadtest.verify import EVERYONE, KIND_MASK, Place, read
+from loadtest.verify import EVERYONE, KIND_MASK, WRAP, Place, read
 from loadtest.wire import Ended, Endpoint, Malformed, head, pieces
 
 PER_ADDRESS = 2000
@@ -85,11 +85,13 @@ class Target:
     port: int
     sources: tuple[str, ...] = ()
     per_address: int = PER_ADDRESS
+    called: str = ""
+    """The name that `host` was resolved from."""
 
     @cached_property
     def name(self) -> str:
         """For the Host header."""
-        return f"{self.host}:{self.port}"
+        return f"{self.called or self.host}:{self.port}"
 
     def source(self, client: int) -> str:
         """The address of the client with this number in the whole test; "" where the system may choose."""
@@ -206,26 +208,39 @@ class Swarm:
             self._connect(client)
 
     def _connect(self, client: int) -> None:
-        sock = _socket.socket(_socket.AF_INET, _socket.SOCK_STREAM | _socket.SOCK_NONBLOCK)
-        source = self.target.source(self._users[client])
-        if source:
-            sock.setsockopt(_socket.IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, 1)
-            sock.bind((source, 0))
+        try:
+            sock = self._socket(client)
+        except OSError as error:  # no descriptor is left, or the address is not this machine's
+            self._again(client, f"not opened: {_name(error)}")
+            return
         opening = _Opening(client, monotonic())
-        error = sock.connect_ex((self.target.host, self.target.port))
+        status = sock.connect_ex((self.target.host, self.target.port))
         descriptor = sock.detach()
         if descriptor >= len(self._clients):
             self._clients.extend([-1] * (descriptor + 1024 - len(self._clients)))
         self._clients[descriptor] = client
         self._descriptors[client] = descriptor
         self._opening[descriptor] = opening
-        if error not in _AT_ONCE:
-            self._lost(descriptor, errno.errorcode.get(error, str(error)))
+        if status not in _AT_ONCE:
+            self._lost(descriptor, errno.errorcode.get(status, str(status)))
             return
         if self._request(descriptor, client):  # on loopback it is connected by now
             self._epoll.register(descriptor, _WATCHED)
         elif descriptor in self._opening:
             self._epoll.register(descriptor, _WATCHED | select.EPOLLOUT)
+
+    def _socket(self, client: int) -> _socket.socket:
+        """One that is bound to the client's address. Raises OSError."""
+        sock = _socket.socket(_socket.AF_INET, _socket.SOCK_STREAM | _socket.SOCK_NONBLOCK)
+        source = self.target.source(self._users[client])
+        try:
+            if source:
+                sock.setsockopt(_socket.IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, 1)
+                sock.bind((source, 0))
+        except OSError:
+            sock.close()
+            raise
+        return sock
 
     def _request(self, descriptor: int, client: int) -> bool:
         """Ask; whether that was possible already."""
@@ -236,7 +251,7 @@ class Swarm:
         except BlockingIOError:
             return False
         except OSError as error:
-            self._lost(descriptor, errno.errorcode.get(error.errno or 0, str(error)))
+            self._lost(descriptor, _name(error))
             return False
         return True
 
@@ -262,6 +277,8 @@ class Swarm:
         if status != 200:
             self._lost(descriptor, f"answered {status}")
             return
+        if where.id_mark and b"comet-cursor" not in headers:
+            raise Malformed("no Comet-Cursor")
         told, rest = pieces(opening.data[at:])
         if not told:
             return
@@ -298,8 +315,13 @@ class Swarm:
         client = self._clients[descriptor]
         if client < 0:
             return
-        self.counts.fail(self._endpoint(client).name, f"not opened: {why}" if descriptor in self._opening else f"closed: {why}")
+        opening = descriptor in self._opening
         self._forget(descriptor)
+        self._again(client, f"not opened: {why}" if opening else f"closed: {why}")
+
+    def _again(self, client: int, why: str) -> None:
+        """It is not connected that should be: a failure, and it comes back."""
+        self.counts.fail(self._endpoint(client).name, why)
         heapq.heappush(self._later, (monotonic() + AGAIN, client))
 
     def _forget(self, descriptor: int) -> None:
@@ -326,7 +348,7 @@ class Swarm:
         except BlockingIOError:
             pass  # that was all
         except OSError as error:
-            self._lost(descriptor, errno.errorcode.get(error.errno or 0, str(error)))
+            self._lost(descriptor, _name(error))
             return b""
         self.counts.bytes += len(found)
         return found
@@ -343,7 +365,8 @@ class Swarm:
             try:
                 if descriptor in opening:
                     self._answer(descriptor, event)
-                    if event & _ENDING and clients[descriptor] >= 0 and descriptor not in opening:
+                    if event & _ENDING and not event & select.EPOLLOUT and clients[descriptor] >= 0:
+                        # its end is behind what was read, and is not told again
                         events.append((descriptor, event))
                     continue
                 try:
@@ -367,7 +390,7 @@ class Swarm:
                 received += 1
                 client += base
                 tallies[client] += 1
-                sums[client] += number
+                sums[client] = sums[client] + number & WRAP
                 now = clock()
                 microseconds = (now - sent) // 1000
                 kind = number & KIND_MASK
@@ -379,7 +402,7 @@ class Swarm:
                 if not client % SAMPLE and (problem := counts.order.take(client, number)):
                     counts.fail(self._endpoint(client - base).name, problem)
             except OSError as error:
-                self._lost(descriptor, errno.errorcode.get(error.errno or 0, str(error)))
+                self._lost(descriptor, _name(error))
             except Ended:
                 self._lost(descriptor, "the answer ended")
             except (Malformed, ValueError) as error:
@@ -397,7 +420,8 @@ class Swarm:
             end = data.find(b"\r\n")
             if end > 0 and len(data) == end + int(data[:end], 16) + 4 > end + 4 and data.endswith(b"\r\n"):
                 text = endpoint.text(data[end + 2 :])
-                return None if text is None else read(text)
+                if text is not None:
+                    return read(text)
         told, rest = pieces(data)
         if rest:
             self._rests[descriptor] = rest
@@ -421,6 +445,10 @@ class Swarm:
             for before, after in pairwise([self._places[client], *places]):
                 counts.step(endpoint.name, before, after)
             self._places[client] = places[-1]
+
+
+def _name(error: OSError) -> str:
+    return errno.errorcode.get(error.errno or 0, str(error))
 
 
 def resolve(host: str) -> str:

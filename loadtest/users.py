@@ -15,15 +15,20 @@ import gevent
 import msgspec
 from locust import User, task
 from locust.env import Environment
+from locust.exception import StopUser
 
 from loadtest.client import Connection
 from loadtest.control import Worker
 from loadtest.counting import REFUSED, SENT, UNSURE, Send, Sender
+from loadtest.options import masks
 from loadtest.swarm import AGAIN, Swarm
 from loadtest.verify import DIRECT, EVERYONE, FEED, Place, body, read
 from loadtest.wire import EVENTS, STREAM, TEST, Endpoint, Malformed
 
 DIRECT_SENDERS = 4
+
+UNUSED = 30.0
+"""Seconds after which a sender makes a new connection: the server closes one without requests after --idle-timeout, 75 s."""
 
 BROKEN = (OSError, EOFError, Malformed, ValueError, KeyError)
 """What a connection can end with."""
@@ -97,7 +102,10 @@ class Client(User):
         if self.place is None and self.endpoint.id_mark:
             self.place = Place.read(headers[b"comet-cursor"])
         chunks = connection.chunks()
-        yield next(chunks)
+        first = next(chunks, None)
+        if first is None:
+            raise Malformed("an answer that ended before it began")
+        yield first
         connection.wait_on()
         for piece in chunks:
             self.take(piece)
@@ -175,6 +183,7 @@ class SwarmUser(User):
     def hold(self) -> None:
         """Open them, and hold them until it ends."""
         if self.work.swarm is not None:
+            gevent.sleep(AGAIN)  # Locust has it try again at once
             raise RuntimeError("a process holds one swarm: start as many processes as SwarmUsers")
         self.work.swarm = self.swarm()
         try:
@@ -207,6 +216,7 @@ class Publisher(User):
         self.work = Worker.of(environment)
         self.sender: Sender = self.work.counts.sender()
         self.connection: Connection | None = None
+        self.used = 0.0
 
     def choose(self) -> int:
         """A user."""
@@ -240,7 +250,11 @@ class Publisher(User):
         number, user = self.sender.number(self.kind), self.choose()
         outcome, told, problem = UNSURE, _Answered(), ""
         began = time.monotonic()
+        if began - self.used > UNUSED:
+            self.hang_up()
+        self.used = began
         size, sent = 0, counts.clock()
+        counts.begun += 1
         try:
             if self.connection is None:
                 self.connection = Connection(self.work.target, self.work.asked.clients + number % 60_000, timeout=self.work.patience)
@@ -255,15 +269,19 @@ class Publisher(User):
                 problem = f"answered {answer.status}: {answer.body[:80].decode()}"
         except BROKEN as error:
             problem = f"{type(error).__name__}: {error}"[:120]
-            if self.connection is not None:
-                self.connection.close()
-            self.connection = None
+            self.hang_up()
         took = (time.monotonic() - began) * 1000
         counts.record(Send(self.kind, outcome, number, user, told.targets, told.delivered or told.subscribers, sent))
         self.environment.events.request.fire(
             request_type="POST", name=self.path.format(id="<id>"), response_time=took, response_length=size,
             exception=RuntimeError(problem) if problem else None, context={},
         )  # fmt: skip
+
+    def hang_up(self) -> None:
+        """The next message has a connection of its own."""
+        if self.connection is not None:
+            self.connection.close()
+        self.connection = None
 
 
 class FriendSender(Publisher):
@@ -282,18 +300,18 @@ class LongTailSender(FriendSender):
 
 
 class DirectSender(Publisher):
-    """POST /publish/user:<id>: to one user alone, at --direct-rate."""
+    """POST /publish/user:<id>: to one user alone, as often as the shape orders."""
 
     kind = DIRECT
     path = "/publish/user:{id}"
 
     def choose(self) -> int:
-        """One that has a feed of its own."""
+        """One that has a feed of its own. Raises StopUser where nobody has."""
         clients, turns = self.work.asked.clients, self.work.endpoints
-        while True:
-            user = random.randrange(clients)
-            if "{id}" in turns[user % len(turns)].path:
-                return user
+        own = [place for place, has in enumerate(masks(turns[:clients])[0]) if has]
+        if not own:
+            raise StopUser
+        return random.randrange(random.choice(own), clients, len(turns))
 
     def pace(self) -> float:
         """There are `DIRECT_SENDERS` of them."""

@@ -29,8 +29,11 @@ EVERYONE: Final = 2
 KINDS: Final = ("feed", "direct", "everyone")
 
 KIND_MASK: Final = 3
-SENDER_SHIFT: Final = 28
-"""A number: 26 bits of count above the kind, and the sender above them."""
+SENDER_SHIFT: Final = 34
+"""A number: 32 bits of count above the kind, and 29 of sender above them, so that 63 are enough."""
+
+WRAP: Final = (1 << 64) - 1
+"""Sums of numbers are what remains in 64 bits."""
 
 SIZE: Final = 100
 """Bytes of a message, unless asked otherwise."""
@@ -73,11 +76,15 @@ class Ledger:
     def take(self, client: int, number: int) -> None:
         """It got this message."""
         self.counts[client] += 1
-        self.sums[client] += number
+        self.sums[client] = self.sums[client] + number & WRAP
+
+
+PAIRS: Final = 200_000
+"""Of client and sender, whose order a process remembers: of hours with many senders it would be gigabytes otherwise."""
 
 
 class Order:
-    """The last number of each sender that each client of a sample got."""
+    """The last number of each sender that each client of a sample got, for the first `PAIRS` of the two."""
 
     def __init__(self) -> None:
         self._last: dict[int, int] = {}  # a number for both: a tuple would be three objects more
@@ -86,6 +93,8 @@ class Order:
         """It got this message."""
         key = client << 64 - SENDER_SHIFT | number >> SENDER_SHIFT
         last = self._last.get(key, -1)
+        if last < 0 and len(self._last) >= PAIRS:
+            return ""
         self._last[key] = number
         return "" if number > last else "doubled" if number == last else "out of order"
 

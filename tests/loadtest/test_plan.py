@@ -38,6 +38,12 @@ def test_a_few_take_a_process_a_core() -> None:
     assert (made.workers, made.processes, made.each) == (2, 2, 500)
 
 
+def test_senders_are_open_files_too() -> None:
+    made = plan(38_000, 8000, machine=made_up(), processors=2, senders=10_000)
+    assert made.processes * (20_000 - 512) >= 38_000 + 10_000
+    assert made.processes == 3
+
+
 def test_what_does_not_fit_is_refused_and_says_what_would() -> None:
     made = plan(4_000_000, 8000, machine=made_up(), processors=2)
     (objection,) = made.objections
@@ -61,3 +67,12 @@ def test_the_kernel_settings_are_commands() -> None:
 def test_hardly_any(clients: int) -> None:
     made = plan(clients, 8000, machine=made_up(), processors=2)
     assert made.each * made.processes >= clients
+
+
+def test_a_port_of_another_machine_clashes_with_nothing_here() -> None:
+    machine = made_up(tcp_mem=1_000_000)
+    answers = {"/proc/sys/net/ipv4/ip_local_port_range": "1024 65000", "/proc/sys/net/core/somaxconn": "16"}
+    small = Machine(lambda path: answers.get(path) or machine.read(path), lambda: "")
+    here, elsewhere = (unmet(plan(1_000_000, 8000, one, machine, 2), small) for one in (True, False))
+    assert {row.name for row in here} == {"net.ipv4.ip_local_port_range", "net.core.somaxconn"}
+    assert not elsewhere

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from loadtest.report import gather, judge, report, soak
+from loadtest.report import figures, gather, judge, report, soak
 
 RECORDED = Path(__file__).parent / "recorded"
 
@@ -67,6 +67,17 @@ def test_steps_of_the_search_may_be_slow(folder: Path) -> None:
     assert not judge({**gather(RECORDED), "summary": json.loads((folder / "summary.json").read_text())})
 
 
+def test_what_the_search_had_refused_is_told_and_no_failure(folder: Path) -> None:
+    def searched(summary: Any) -> None:
+        summary["verdict"].update(unsure=7, refused=2)
+        summary["facts"]["search"] = {"unsure": 6, "refused": 2}
+
+    changed(folder, "summary.json", searched)
+    document = gather(folder)
+    assert judge(document) == ["of the messages 0 were refused, and 1 not confirmed"]
+    assert ("at rates that were too high", "2 messages refused, 6 not confirmed") in document["figures"]
+
+
 @pytest.mark.parametrize(("end", "grown"), [(104, False), (110, True), (60, False)])
 def test_a_soak_looks_at_growth_after_it_is_warm(end: int, grown: bool) -> None:
     at = list(range(2000))
@@ -82,3 +93,21 @@ def test_a_run_that_was_cut_off_has_a_report_too(folder: Path) -> None:
     (folder / "timeline.jsonl").write_text("")
     (folder / "samples.jsonl").write_text("")
     assert report(folder)["figures"]
+
+
+def test_a_service_on_another_machine_is_not_judged_by_memory() -> None:
+    at = list(range(100))
+    machine = {"at": at, "service": [0] * 100}
+    document: Any = {"series": {"sections": [(0, "messages"), (99, "audit")], "clients": {"at": [99]}, "machine": machine}, "figures": []}
+    assert soak(document) == []
+    assert document["figures"] == [("memory's growth", "unknown: the service is on another machine")]
+
+
+def test_cores_are_those_of_the_messages_without_the_drain(folder: Path) -> None:
+    document = gather(folder)
+    since, seconds = {name: at for at, name in document["series"]["sections"]}["messages"], 5.0
+    machine = document["series"]["machine"]
+    machine["load_cores"] = machine["busy_cores"] = [1.0 if at <= since + seconds else 0.0 for at in machine["at"]]
+    document["plan"]["workers"] = 0
+    document["summary"]["facts"]["messages"][0]["seconds"] = seconds
+    assert dict(figures(document))["CPU: messages"].startswith("load 1.00 cores, ")

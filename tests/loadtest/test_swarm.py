@@ -13,7 +13,7 @@ from gevent.server import StreamServer
 from loadtest.counting import Counts
 from loadtest.swarm import Swarm, Target
 from loadtest.verify import FEED, body, number
-from loadtest.wire import STREAM, TEST, Endpoint
+from loadtest.wire import BOTH, STREAM, TEST, Endpoint
 from tests.harness import wait_until
 
 HEAD = b"HTTP/1.1 200 OK\r\nComet-Cursor: ab-0\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -54,8 +54,8 @@ class Play:
         self.answer(sock)
         gevent.sleep(60)  # the handler's end would close it
 
-    def start(self, clients: int, endpoint: Endpoint = TEST) -> Swarm:
-        target = Target("127.0.0.1", self.server.server_port)
+    def start(self, clients: int, endpoint: Endpoint = TEST, sources: tuple[str, ...] = ()) -> Swarm:
+        target = Target("127.0.0.1", self.server.server_port, sources)
         self.swarm = Swarm(target, range(clients), [endpoint], self.counts, rate=1e6)
         self.greenlet = gevent.spawn(self.swarm.run)
         return self.swarm
@@ -142,10 +142,47 @@ def test_a_client_that_is_refused_is_a_failure_and_tries_again(play: Play) -> No
     wait_until(lambda: len(play.requests) == 6)
 
 
+def test_an_answer_that_ends_in_its_middle_is_a_failure(play: Play) -> None:
+    swarm = play.start(1)
+    epoll = swarm._epoll
+    ended: list[bool] = []
+
+    class Later:
+        """Tells of what has come when the connection has ended."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(epoll, name)
+
+        def poll(self, *arguments: Any) -> Any:
+            return epoll.poll(*arguments) if ended else []
+
+    def answer(sock: Any) -> None:
+        sock.sendall(HEAD[:40])
+        sock.shutdown(socket.SHUT_WR)
+        ended.append(True)
+
+    swarm._epoll = Later()
+    play.answer = answer
+    wait_until(lambda: play.failures().get("not opened: by the server"))
+
+
+def test_an_answer_without_a_cursor_is_a_failure(play: Play) -> None:
+    play.answer = lambda sock: sock.sendall(HEAD.replace(b"Comet-Cursor: ab-0\r\n", b"") + chunk(b"\n"))
+    play.start(1, STREAM)
+    wait_until(lambda: play.failures().get("not opened: malformed: no Comet-Cursor"))
+
+
 def test_nobody_listens(play: Play) -> None:
     play.server.stop()
     play.start(2)
     wait_until(lambda: play.failures().get("not opened: ECONNREFUSED", 0) >= 2)
+
+
+def test_an_address_of_another_machine_is_a_failure_of_those_that_have_it(play: Play) -> None:
+    play.start(2, sources=("192.0.2.1",))
+    wait_until(lambda: play.failures().get("not opened: EADDRNOTAVAIL", 0) >= 3)
+    assert not play.greenlet.ready()
+    assert list(play.counts.ledger.ids) == [0, 1]
 
 
 def test_places_find_what_is_lost_doubled_or_out_of_order(play: Play) -> None:
@@ -156,6 +193,13 @@ def test_places_find_what_is_lost_doubled_or_out_of_order(play: Play) -> None:
         wait_until(partial(lambda count: play.counts.received == count, count))
     play.sockets[0].sendall(chunk(b'{"gap":true,"cursor":"cd-0"}\n'))
     wait_until(lambda: play.failures() == {"lost": 2, "doubled": 1, "out of order": 1, "gap": 1})
+
+
+def test_a_gap_is_told_to_those_without_places_too(play: Play) -> None:
+    play.start(1, BOTH)
+    wait_until(lambda: play.counts.open == 1)
+    play.sockets[0].sendall(chunk(b'{"gap":true,"cursor":"cd-0,ef-0"}\n'))
+    wait_until(lambda: play.failures() == {"gap": 1})
 
 
 def test_who_leaves_comes_back_with_the_cursor_of_the_last_message(play: Play) -> None:

@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from loadtest import verify
 from loadtest.audit import Outgoing, audit, edges
+from loadtest.control import SENDERS_A_PROCESS
 from loadtest.counting import RECORD, REFUSED, SENT, UNSURE, Counts, Send
 from loadtest.verify import DIRECT, EVERYONE, FEED, KIND_MASK, SENDER_SHIFT, SIZE, Order, Place, body, number, read
 
@@ -62,11 +64,31 @@ def test_numbers_are_unique() -> None:
     assert len(made) == 20 * 50 * 3
 
 
+def test_numbers_of_senders_of_all_processes_and_of_days_are_unique_and_fit() -> None:
+    first = SENDERS_A_PROCESS
+    made = {number(sender, count, FEED) for sender in (0, 1, 9_999, first, first + 9_999) for count in (1, 86_400_000)}
+    assert len(made) == 10
+    assert number(1 << 13 << 16, 1, FEED) == 1 << 63 | 4, "8,192 processes"
+
+
+def test_sums_wrap_on_both_sides() -> None:
+    large = [Send(kind, SENT, number(1 << 28, count, kind), 0, 1, 1, 0) for count in range(1, 6) for kind in (FEED, EVERYONE)]
+    verdict = audit([], told(large, 1), got(large, logins=(0,)), shared=[True])
+    assert (verdict["due"], verdict["lost"], verdict["doubled"], verdict["other"]) == (10, 0, 0, 0)
+
+
 def test_the_order_of_a_sender() -> None:
     order = Order()
     assert [order.take(0, number(1, count, FEED)) for count in (1, 5, 5, 2, 6)] == ["", "", "doubled", "out of order", ""]
     assert order.take(0, number(2, 1, FEED)) == ""
     assert order.take(1, number(1, 1, FEED)) == ""
+
+
+def test_the_order_of_so_many_is_remembered_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verify, "PAIRS", 2)
+    order = Order()
+    assert [order.take(client, number(1, 5, FEED)) for client in range(4)] == [""] * 4
+    assert [order.take(client, number(1, 4, FEED)) for client in range(4)] == ["out of order"] * 2 + [""] * 2
 
 
 def test_steps_from_place_to_place() -> None:
