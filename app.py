@@ -183,7 +183,7 @@ def serve(settings: Settings, listener: socket.socket, data: Path, place: Place 
 
     beat()
     gevent.spawn(_every, 1.0, beat)
-    gevent.spawn(_every, collector.TIDYING, collector.tidy)
+    gevent.spawn(_every, collector.TIDYING, processes.give_back)
     if place is None:
         greet(settings, listener.getsockname(), capacity)
         _speak(notifier, stats, capacity)

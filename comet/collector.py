@@ -17,9 +17,9 @@ THRESHOLDS = (10_000, 20, 50)
 middle one is; and those before all is. The last also waits, in CPython, until a quarter of all that
 survived so far is new, which keeps full walks rare when there are many clients."""
 
-
 TIDYING = 10.0
-"""Seconds between two calls of `tidy`."""
+"""Seconds between two calls of `processes.give_back`. Messages and answers of every size come and go for hours, between clients
+that stay, and the C library's heap, which has what is larger than 512 bytes, would grow by the holes."""
 
 
 def set_up(stats: Stats) -> None:
@@ -36,15 +36,9 @@ def set_up(stats: Stats) -> None:
 
     gc.collect()
     gc.freeze()
-    tidy()
+    processes.give_back()
     gc.set_threshold(*THRESHOLDS)
     gc.callbacks.append(measure)
-
-
-def tidy() -> None:
-    """Give back what is free. Messages and answers of every size come and go for hours, between clients that stay, and the C
-    library's heap would grow by the holes. A walk over the free pieces of that heap, which holds what is larger than 512 bytes."""
-    processes.give_back()
 
 
 def keep() -> None:

@@ -452,7 +452,7 @@ def main(arguments: Sequence[str]) -> int:
             collector.keep()
             if next_tick >= next_tidying:
                 next_tidying = next_tick + collector.TIDYING
-                collector.tidy()
+                processes.give_back()
             board.write(options.slot, {
                 "role": "router",
                 "pid": os.getpid(),
