@@ -406,7 +406,7 @@ def test_a_connection_serves_many_requests(server: Server) -> None:
             answer = client.request("GET", "/healthz")
             assert answer.status == 200
             assert "connection" not in answer.headers
-    assert server.stats()["connections"] == 1
+    wait_until(lambda: server.stats()["connections"] == 1)
 
 
 def test_a_client_that_pipelines_and_never_reads_is_closed(start: Start) -> None:
