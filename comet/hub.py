@@ -106,6 +106,29 @@ class Hub:
         self._register(channel, subscriber)
         return subscriber
 
+    def subscribe_soon(self, wish: Wish, bed: Host, done: Callable[[Subscriber], object], failed: Callable[[Refusal], object]) -> bool:
+        """As `subscribe`, for a caller in the loop: `done` is called with the subscriber, asleep in `bed` where it has missed nothing,
+        or `failed` with why there is none. False where that can't be, and then nothing was done."""
+        channels, since, framing, patience = wish
+        if len(channels) != 1 or self.draining or patience == 0:
+            return False
+        channel = channels[0]
+
+        def joined(answer: Joined) -> None:
+            missed = answer.messages or answer.gap or self.draining
+            subscriber = Subscriber(channels, framing, self, Awake(patience, {}) if missed else bed)
+            self._stats.clients[framing.name] += 1
+            self._register(channel, subscriber)
+            if missed:
+                subscriber.join({channel: answer})
+                if self.draining:
+                    subscriber.end("shutdown")
+            else:
+                subscriber.epoch, subscriber.offset = answer.position
+            done(subscriber)
+
+        return self._backplane.subscribe_soon(channel, since[0], joined, failed)
+
     def _register(self, channel: str, subscriber: Subscriber) -> None:
         present = self._channels.get(channel)
         if present is None:

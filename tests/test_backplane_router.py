@@ -22,6 +22,7 @@ from typing import Any
 
 import gevent
 import pytest
+from gevent.event import AsyncResult
 
 from comet import router as router_module
 from comet.backplane import frames
@@ -266,15 +267,39 @@ class Reader:
         stands = [self.stands.get(channel) for channel in self.channels]
         wish = Wish(self.channels, stands if since is None else since, LINES, None)
         subscriber = self.worker.hub.subscribe_asleep(wish, self) if asleep else None
-        if subscriber is None:
-            subscriber = self.worker.hub.subscribe(wish)
+        if subscriber is not None:
+            self._begin(wish, subscriber)
+        elif not asleep or not self._join_soon(wish):
+            self._begin(wish, self.worker.hub.subscribe(wish))
+        return self
+
+    def _join_soon(self, wish: Wish) -> bool:
+        """As the server does for who has no greenlet; here one waits for it, and may be killed."""
+        answer: AsyncResult[None] = AsyncResult()
+        waits = True
+
+        def done(subscriber: Subscriber) -> None:
+            if waits:
+                self._begin(wish, subscriber)
+                answer.set()
+            else:
+                subscriber.close()
+
+        if not self.worker.hub.subscribe_soon(wish, self, done, answer.set_exception):
+            return False
+        try:
+            answer.get()
+        finally:
+            waits = False
+        return True
+
+    def _begin(self, wish: Wish, subscriber: Subscriber) -> None:
         self.subscriber = subscriber
         for channel, since_there, begin in zip(self.channels, wish.since, subscriber.cursor.positions.values(), strict=True):
             if not isinstance(since_there, Position):
                 self.stands[channel] = begin
         if subscriber.host is not self:
             self.greenlet = gevent.spawn(self._run, subscriber)
-        return self
 
     def leave(self) -> None:
         """Hang up."""
@@ -711,8 +736,11 @@ def test_messages_pending_in_a_sweep_come_before_the_gap(start: Open) -> None:
     assert {tuple(reader.got) for reader in readers} == {("1", "2", "GAP", "3", "4")}
 
 
+@pytest.mark.parametrize("asleep", [False, True])
 @pytest.mark.parametrize("since", [None, "cursor"])
-def test_who_is_joining_as_the_router_goes_is_answered_by_the_next_one(start: Open, since: str | None) -> None:
+def test_who_is_joining_as_the_router_goes_is_answered_by_the_next_one(
+    start: Open, since: str | None, asleep: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     service = start()
     one, _ = service.workers
     holder = Reader(service, one, ["a"]).join()
@@ -722,7 +750,8 @@ def test_who_is_joining_as_the_router_goes_is_answered_by_the_next_one(start: Op
     reader = Reader(service, one, ["a"])
     if since is not None:
         reader.stands = dict(holder.stands)
-    joining = gevent.spawn(reader.join, asleep=False)
+    monkeypatch.setattr(one.backplane, "rejoin", lambda *_: None)  # so that it can't be done at once
+    joining = gevent.spawn(reader.join, asleep=asleep)
     reading = gevent.spawn(one.hub.read, "a", "oldest", 10)
     gevent.sleep(0.01)
     service.restart()
@@ -934,6 +963,7 @@ def test_a_router_that_does_not_answer_is_away_and_its_late_answers_leave_nothin
         (lambda: publish(one, "a", "1"), "unconfirmed"),
         (lambda: one.hub.send("a", "message", b"1", None), "unconfirmed"),
         (lambda: Reader(service, one, ["a", "b"]).join((None, None)), "backplane-away"),
+        (lambda: Reader(service, one, ["a"]).join((None,), asleep=True), "backplane-away"),
         (lambda: one.hub.info("a"), "backplane-away"),
         (lambda: one.hub.read("a", "oldest", 1), "backplane-away"),
         (lambda: one.hub.delete("c"), "backplane-away"),
@@ -942,7 +972,7 @@ def test_a_router_that_does_not_answer_is_away_and_its_late_answers_leave_nothin
     for call, reason in calls:
         with pytest.raises(Refusal, match=reason):
             call()
-    assert len(one.link._calls) == 7
+    assert len(one.link._calls) == 8
     service.turning = gevent.spawn(service._turn, service.router)
     service.check_counts()
     assert not one.hub._channels
@@ -954,14 +984,15 @@ def test_what_nobody_waits_for_is_not_asked_again(start: Open) -> None:
     service = start(timeout=0.05)
     one, _ = service.workers
     service.turning.kill()
-    with pytest.raises(Refusal, match="backplane-away"):
-        Reader(service, one, ["a"]).join((None,))
+    for asleep in (True, False):
+        with pytest.raises(Refusal, match="backplane-away"):
+            Reader(service, one, ["a"]).join((None,), asleep)
     service.restart()
     assert not one.link._calls
     assert subscribers(one, "a") is None
     service.stop()
     wait_until(lambda: not one.backplane.ready())
-    for call in (lambda: publish(one, "a", "1"), lambda: one.hub.info("a")):
+    for call in (lambda: publish(one, "a", "1"), lambda: one.hub.info("a"), lambda: Reader(service, one, ["a"]).join((None,))):
         with pytest.raises(Refusal, match="backplane-away"):  # it was never sent
             call()
     assert not one.link._calls

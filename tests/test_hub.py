@@ -11,7 +11,7 @@ import pytest
 from comet.backplane import Deliver, Dropped, Lost
 from comet.backplane.memory import MemoryBackplane
 from comet.errors import Refusal
-from comet.framing import LINES, POLL, TEXT, Framing, ServerSentEvents
+from comet.framing import LINES, POLL, TEXT, Batch, Framing, ServerSentEvents
 from comet.history import Joined
 from comet.hub import Hub
 from comet.message import Gap, Message, Position, Publication, Since, parse_cursor
@@ -111,6 +111,79 @@ def taken(subscriber: Subscriber) -> list[str]:
     items = subscriber.awake.take(0)
     assert items is not None
     return ["GAP" if isinstance(item, Gap) else item.data.decode() for item in items]
+
+
+# -- without a greenlet
+
+
+def never(what: object) -> None:
+    raise AssertionError(what)
+
+
+class Bed:
+    """Whose sleepers these are."""
+
+    def __init__(self) -> None:
+        self.got: list[str] = []
+
+    def deliver(self, subscriber: Subscriber, batch: Batch) -> None:
+        self.got += [message.data.decode() for message in batch.messages]
+
+    def skip(self, subscriber: Subscriber, places: object) -> None:
+        raise AssertionError
+
+    def end(self, subscriber: Subscriber, reason: str) -> None:
+        subscriber.close(reason)
+
+
+def soon(world: World, bed: Bed, since: Since, framing: Framing = LINES, patience: float | None = None) -> Subscriber:
+    """Who joins "a" without a greenlet."""
+    those: list[Subscriber] = []
+    assert world.hub.subscribe_soon(Wish(("a",), (since,), framing, patience), bed, those.append, never)
+    (one,) = those
+    return one
+
+
+def test_who_joins_soon_sleeps_where_nothing_was_missed_and_gets_what_comes(world: World) -> None:
+    bed = Bed()
+    one = soon(world, bed, None)
+    assert one.host is bed
+    world.publish("a", "1")
+    assert bed.got == ["1"]
+    assert +world.stats.clients == {"stream": 1}
+    one.close()
+    world.assert_empty("a")
+
+
+@pytest.mark.parametrize("framing", [LINES, POLL])
+def test_who_joins_soon_and_has_missed_something_is_awake_and_has_it(world: World, framing: Framing) -> None:
+    holder = world.join("a")
+    world.publish("a", "1", "2")
+    place = holder.cursor.positions["a"]
+    one = soon(world, Bed(), place, framing, 5.0)
+    world.publish("a", "3")
+    assert taken(one) == ["1", "2", "3"]
+    other = soon(world, Bed(), Position(place.epoch ^ 1, 7), framing, 5.0)
+    assert taken(other) == ["GAP", "1", "2", "3"]
+    for each in (holder, one, other):
+        each.close()
+    world.assert_empty("a")
+
+
+def test_who_joins_soon_as_a_drain_begins_is_ended_like_the_others(world: World) -> None:
+    world.backplane.after = world.hub.drain
+    one = soon(world, Bed(), None)
+    assert reason(one) == "shutdown"
+    one.close()
+    world.assert_empty("a")
+    assert not world.hub.subscribe_soon(Wish(("a",), (None,), LINES, None), Bed(), never, never)
+    assert world.subscribers("a") == 0
+
+
+def test_who_would_not_wait_or_wants_several_channels_does_not_join_soon(world: World) -> None:
+    for wish in (Wish(("a",), (None,), POLL, 0), Wish(("a", "b"), (None, None), LINES, None)):
+        assert not world.hub.subscribe_soon(wish, Bed(), never, never)
+    assert (world.subscribers("a"), world.subscribers("b")) == (None, None)
 
 
 # -- in step

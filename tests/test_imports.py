@@ -89,7 +89,7 @@ ALLOWED: dict[str, set[str]] = {
     "comet.hub": HUB,
     "comet.backplane": {*SPOKEN, "comet.history"},
     "comet.backplane.frames": {*SPOKEN},
-    "comet.backplane.link": {*SPOKEN, "comet.backplane.frames"},
+    "comet.backplane.link": {*SPOKEN, "comet.turn", "comet.backplane.frames"},
     "comet.backplane.router": {
         *SPOKEN,
         "comet.history",

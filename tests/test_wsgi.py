@@ -1,6 +1,7 @@
 """Who is let in, and when. (The rest of the server is tested whole: tests/behaviour.)"""
 
 import errno
+import struct
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
@@ -8,10 +9,16 @@ import gevent
 import pytest
 from gevent import socket
 
+from comet.backplane.memory import MemoryBackplane
+from comet.errors import Refusal
+from comet.framing import TEXT
+from comet.hub import Hub
+from comet.message import Publication
 from comet.server.connection import Connection
 from comet.server.wsgi import MOST_ACCEPTED, CometServer
 from comet.settings import Settings
 from comet.stats import Stats
+from comet.subscriber import Wish
 from tests.harness import Client, wait_until
 
 
@@ -22,6 +29,9 @@ class Nobody:
         raise AssertionError
 
     def subscribe_asleep(self, wish: object, bed: object) -> object:
+        raise AssertionError
+
+    def subscribe_soon(self, wish: object, bed: object, done: object, failed: object) -> bool:
         raise AssertionError
 
 
@@ -112,6 +122,111 @@ def test_who_was_to_wait_is_released_where_the_answer_fails_and_the_client_has_g
         wait_until(lambda: server.stats.accepted and not server.stats.connections)
     assert Waiting.said == ["lost", "closed"]
     assert "as a test has it" in caplog.text
+
+
+class Asking:
+    """A hub whose backplane has not answered yet: `done` and `failed` are what it would call."""
+
+    def __init__(self, server: CometServer, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.hub = Hub(MemoryBackplane(), server.stats, 1 << 20, gevent.get_hub().loop.run_callback)
+        self.done: Callable[[Any], object] | None = None
+        self.failed: Callable[[Refusal], object] | None = None
+        monkeypatch.setattr(server.shortcut, "_make", lambda *_: Wish(("a",), (None,), TEXT, None))
+        monkeypatch.setattr(server, "_subscribe_asleep", lambda wish, bed: None)
+        monkeypatch.setattr(server, "_subscribe_soon", self.subscribe_soon)
+
+    def subscribe_soon(self, wish: Wish, bed: Any, done: Callable[[Any], object], failed: Callable[[Refusal], object]) -> bool:
+        def later(subscriber: Any) -> None:
+            self.done = lambda _: done(subscriber)
+
+        self.failed = failed
+        return self.hub.subscribe_soon(wish, bed, later, failed)
+
+
+def test_a_first_request_waits_for_its_channel_without_a_greenlet(server: CometServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    asking = Asking(server, monkeypatch)
+    with Client(server.server_port) as client:
+        client.ask("GET", "/test/1")
+        wait_until(lambda: asking.done)
+        assert not server.awake
+        assert server.stats.connections == server.stats.requests == 1
+        assert asking.done is not None
+        asking.done(None)
+        client.read_head()
+        client.read_chunk()
+        asking.hub.publish([Publication("a", b"x")])
+        assert b"x" in client.read_chunk()
+        assert not server.awake
+    wait_until(lambda: not server.stats.connections)
+    assert server.stats.closed == {"hang-up": 1}
+
+
+def test_a_first_request_whose_channel_cannot_be_joined_is_told_why(server: CometServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    asking = Asking(server, monkeypatch)
+    with Client(server.server_port) as client:
+        client.ask("GET", "/test/1")
+        wait_until(lambda: asking.failed)
+        assert asking.failed is not None
+        asking.failed(Refusal("backplane-away", "Nobody answers."))
+        answer = client.read()
+        assert (answer.status, answer.json["error"]) == (503, "backplane-away")
+        assert client.at_end()
+    wait_until(lambda: not server.stats.connections)
+    assert server.stats.refused == {"backplane-away": 1}
+    assert not server.awake
+
+
+@pytest.mark.parametrize("way", ["answered", "at once", "in a greenlet", "idle"])
+def test_who_cannot_be_watched_is_closed_and_counts_no_more(server: CometServer, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    """As where fs.epoll.max_user_watches is met."""
+
+    class Full:
+        def register(self, descriptor: int, events: int) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    asking = Asking(server, monkeypatch)
+    if way == "at once":
+        monkeypatch.setattr(server, "_subscribe_asleep", asking.hub.subscribe_asleep)
+    elif way == "in a greenlet":
+        monkeypatch.setattr(server, "_subscribe_soon", lambda *_: False)
+        monkeypatch.setattr(server, "subscribe", asking.hub.subscribe)
+    with Client(server.server_port) as client, monkeypatch.context() as patch:
+        if way == "answered":
+            client.ask("GET", "/test/1")
+            wait_until(lambda: asking.done)
+        patch.setattr(server.parking, "_epoll", Full())
+        if way == "answered":
+            assert asking.done is not None
+            asking.done(None)
+        elif way == "idle":
+            client.ask("POST", "/")
+            assert client.read().body == b"ok"
+        else:
+            client.ask("GET", "/test/1")
+            if way == "in a greenlet":
+                client.read_head()
+                client.read_chunk()
+        assert client.at_end()
+    wait_until(lambda: not server.stats.connections)
+    assert not server.awake
+    assert +server.stats.clients == {}
+    closed = {"answered": 1, "at once": 2, "in a greenlet": 1, "idle": 0}[
+        way
+    ]  # at once, and then in a greenlet, where the kernel says it again
+    assert server.stats.closed == ({"lost": closed} if closed else {})
+
+
+def test_who_hangs_up_before_a_first_request_is_forgotten(server: CometServer) -> None:
+    server.stop_accepting()
+    for reset in (False, True):
+        client = Client(server.server_port)
+        if reset:
+            client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        client.close()
+    server.start_accepting()
+    wait_until(lambda: server.stats.accepted)
+    wait_until(lambda: not server.stats.connections)
+    assert server.stats.requests == 0
 
 
 def test_a_failing_accept_loses_nobody_who_was_accepted_before(server: CometServer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,6 +86,11 @@ class Backplane(Protocol):
         """`subscribe` at once, where nothing has to be read: whoever starts now, or stands at the newest
         position, has missed nothing. That position, or None: then nothing was done. Never blocks."""
 
+    def subscribe_soon(self, channel: str, since: Since, done: Callable[[Joined], object], failed: Callable[[Refusal], object]) -> bool:
+        """`subscribe` for a caller who has no greenlet to wait with: the loop calls `done` at the answer's place among the
+        deliveries, so that nothing has to be held back, or `failed` with what `subscribe` would raise later; neither may raise or block.
+        False where that is not to be had, and then nothing was done. Raises Refusal ``backplane-busy``."""
+
     def unsubscribe(self, channels: Sequence[str]) -> None:
         """Undo one `subscribe` of these channels."""
 

@@ -17,6 +17,7 @@ import logging
 import os
 import random
 import socket
+import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -28,6 +29,10 @@ from gevent.hub import Waiter
 
 from comet.backplane import frames
 from comet.errors import Refusal
+from comet.turn import Alarm
+
+LOOKS = 20
+"""Looks for calls that have waited too long, in that time: a timer each would cost as much as the call."""
 
 MAX_WAITING = 64 << 20
 """Bytes of calls that wait for the router, or on their way to it: beyond it they are refused."""
@@ -63,17 +68,20 @@ def _nothing() -> None:
 
 class _Call:
     """A question under way. `arrived` takes the answer, at its place among the deliveries; `again` says that
-    it may be asked a second time; `undo` is None while somebody waits, then what follows a late answer."""
+    it may be asked a second time. Where somebody waits, until `ends`, `done` is told what `arrived` has made of it and
+    `failed` why there is none; when they are None again, `undo` follows a late answer."""
 
-    __slots__ = ("again", "arrived", "frame", "sent", "undo", "waiter")
+    __slots__ = ("again", "arrived", "done", "ends", "failed", "frame", "sent", "undo")
 
     def __init__(self, frame: bytes, arrived: Callable[[msgspec.Raw], Any], again: bool) -> None:
         self.frame = frame
         self.arrived = arrived
         self.again = again
         self.sent = False
+        self.ends = 0.0
+        self.done: Callable[[Any], object] | None = None
+        self.failed: Callable[[Refusal], object] | None = None
         self.undo: Callable[[], None] | None = None
-        self.waiter: Any = None
 
 
 class Link:
@@ -83,6 +91,7 @@ class Link:
     def __init__(self, path: str, timeout: float, worker: Worker) -> None:
         self._path = path
         self._timeout = timeout
+        self._expiry = Alarm(timeout / LOOKS, self._expire)
         self._worker = worker
         self._calls: dict[int, _Call] = {}
         self._last_call = 0
@@ -109,6 +118,7 @@ class Link:
     def close(self) -> None:
         """End the link, for good."""
         self._greenlet.kill()
+        self._expiry.stop()
         self._end()
 
     # -- calls
@@ -120,30 +130,65 @@ class Link:
         again: bool = True,
         undo: Callable[[], None] = _nothing,
     ) -> Any:
-        """Call the router and wait; what `arrived` makes of the answer. `undo` is done when an answer has
-        arrived and nobody waits for it any more.
+        """Call the router and wait; what `arrived` makes of the answer.
 
-        Raises Refusal ``backplane-busy``, ``backplane-away``, ``unconfirmed``."""
+        Raises Refusal ``backplane-busy``, ``backplane-away``, ``unconfirmed``; `undo`: see `ask_soon`."""
+        waiter = Waiter()
+        number = self.ask_soon(make, arrived, waiter.switch, waiter.throw, again, undo)
+        try:
+            return waiter.get()
+        finally:
+            self._give_up(number)  # where this greenlet is killed
+
+    def ask_soon(
+        self,
+        make: Callable[[int], frames.Asked],
+        arrived: Callable[[msgspec.Raw], Any],
+        done: Callable[[Any], object],
+        failed: Callable[[Refusal], object],
+        again: bool = True,
+        undo: Callable[[], None] = _nothing,
+    ) -> int:
+        """Call the router; the call's number. The loop calls `done` with what `arrived` makes of the answer, at its place among
+        the deliveries, or `failed` with ``backplane-away`` or ``unconfirmed``; neither may raise. `undo` is done when an answer
+        arrives after that.
+
+        Raises Refusal ``backplane-busy``."""
         if max(self._asked, self._queued + len(self._rest)) > MAX_WAITING:
             raise Refusal("backplane-busy", "Too much waits for the router of this service; send it again, a little later.")
         number = self.call(make, arrived, again)
         call = self._calls[number]
-        call.waiter = Waiter()
-        try:
-            with gevent.Timeout(self._timeout, False):
-                return call.waiter.get()
-        finally:
-            if number in self._calls:  # too late, or this greenlet is killed
-                if call.sent:
-                    call.undo = undo
-                else:
-                    self._forget(number)
-        if call.sent and not again:
-            raise unconfirmed()
-        raise Refusal("backplane-away", "The router of this service does not answer; send it again, a little later.")
+        call.done, call.failed, call.undo = done, failed, undo
+        call.ends = time.monotonic() + self._timeout
+        if not self._expiry.active:
+            self._expiry.set()
+        return number
+
+    def _give_up(self, number: int) -> None:
+        """Nobody waits for this answer any more."""
+        call = self._calls.get(number)
+        if call is not None:
+            call.done = call.failed = None
+            if not call.sent:
+                self._forget(number)
+
+    def _expire(self) -> None:
+        """Give up what has waited too long: the calls stand in the order in which they were asked."""
+        now = time.monotonic()
+        late = []
+        for number, call in self._calls.items():
+            if call.failed is None:
+                continue
+            if call.ends > now:
+                self._expiry.set()
+                break
+            late.append((number, call.failed, call.sent and not call.again))
+        for number, failed, unsure in late:
+            self._give_up(number)
+            self._loop.run_callback(failed, unconfirmed() if unsure else _away())
 
     def call(self, make: Callable[[int], frames.Asked], arrived: Callable[[msgspec.Raw], Any], again: bool = False) -> int:
-        """Call the router; `arrived` takes the answer. The call's number."""
+        """Call the router; `arrived` takes the answer, for which nobody waits. The call's number."""
         self._last_call = number = self._last_call + 1
         call = self._calls[number] = _Call(frames.frame(make(number)), arrived, again)
         self._asked += len(call.frame)
@@ -166,10 +211,10 @@ class Link:
             return
         answer = call.arrived(value)
         self._forget(number)
-        if call.undo is not None:
+        if call.done is not None:
+            call.done(answer)
+        elif call.undo is not None:
             call.undo()
-        elif call.waiter is not None:
-            call.waiter.switch(answer)
 
     # -- writing
 
@@ -287,15 +332,19 @@ class Link:
         self._queued = 0
         self._rest = memoryview(b"")
         for number, call in list(self._calls.items()):
-            if call.undo is not None:  # nobody waits, and what the router has done went with the link
+            if call.undo is not None and call.done is None:  # nobody waits, and what the router has done went with the link
                 self._forget(number)
             elif call.sent and not call.again:
                 self._forget(number)
-                if call.waiter is not None:
-                    self._loop.run_callback(call.waiter.throw, unconfirmed())
+                if call.failed is not None:
+                    self._loop.run_callback(call.failed, unconfirmed())
             call.sent = False
         self._worker.unlinked()
         self._broken.set()
+
+
+def _away() -> Refusal:
+    return Refusal("backplane-away", "The router of this service does not answer; send it again, a little later.")
 
 
 def unconfirmed() -> Refusal:

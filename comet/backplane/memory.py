@@ -242,6 +242,10 @@ class MemoryBackplane:
         self._idle.pop(channel, None)
         return head
 
+    def subscribe_soon(self, channel: str, since: Since, done: Callable[[Joined], object], failed: Callable[[Refusal], object]) -> bool:
+        done(self.subscribe((channel,), (since,))[0])
+        return True
+
     def unsubscribe(self, channels: Sequence[str]) -> None:
         for channel in channels:
             log = self._channels[channel]

@@ -319,6 +319,9 @@ class RedisBackplane:
     def rejoin(self, channel: str, since: Since) -> Position | None:
         return self._following.rejoin(channel, since)
 
+    def subscribe_soon(self, channel: str, since: Since, done: Callable[[Joined], object], failed: Callable[[Refusal], object]) -> bool:
+        return False
+
     def unsubscribe(self, channels: Sequence[str]) -> None:
         for channel in channels:
             self._following.leave(channel)

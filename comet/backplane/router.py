@@ -125,15 +125,23 @@ class RouterBackplane:
 
     def subscribe(self, channels: Sequence[str], since: Sequence[Since]) -> Sequence[Joined]:
         joined: dict[str, _Known] = {}
-
-        def undo() -> None:
-            # a channel that was deleted since, or came anew, does not count that subscriber
-            self.unsubscribe([channel for channel, known in joined.items() if self._channels.get(channel) is known])
-
         answers: Sequence[Joined] = self._link.ask(
-            lambda call: frames.Subscribe(call, channels, since), partial(self._joined, channels, joined), undo=undo
+            lambda call: frames.Subscribe(call, channels, since),
+            partial(self._joined, channels, joined),
+            undo=partial(self._leave_again, joined),
         )
         return answers
+
+    def subscribe_soon(self, channel: str, since: Since, done: Callable[[Joined], object], failed: Callable[[Refusal], object]) -> bool:
+        joined: dict[str, _Known] = {}
+        self._link.ask_soon(
+            lambda call: frames.Subscribe(call, (channel,), (since,)),
+            lambda value: self._joined((channel,), joined, value)[0],
+            done,
+            failed,
+            undo=partial(self._leave_again, joined),
+        )
+        return True
 
     def rejoin(self, channel: str, since: Since) -> Position | None:
         known = self._channels.get(channel)
@@ -249,6 +257,10 @@ class RouterBackplane:
             known.told += 1
             self._resting.pop(channel, None)
         return answers
+
+    def _leave_again(self, joined: Mapping[str, _Known]) -> None:
+        """Nobody waits any more for those to be joined; one that was deleted since, or came anew, does not count that subscriber."""
+        self.unsubscribe([channel for channel, known in joined.items() if self._channels.get(channel) is known])
 
     def _known(self, channel: str, answer: Joined) -> _Known:
         known = self._channels.get(channel)

@@ -61,10 +61,10 @@ class Owner(Host, Protocol):
     refusing: int
     application: Any
     subscribe: Callable[[Any], Any]
-    subscribe_asleep: Callable[[Any, Any], Any]
 
     def date(self) -> bytes: ...
     def gone(self, network: str) -> None: ...
+    def attend_asleep(self, descriptor: int, network: str, wish: Any) -> bool: ...
     def lifted(self, data: bytes) -> Lifted: ...
     def lend(self, client: str, proxy: Proxy) -> Behind: ...
     def rested(self, network: str) -> str: ...
@@ -110,11 +110,14 @@ class Connection(Transport, WSGIHandler):
             self.server.stats.errors += 1
             log.exception("a connection failed")
         finally:
-            self.server.awake.discard(self)
-            self._body = None  # it holds this connection: another cycle, with the body's buffer
-            if self.descriptor >= 0:
-                self.close()
-                self.server.gone(self.network)
+            self._over()
+
+    def _over(self) -> None:
+        self.server.awake.discard(self)
+        self._body = None  # it holds this connection: another cycle, with the body's buffer
+        if self.descriptor >= 0:
+            self.close()
+            self.server.gone(self.network)
 
     def _serve(self) -> bool:
         """Answer requests until the connection is to be closed, or sleeps; whether it still has unread bytes."""
@@ -124,7 +127,8 @@ class Connection(Transport, WSGIHandler):
                 if server.closing:
                     return False
                 if server.hibernate:
-                    server.parking.idle(self.detach(), self.network)
+                    server.parking.idle(self.descriptor, self.network)
+                    self.detach()
                     return False
             try:
                 head = self._read_head(self.fresh)
@@ -206,13 +210,25 @@ class Connection(Transport, WSGIHandler):
     def turn_away(self, refusal: Refusal) -> None:
         """Answer a connection that is not let in, and close it."""
         try:
+            self._say_no(refusal)
+        finally:
+            self.close()
+            self.server.refusing -= 1
+
+    def refuse(self, refusal: Refusal) -> None:
+        """Answer one that was let in and whose request was read elsewhere, and close it."""
+        self.server.awake.add(self)
+        try:
+            self._say_no(refusal)
+        finally:
+            self._over()
+
+    def _say_no(self, refusal: Refusal) -> None:
+        try:
             self.answer_refusal(refusal)
             self.linger()
         except OSError:
             pass  # it has gone by itself
-        finally:
-            self.close()
-            self.server.refusing -= 1
 
     def answer_refusal(self, refusal: Refusal) -> None:
         """Answer, outside of any application, why this connection is closed."""
@@ -384,14 +400,9 @@ class Connection(Transport, WSGIHandler):
         """Answer a request that came the short way."""
         server = self.server
         server.stats.requests += 1
-        if server.hibernate and not self.buffer:
-            sleeper = server.subscribe_asleep(wish, server.parking)
-            if sleeper is not None:
-                descriptor = self.detach()
-                server.parking.put(descriptor, sleeper, self.network, wish.patience)
-                if not sleeper.framing.one_shot:
-                    server.parking.write(sleeper, sleeper.framing.start(sleeper.cursor, server.date()))
-                return
+        if server.hibernate and not self.buffer and server.attend_asleep(self.descriptor, self.network, wish):
+            self.detach()
+            return
         try:
             parked = self.parked = server.subscribe(wish)
         except Refusal as refusal:
@@ -416,7 +427,8 @@ class Connection(Transport, WSGIHandler):
             if items == [] and (awake.patience != 0 or not parked.one_shot):
                 if server.hibernate and awake.quiet and not self.buffer:
                     server.parking.take(self.descriptor)  # where it was watched
-                    server.parking.sleep(self.detach(), self.network, parked, awake.patience)
+                    server.parking.sleep(self.descriptor, self.network, parked, awake.patience)
+                    self.detach()
                     return
                 if not watched:
                     server.parking.watch(self.descriptor, parked)

@@ -150,7 +150,7 @@ class Parking:
         self._looker.start(self._look_for_due)
         self._walker = self._loop.timer(WALK_SECONDS, WALK_SECONDS)
 
-    # -- coming and going
+    # -- coming and going: whoever comes may be refused by the kernel, an OSError, and has nothing changed then
 
     def watch(self, descriptor: int, subscriber: Sleeper) -> None:
         """Tell an awake subscriber when its peer hangs up, until `take`. The peer of one that is never sent anything by itself is
@@ -174,8 +174,8 @@ class Parking:
 
     def sleep(self, descriptor: int, network: str, subscriber: Sleeper, patience: float | None) -> None:
         """A subscriber with nothing waiting sleeps here from now on; it owns the descriptor."""
-        subscriber.sleep(self, descriptor)
         self._put(descriptor, subscriber, network)
+        subscriber.sleep(self, descriptor)
         self._set_deadline(descriptor, self._after(descriptor, patience))
 
     def put(self, descriptor: int, subscriber: Sleeper, network: str, patience: float | None) -> None:
@@ -205,9 +205,9 @@ class Parking:
             self._deadlines.extend([NEVER] * blocks * BLOCK)
             self._soonest.extend([NEVER] * blocks)
             self._phases.extend(random.randrange(GRAIN) for _ in range(blocks))
+        self._epoll.register(descriptor, _EVENTS)  # first: it may fail
         owners[descriptor] = owner
         self._networks[descriptor] = network
-        self._epoll.register(descriptor, _EVENTS)
 
     def _set_deadline(self, descriptor: int, deadline: int) -> None:
         """What only ever puts a deadline off may write it to the table alone: the bound stays one."""

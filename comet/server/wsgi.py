@@ -11,6 +11,7 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from itertools import count
 from typing import Any, Protocol
 
@@ -23,10 +24,11 @@ from comet.log import Roll
 from comet.server.blocks import MAX_REQUEST, STAND_INS, Lifted, lift
 from comet.server.connection import Connection
 from comet.server.crew import Crew
-from comet.server.parking import Parking, Sleeper
+from comet.server.parking import Parking, Sleeper, os_close, os_read
 from comet.server.posts import Call, Posts
 from comet.server.proxies import Behind, Proxies, Proxy, network_of
 from comet.server.short import LongWay, Shortcut
+from comet.server.transport import READ_SIZE
 from comet.settings import Settings, networks
 from comet.stats import Stats
 
@@ -51,6 +53,7 @@ class Subscribers(Protocol):
 
     def subscribe(self, wish: Any) -> Any: ...
     def subscribe_asleep(self, wish: Any, bed: Any) -> Any: ...
+    def subscribe_soon(self, wish: Any, bed: Any, done: Callable[[Any], object], failed: Callable[[Refusal], object]) -> bool: ...
 
 
 class CometServer(WSGIServer):
@@ -97,7 +100,8 @@ class CometServer(WSGIServer):
         self.shortcut = Shortcut(wishes, settings.max_header, stand_ins) if roll is None else LongWay()
         self.posts = Posts(calls, settings.max_header, stand_ins) if roll is None else LongWay()
         self.subscribe = hub.subscribe
-        self.subscribe_asleep = hub.subscribe_asleep
+        self._subscribe_asleep = hub.subscribe_asleep
+        self._subscribe_soon = hub.subscribe_soon
         self._crew = Crew()
         self._networks: Counter[str] = Counter()
         self.refusing = 0
@@ -144,22 +148,94 @@ class CometServer(WSGIServer):
             self._admit(descriptor, host)
 
     def _admit(self, descriptor: int, host: str) -> None:
-        """Serve a new connection in a greenlet of its own, or say why not."""
+        """Serve a new connection, or say why not."""
         network = (None if self.proxies is None else self.proxies.proxy(host)) or network_of(host)
         refusal = self._refusal(network)
-        connection = Connection(descriptor, self, network)
         if refusal is None:
             self._count(network, 1)
             self.stats.accepted += 1
             self.stats.connections += 1
-            connection.fresh = True
-            self._crew.begin(connection.handle, b"")
+            self._welcome(descriptor, network)
         elif self.refusing < MAX_REFUSING:
             self.refusing += 1
-            self._crew.begin(connection.turn_away, refusal)
+            self._crew.begin(Connection(descriptor, self, network).turn_away, refusal)
         else:
             self.stats.refused[refusal.slug] += 1
-            connection.close()
+            os_close(descriptor)
+
+    def _welcome(self, descriptor: int, network: str) -> None:
+        """Serve who was let in: without a greenlet where the first request is there already and asks to wait, as most do."""
+        data = b""
+        if self.hibernate and not isinstance(network, Proxy):
+            try:
+                data = os_read(descriptor, READ_SIZE)
+            except BlockingIOError:
+                pass
+            except OSError:
+                self._close(descriptor, network)
+                return
+            else:
+                if not data:
+                    self._close(descriptor, network)
+                    return
+                wish = self.shortcut.read(data)
+                if wish is not None and self._attend(descriptor, network, wish):
+                    return
+        connection = Connection(descriptor, self, network)
+        connection.fresh = not data
+        connection.buffer += data
+        self._crew.begin(connection.handle, b"")
+
+    def _attend(self, descriptor: int, network: str, wish: Any) -> bool:
+        """Answer a connection's first request, a plain one, now or when its channel has been joined; False: nothing was done."""
+        try:
+            if self.attend_asleep(descriptor, network, wish) or self._subscribe_soon(
+                wish,
+                self.parking,
+                partial(self._joined, descriptor, network, wish.patience),
+                partial(self._not_joined, descriptor, network),
+            ):
+                self.stats.requests += 1
+                return True
+        except (Refusal, OSError):
+            pass  # which the greenlet's way meets again, and answers
+        return False
+
+    def attend_asleep(self, descriptor: int, network: str, wish: Any) -> bool:
+        """Answer who has missed nothing, asleep from now on; the parking owns the descriptor. False: nothing was done."""
+        sleeper = self._subscribe_asleep(wish, self.parking)
+        if sleeper is None:
+            return False
+        self._begin(descriptor, network, sleeper, wish.patience)
+        return True
+
+    def _begin(self, descriptor: int, network: str, sleeper: Sleeper, patience: float | None) -> None:
+        """Raises OSError where the parking does; the descriptor is still the caller's then."""
+        try:
+            self.parking.put(descriptor, sleeper, network, patience)
+        except OSError:
+            sleeper.close("lost")
+            raise
+        if not sleeper.one_shot:
+            self.parking.write(sleeper, sleeper.framing.start(sleeper.cursor, self.date()))
+
+    def _joined(self, descriptor: int, network: str, patience: float | None, subscriber: Sleeper) -> None:
+        """The channel of a connection's first request has been joined."""
+        if subscriber.host is self.parking:
+            try:
+                self._begin(descriptor, network, subscriber, patience)
+            except OSError:
+                self._close(descriptor, network)
+        else:  # there is something to be sent, which may have to wait
+            start = b"" if subscriber.one_shot else subscriber.framing.start(subscriber.cursor, self.date())
+            self.resume(descriptor, network, subscriber, start)
+
+    def _not_joined(self, descriptor: int, network: str, refusal: Refusal) -> None:
+        self._crew.run(Connection(descriptor, self, network).refuse, refusal)
+
+    def _close(self, descriptor: int, network: str) -> None:
+        os_close(descriptor)
+        self.gone(network)
 
     def lifted(self, data: bytes) -> Lifted:
         """What came through a proxy as the short ways read it, and what the proxy says of it."""
@@ -231,7 +307,7 @@ class CometServer(WSGIServer):
                 network = self.lend(self.proxies.client(network, forwarded), network)
             except Refusal:
                 return False  # which the long way puts into words
-        subscriber = self.subscribe_asleep(wish, self.parking)
+        subscriber = self._subscribe_asleep(wish, self.parking)
         if subscriber is None:
             self.rested(network)
             return False

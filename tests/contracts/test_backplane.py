@@ -10,6 +10,7 @@ import pytest
 
 from comet.backplane.memory import Bounds
 from comet.errors import Refusal
+from comet.history import Joined
 from comet.message import MESSAGE_COST, OLDEST, ChannelInfo, Position, Publication, Receipt, Since
 from tests.contracts.suite import FACTORIES, OWN_BOUNDS, Harness, bodies
 from tests.harness import wait_until
@@ -203,6 +204,40 @@ def test_joining_while_others_publish_leaves_no_hole_and_no_double(h: Harness, s
         point = replay[-1] if replay else since_offset
         assert replay == list(range(since_offset + 1, point + 1))
         assert all(offset > point for offset in offsets[seen:]), "delivered after the answer although the answer has it"
+
+
+def never(what: object) -> None:
+    raise AssertionError(what)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_joining_soon_is_answered_at_its_place_among_the_deliveries(h: Harness, seed: int) -> None:
+    rng = random.Random(seed)
+    (start,) = h.join("a")
+    answers: list[tuple[int, Joined, int]] = []
+    for offset in range(1, 101):
+        h.publish("a", str(offset))
+        if rng.random() < 0.2:
+            since = rng.randrange(offset + 1)
+
+            def done(joined: Joined, since: int = since) -> None:
+                answers.append((since, joined, len(h.delivered)))
+
+            if not h.backplane.subscribe_soon("a", Position(start.epoch, since), done, never):
+                info = h.backplane.info("a")
+                assert info is not None
+                assert info.subscribers == 1
+                return  # it has no such way, and did nothing
+            if rng.random() < 0.5:
+                gevent.sleep(0)
+    wait_until(lambda: len(h.delivered) == 100)
+    offsets = [message.position.offset for message in h.delivered]
+    for since, joined, seen in answers:
+        replay = [message.position.offset for message in joined.messages]
+        assert (replay, joined.gap) == (list(range(since + 1, offsets[seen - 1] + 1)), False)  # all before it, none after it
+    info = h.backplane.info("a")
+    assert info is not None
+    assert info.subscribers == 1 + len(answers) > 1
 
 
 # -- 4. acknowledged is kept
