@@ -2,8 +2,8 @@
 
 Handlers talk to the hub alone. It passes publications to the backplane, which orders them and calls
 `deliver` here; `deliver` hands each channel's messages to its subscribers, by way of `fanout` where
-there are many. Registry and backplane are kept in step in `subscribe`, `leave` and `dropped`, and
-nowhere else.
+there are many. Registry and backplane are kept in step in the three ways to subscribe, `leave` and `dropped`,
+and nowhere else.
 """
 
 import math
@@ -108,7 +108,8 @@ class Hub:
 
     def subscribe_soon(self, wish: Wish, bed: Host, done: Callable[[Subscriber], object], failed: Callable[[Refusal], object]) -> bool:
         """As `subscribe`, for a caller in the loop: `done` is called with the subscriber, asleep in `bed` where it has missed nothing,
-        or `failed` with why there is none. False where that can't be, and then nothing was done."""
+        or `failed` with why there is none; soon, or before this returns. False where that can't be, and then nothing was done. Raises
+        Refusal ``backplane-busy``."""
         channels, since, framing, patience = wish
         if len(channels) != 1 or self.draining or patience == 0:
             return False

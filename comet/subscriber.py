@@ -10,8 +10,8 @@ The hub delivers batches to a `Subscriber` (`deliver` never blocks), which passe
 A sleeper is this one small object and a place in the parking's table; everything that a greenlet
 needs is in `Awake` and goes with it.
 
-Joining. A subscriber is registered before the backplane answers, so messages may be delivered while
-the replay is still under way. They are held until `join` has queued the replay; then those at or
+Joining. A subscriber is registered before the backplane answers (but for one who needs no greenlet to wait, at its answer), so
+messages may be delivered while the replay is still under way. They are held until `join` has queued the replay; then those at or
 below its position are dropped as known. A message that skips an offset means that this process
 missed something: the subscriber holds again and asks its hub for the same kind of answer.
 """

@@ -178,7 +178,7 @@ class Service:
         """Nothing is under way."""
         return all(
             worker.backplane.ready()
-            and not (worker.link._calls or worker.backplane._changed or worker.backplane._stale)
+            and not (worker.link._calls or worker.link._late or worker.backplane._changed or worker.backplane._stale)
             and not (worker.link._out or worker.link._rest)
             for worker in self.workers
         ) and not any(one.waiting or one.missed or one.unread for one in self.router.links.values())
@@ -186,7 +186,15 @@ class Service:
     def state(self) -> Any:
         """What is under way, for a message."""
         return [
-            (one.backplane.ready(), one.link._calls, one.backplane._changed, one.backplane._stale, one.link._out, len(one.link._rest))
+            (
+                one.backplane.ready(),
+                one.link._calls,
+                one.link._late,
+                one.backplane._changed,
+                one.backplane._stale,
+                one.link._out,
+                len(one.link._rest),
+            )
             for one in self.workers
         ], [(one.waiting, one.missed, one.unread, one.watched, one in self.router._dirty) for one in self.router.links.values()]
 
@@ -972,12 +980,27 @@ def test_a_router_that_does_not_answer_is_away_and_its_late_answers_leave_nothin
     for call, reason in calls:
         with pytest.raises(Refusal, match=reason):
             call()
-    assert len(one.link._calls) == 8
+    assert len(one.link._late) == 8
     service.turning = gevent.spawn(service._turn, service.router)
     service.check_counts()
     assert not one.hub._channels
     assert subscribers(two, "a") == subscribers(two, "b") == 0
     service.check_empty()
+
+
+def test_a_link_that_is_closed_leaves_nobody_waiting(start: Open) -> None:
+    service = start(timeout=60.0)
+    one, _ = service.workers
+    service.turning.kill()
+    calls = [
+        gevent.spawn(slug, one.hub.info, "a"),
+        gevent.spawn(slug, publish, one, "a", "1"),
+        gevent.spawn(slug, Reader(service, one, ["a"]).join),
+    ]
+    gevent.sleep(0.01)
+    one.link.close()
+    assert [call.get(timeout=TIMEOUT) for call in calls] == ["backplane-away", "unconfirmed", "backplane-away"]
+    assert not (one.link._calls or one.link._late or one.link._asked)
 
 
 def test_what_nobody_waits_for_is_not_asked_again(start: Open) -> None:
@@ -988,14 +1011,14 @@ def test_what_nobody_waits_for_is_not_asked_again(start: Open) -> None:
         with pytest.raises(Refusal, match="backplane-away"):
             Reader(service, one, ["a"]).join((None,), asleep)
     service.restart()
-    assert not one.link._calls
+    assert not (one.link._calls or one.link._late)
     assert subscribers(one, "a") is None
     service.stop()
     wait_until(lambda: not one.backplane.ready())
     for call in (lambda: publish(one, "a", "1"), lambda: one.hub.info("a"), lambda: Reader(service, one, ["a"]).join((None,))):
         with pytest.raises(Refusal, match="backplane-away"):  # it was never sent
             call()
-    assert not one.link._calls
+    assert not (one.link._calls or one.link._late)
     assert one.link._asked == 0
     service.open()
     service.until_ready()
@@ -1011,7 +1034,7 @@ def test_beyond_the_bound_calls_are_refused(start: Open, monkeypatch: pytest.Mon
     calls = [gevent.spawn(slug, publish, one, "a", "x" * 1000) for _ in range(30)]
     assert [call.get(timeout=TIMEOUT) for call in calls] == ["unconfirmed"] * 10 + ["backplane-busy"] * 20
     service.turning = gevent.spawn(service._turn, service.router)
-    wait_until(lambda: not one.link._calls)
+    wait_until(lambda: not (one.link._calls or one.link._late))
     assert publish(one, "a", "1") == [0]
     service.check_empty()
 

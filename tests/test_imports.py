@@ -123,6 +123,7 @@ ALLOWED: dict[str, set[str]] = {
     "comet.server.connection": SERVER,
     "comet.server.crew": SERVER,
     "comet.server.http": SERVER,
+    "comet.server.newcomers": SERVER,
     "comet.server.parking": SERVER,
     "comet.server.posts": SERVER,
     "comet.server.proxies": SERVER,

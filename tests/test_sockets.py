@@ -3,7 +3,6 @@
 import errno
 import os
 import socket
-import struct
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from comet.kernel.sockets import SILENCE, listen, probe
+from comet.kernel.sockets import SILENCE, listen, probe, silent
 from tests.harness import wait_until
 
 
@@ -23,12 +22,6 @@ def connection() -> Iterator[socket.socket]:
         accepted, _ = listener.accept()
         with accepted:
             yield accepted
-
-
-def silent(connection: socket.socket) -> int:
-    """Milliseconds since the peer's last acknowledgement: tcpi_last_ack_recv of linux/tcp.h."""
-    (milliseconds,) = struct.unpack_from("I", connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104), 56)
-    return int(milliseconds)
 
 
 @pytest.mark.parametrize("unacknowledged", [0.0, 30.0, 600.0])
@@ -43,16 +36,17 @@ def test_a_lost_probe_does_not_end_a_connection(unacknowledged: float) -> None:
             )
             assert accepted.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
             assert min(idle, interval) > 3600, "the kernel's own probes come in bursts"
-            assert patience / 1000 > max(unacknowledged, 2 * SILENCE - 0.001) - 0.001
+            # the first may be asked so late, and the second one has the same time as any
+            assert patience / 1000 > max(unacknowledged, (1 / 3 + 2) * SILENCE) - 0.001
 
 
 def test_a_probe_is_sent_when_it_is_asked_for_and_answered(connection: socket.socket) -> None:
-    wait_until(lambda: silent(connection) > 1200)
-    before = silent(connection)
+    wait_until(lambda: silent(connection.fileno()) > 1.2)
+    before = silent(connection.fileno())
     probe(connection.fileno())
-    wait_until(lambda: silent(connection) < before)
+    wait_until(lambda: silent(connection.fileno()) < before)
     # and that was one: it does not go on by itself
-    wait_until(lambda: silent(connection) > 1500)
+    wait_until(lambda: silent(connection.fileno()) > 1.5)
 
 
 def test_what_is_no_connection_can_not_be_probed() -> None:
@@ -60,6 +54,8 @@ def test_what_is_no_connection_can_not_be_probed() -> None:
     with pytest.raises(OSError, match="non-socket") as raised:
         probe(left)
     assert raised.value.errno == errno.ENOTSOCK
+    with pytest.raises(OSError, match="non-socket"):
+        silent(left)
     os.close(left)
     os.close(right)
 

@@ -11,14 +11,15 @@ from gevent import socket
 
 from comet.backplane.memory import MemoryBackplane
 from comet.errors import Refusal
-from comet.framing import TEXT
+from comet.framing import POLL, TEXT
 from comet.hub import Hub
-from comet.message import Publication
+from comet.message import Position, Publication, Receipt
+from comet.server import short
 from comet.server.connection import Connection
 from comet.server.wsgi import MOST_ACCEPTED, CometServer
 from comet.settings import Settings
 from comet.stats import Stats
-from comet.subscriber import Wish
+from comet.subscriber import Subscriber, Wish
 from tests.harness import Client, wait_until
 
 
@@ -131,11 +132,20 @@ class Asking:
         self.hub = Hub(MemoryBackplane(), server.stats, 1 << 20, gevent.get_hub().loop.run_callback)
         self.done: Callable[[Any], object] | None = None
         self.failed: Callable[[Refusal], object] | None = None
-        monkeypatch.setattr(server.shortcut, "_make", lambda *_: Wish(("a",), (None,), TEXT, None))
-        monkeypatch.setattr(server, "_subscribe_asleep", lambda wish, bed: None)
-        monkeypatch.setattr(server, "_subscribe_soon", self.subscribe_soon)
+        self.wish = Wish(("a",), (None,), TEXT, None)
+        self.subscribe = self.hub.subscribe
+        self.asleep = self.soon = True
+        monkeypatch.setattr(server.shortcut, "_make", lambda *_: self.wish)
+        monkeypatch.setattr(server, "subscribe", self.hub.subscribe)
+        monkeypatch.setattr(server._newcomers, "_hub", self)
+
+    def subscribe_asleep(self, wish: Wish, bed: Any) -> Subscriber | None:
+        return None if self.soon or not self.asleep else self.hub.subscribe_asleep(wish, bed)
 
     def subscribe_soon(self, wish: Wish, bed: Any, done: Callable[[Any], object], failed: Callable[[Refusal], object]) -> bool:
+        if not self.soon:
+            return False
+
         def later(subscriber: Any) -> None:
             self.done = lambda _: done(subscriber)
 
@@ -161,17 +171,104 @@ def test_a_first_request_waits_for_its_channel_without_a_greenlet(server: CometS
     assert server.stats.closed == {"hang-up": 1}
 
 
+def test_one_newcomer_that_fails_costs_the_others_nothing(server: CometServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = 0
+
+    def make(*_: object) -> Wish:
+        nonlocal made
+        made += 1
+        if made == 3:
+            raise RuntimeError("as a test has it")
+        return asking.wish
+
+    asking = Asking(server, monkeypatch)
+    asking.soon = False
+    monkeypatch.setattr(server.shortcut, "_make", make)
+    server.stop_accepting()
+    clients = [Client(server.server_port) for _ in range(8)]
+    for number, client in enumerate(clients):
+        client.ask("GET", f"/test/{number}")
+    server.start_accepting()
+    for number, client in enumerate(clients):
+        if number == 2:
+            assert client.at_end()
+        else:
+            assert client.read_head().status == 200
+    assert (server.stats.errors, server.stats.connections) == (1, 7)
+    for client in clients:
+        client.close()
+    wait_until(lambda: not server.stats.connections)
+    assert not server._networks
+
+
+@pytest.mark.parametrize("seen", [0, 2])
+def test_a_newcomer_is_served_at_its_accept_whether_it_has_missed_something_or_not(
+    server: CometServer, monkeypatch: pytest.MonkeyPatch, seen: int
+) -> None:
+    """Its greenlet, if it needs one, is not one more callback, behind those of others who never cease."""
+    asking = Asking(server, monkeypatch)
+    (first, _) = asking.hub.publish([Publication("a", body) for body in (b"one", b"two")])
+    assert isinstance(first, Receipt)
+    asking.wish = Wish(("a",), (Position(first.position.epoch, seen),), POLL, 0.1)
+    begun: list[Any] = []
+    begin = server._crew.begin
+
+    def run(*_: object) -> None:
+        raise AssertionError("it was put off")
+
+    def begin_noted(*arguments: Any) -> None:
+        begun.append(arguments)
+        begin(*arguments)
+
+    monkeypatch.setattr(server._newcomers, "_hub", asking.hub)
+    monkeypatch.setattr(server._crew, "run", run)
+    monkeypatch.setattr(server._crew, "begin", begin_noted)
+    with Client(server.server_port) as client:
+        client.ask("GET", "/poll/a")
+        if seen:
+            wait_until(lambda: server.stats.clients["poll"])
+            asking.hub.publish([Publication("a", b"three")])
+        messages = client.read().json["messages"]
+    assert [message["data"] for message in messages] == (["three"] if seen else ["one", "two"])
+    assert len(begun) == (not seen)
+
+
+def test_a_newcomer_that_joins_at_the_end_of_a_drain_is_cut_off(server: CometServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    asking = Asking(server, monkeypatch)
+    with Client(server.server_port) as client:
+        client.ask("GET", "/test/1")
+        wait_until(lambda: asking.done)
+        server.drain()
+        assert server.join(0.6) == 1
+        assert client.at_end()
+    assert server.stats.connections == 0
+    assert asking.done is not None
+    asking.done(None)  # late
+    assert +server.stats.clients == {}
+
+
+@pytest.mark.parametrize("headers", [{"Origin": "http://a"}, {"Connection": "close"}])
+def test_a_first_request_is_judged_once_before_it_goes_the_long_way(
+    server: CometServer, monkeypatch: pytest.MonkeyPatch, headers: dict[str, str]
+) -> None:
+    judged: list[bytes] = []
+    monkeypatch.setattr(short, "judge", lambda method, block, *rest: judged.append(block))
+    with Client(server.server_port) as client:
+        assert client.request("GET", "/", headers=headers).body == b"ok"
+    assert len(judged) == 1
+
+
 def test_a_first_request_whose_channel_cannot_be_joined_is_told_why(server: CometServer, monkeypatch: pytest.MonkeyPatch) -> None:
     asking = Asking(server, monkeypatch)
     with Client(server.server_port) as client:
         client.ask("GET", "/test/1")
         wait_until(lambda: asking.failed)
         assert asking.failed is not None
-        asking.failed(Refusal("backplane-away", "Nobody answers."))
+        gevent.get_hub().loop.run_callback(asking.failed, Refusal("backplane-away", "Nobody answers."))
         answer = client.read()
         assert (answer.status, answer.json["error"]) == (503, "backplane-away")
+        wait_until(lambda: not server.stats.connections, timeout=0.5)  # it does not wait for the client
         assert client.at_end()
-    wait_until(lambda: not server.stats.connections)
     assert server.stats.refused == {"backplane-away": 1}
     assert not server.awake
 
@@ -185,11 +282,8 @@ def test_who_cannot_be_watched_is_closed_and_counts_no_more(server: CometServer,
             raise OSError(errno.ENOSPC, "No space left on device")
 
     asking = Asking(server, monkeypatch)
-    if way == "at once":
-        monkeypatch.setattr(server, "_subscribe_asleep", asking.hub.subscribe_asleep)
-    elif way == "in a greenlet":
-        monkeypatch.setattr(server, "_subscribe_soon", lambda *_: False)
-        monkeypatch.setattr(server, "subscribe", asking.hub.subscribe)
+    asking.soon = way == "answered"
+    asking.asleep = way == "at once"
     with Client(server.server_port) as client, monkeypatch.context() as patch:
         if way == "answered":
             client.ask("GET", "/test/1")
@@ -210,10 +304,8 @@ def test_who_cannot_be_watched_is_closed_and_counts_no_more(server: CometServer,
     wait_until(lambda: not server.stats.connections)
     assert not server.awake
     assert +server.stats.clients == {}
-    closed = {"answered": 1, "at once": 2, "in a greenlet": 1, "idle": 0}[
-        way
-    ]  # at once, and then in a greenlet, where the kernel says it again
-    assert server.stats.closed == ({"lost": closed} if closed else {})
+    assert server.stats.closed == ({} if way == "idle" else {"lost": 1})
+    assert server.stats.errors == (way in ("answered", "at once"))
 
 
 def test_who_hangs_up_before_a_first_request_is_forgotten(server: CometServer) -> None:

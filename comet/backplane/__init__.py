@@ -19,7 +19,7 @@ What every backplane promises
 3. *Joining is atomic.* `subscribe` answers with everything after `since` up to one point of the
    log; every message after that point reaches `deliver`, and none before it does so later than the
    answer. So the caller registers its subscriber first, holds back what is delivered meanwhile, and
-   drops what the answer already has.
+   drops what the answer already has; or registers it at the answer's place (`subscribe_soon`).
 4. *Acknowledged is kept.* When `publish` answers, the message has its place in the log and is on its
    way to every process that has joined the channel. Refusals are answers too, one an item.
 5. *Counting.* Each `subscribe` counts one subscriber on each of its channels until `unsubscribe`,
@@ -87,9 +87,10 @@ class Backplane(Protocol):
         position, has missed nothing. That position, or None: then nothing was done. Never blocks."""
 
     def subscribe_soon(self, channel: str, since: Since, done: Callable[[Joined], object], failed: Callable[[Refusal], object]) -> bool:
-        """`subscribe` for a caller who has no greenlet to wait with: the loop calls `done` at the answer's place among the
-        deliveries, so that nothing has to be held back, or `failed` with what `subscribe` would raise later; neither may raise or block.
-        False where that is not to be had, and then nothing was done. Raises Refusal ``backplane-busy``."""
+        """`subscribe` for a caller who has no greenlet to wait with: `done` is called at the answer's place among the
+        deliveries, so that nothing has to be held back, or `failed` with what `subscribe` would raise later; by the loop, or before this
+        returns. Neither may raise or block. False where that is not to be had, and then nothing was done. Raises Refusal
+        ``backplane-busy``."""
 
     def unsubscribe(self, channels: Sequence[str]) -> None:
         """Undo one `subscribe` of these channels."""

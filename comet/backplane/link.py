@@ -19,6 +19,7 @@ import random
 import socket
 import time
 from collections.abc import Callable
+from itertools import takewhile
 from typing import Any, Protocol
 
 import gevent
@@ -68,8 +69,8 @@ def _nothing() -> None:
 
 class _Call:
     """A question under way. `arrived` takes the answer, at its place among the deliveries; `again` says that
-    it may be asked a second time. Where somebody waits, until `ends`, `done` is told what `arrived` has made of it and
-    `failed` why there is none; when they are None again, `undo` follows a late answer."""
+    it may be asked a second time. Where somebody waits, until `ends`, `done` is told what `arrived` has made of it, or
+    `failed` why there is none; `undo` follows a late answer."""
 
     __slots__ = ("again", "arrived", "done", "ends", "failed", "frame", "sent", "undo")
 
@@ -81,7 +82,7 @@ class _Call:
         self.ends = 0.0
         self.done: Callable[[Any], object] | None = None
         self.failed: Callable[[Refusal], object] | None = None
-        self.undo: Callable[[], None] | None = None
+        self.undo: Callable[[], None] = _nothing
 
 
 class Link:
@@ -94,6 +95,9 @@ class Link:
         self._expiry = Alarm(timeout / LOOKS, self._expire)
         self._worker = worker
         self._calls: dict[int, _Call] = {}
+        """Under way, in the order in which they were asked."""
+        self._late: dict[int, _Call] = {}
+        """Those that were sent, and for which nobody waits any more."""
         self._last_call = 0
         self._asked = 0
         """Bytes of `_calls`."""
@@ -118,8 +122,11 @@ class Link:
     def close(self) -> None:
         """End the link, for good."""
         self._greenlet.kill()
-        self._expiry.stop()
         self._end()
+        self._expiry.stop()
+        for number, call in list(self._calls.items()):
+            if call.failed is not None:
+                self._fail(number, call)
 
     # -- calls
 
@@ -168,24 +175,26 @@ class Link:
         """Nobody waits for this answer any more."""
         call = self._calls.get(number)
         if call is not None:
-            call.done = call.failed = None
-            if not call.sent:
+            if call.sent:
+                self._late[number] = self._calls.pop(number)
+            else:
                 self._forget(number)
 
     def _expire(self) -> None:
-        """Give up what has waited too long: the calls stand in the order in which they were asked."""
+        """Give up what has waited too long."""
         now = time.monotonic()
-        late = []
-        for number, call in self._calls.items():
-            if call.failed is None:
-                continue
-            if call.ends > now:
-                self._expiry.set()
-                break
-            late.append((number, call.failed, call.sent and not call.again))
-        for number, failed, unsure in late:
-            self._give_up(number)
-            self._loop.run_callback(failed, unconfirmed() if unsure else _away())
+        waiting = ((number, call) for number, call in self._calls.items() if call.failed is not None)
+        for number, call in list(takewhile(lambda one: one[1].ends <= now, waiting)):
+            self._fail(number, call)
+        if any(call.failed is not None for call in self._calls.values()):
+            self._expiry.set()
+
+    def _fail(self, number: int, call: _Call) -> None:
+        """Tell who waits that there is no answer."""
+        unsure = call.sent and not call.again
+        self._give_up(number)
+        if call.failed is not None:
+            self._loop.run_callback(call.failed, unconfirmed() if unsure else _away())
 
     def call(self, make: Callable[[int], frames.Asked], arrived: Callable[[msgspec.Raw], Any], again: bool = False) -> int:
         """Call the router; `arrived` takes the answer, for which nobody waits. The call's number."""
@@ -201,20 +210,21 @@ class Link:
         self.put(call.frame)
 
     def _forget(self, number: int) -> None:
-        call = self._calls.pop(number, None)
+        call = self._calls.pop(number, None) or self._late.pop(number, None)
         if call is not None:
             self._asked -= len(call.frame)
 
     def _answered(self, number: int, value: msgspec.Raw) -> None:
-        call = self._calls.get(number)
+        late = number in self._late
+        call = self._late[number] if late else self._calls.get(number)
         if call is None:  # it failed as the link before this one broke
             return
         answer = call.arrived(value)
         self._forget(number)
-        if call.done is not None:
-            call.done(answer)
-        elif call.undo is not None:
+        if late:
             call.undo()
+        elif call.done is not None:
+            call.done(answer)
 
     # -- writing
 
@@ -331,10 +341,10 @@ class Link:
         self._out = []
         self._queued = 0
         self._rest = memoryview(b"")
+        for number in list(self._late):  # what the router has done went with the link
+            self._forget(number)
         for number, call in list(self._calls.items()):
-            if call.undo is not None and call.done is None:  # nobody waits, and what the router has done went with the link
-                self._forget(number)
-            elif call.sent and not call.again:
+            if call.sent and not call.again:
                 self._forget(number)
                 if call.failed is not None:
                     self._loop.run_callback(call.failed, unconfirmed())

@@ -16,17 +16,20 @@ epoll = stock(select, "epoll")
 
 
 SILENCE = 120
-"""Seconds in which a connection was sent nothing, after which its peer is asked for a sign of life (`probe`)."""
+"""Seconds between two looks whether the peer of a connection that is sent nothing by itself lives: it is asked (`probe`), unless it
+has been `silent` for less than a third of that."""
 
 UNACKNOWLEDGED = 2.5 * SILENCE
 """Seconds without a sign of life after which Linux ends a connection at the next probe (TCP_USER_TIMEOUT). One lost packet
-must not do, so it is more than two silences."""
+must not do, so it is more than a third, and two silences."""
 
 _NEVER = 32767
 """Seconds: the most that TCP_KEEPIDLE and TCP_KEEPINTVL take."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _one = ctypes.c_int(1)
+_info = (ctypes.c_uint32 * 15)()
+_info_size = ctypes.c_uint32()
 
 
 def probe(descriptor: int) -> None:
@@ -38,8 +41,20 @@ def probe(descriptor: int) -> None:
     are alive. So `tune` puts these timers off for hours, and whoever watches a connection asks when it suits, a few at a
     time: a shorter TCP_KEEPIDLE counts from the last sign of life, and is over. Raises OSError."""
     if _libc.setsockopt(descriptor, socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, ctypes.byref(_one), 4) != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
+        _raise()
+
+
+def silent(descriptor: int) -> float:
+    """Seconds since the peer of a connection has acknowledged anything, a probe too (tcpi_last_ack_recv of linux/tcp.h). Raises OSError."""
+    _info_size.value = ctypes.sizeof(_info)
+    if _libc.getsockopt(descriptor, socket.IPPROTO_TCP, socket.TCP_INFO, _info, ctypes.byref(_info_size)) != 0:
+        _raise()
+    return _info[14] / 1000
+
+
+def _raise() -> None:
+    number = ctypes.get_errno()
+    raise OSError(number, os.strerror(number))
 
 
 def listen(host: str, port: int, send_buffer: int = 0, unacknowledged: float = 0.0, reuse_port: bool = False) -> socket.socket:

@@ -85,7 +85,9 @@ class Connection(Transport, WSGIHandler):
         self.network = network
         self._body: RequestBody | None = None
         self.fresh = False
-        """Nothing was read from it yet."""
+        """Its first request is still to be read; where some of it was, a short way did not lead there."""
+        self.asked: Any = None
+        """What its first request is, where that was read elsewhere: a wish or a `Call`."""
         self.parked: Sleeper | None = None
         """Whose answer is under way, when it is a subscriber's."""
         self.command = self.path = ""
@@ -131,11 +133,12 @@ class Connection(Transport, WSGIHandler):
                     self.detach()
                     return False
             try:
-                head = self._read_head(self.fresh)
+                head = self.asked or self._read_head(self.fresh)
             except Refusal as refusal:
                 self.answer_refusal(refusal)
                 return True
             self.fresh = False
+            self.asked = None
             if head is None:
                 return False
             if isinstance(head, Head):
@@ -210,25 +213,23 @@ class Connection(Transport, WSGIHandler):
     def turn_away(self, refusal: Refusal) -> None:
         """Answer a connection that is not let in, and close it."""
         try:
-            self._say_no(refusal)
+            self.answer_refusal(refusal)
+            self.linger()
+        except OSError:
+            pass  # it has gone by itself
         finally:
             self.close()
             self.server.refusing -= 1
 
     def refuse(self, refusal: Refusal) -> None:
-        """Answer one that was let in and whose request was read elsewhere, and close it."""
+        """Answer one that was let in and whose whole request was read elsewhere, and close it."""
         self.server.awake.add(self)
         try:
-            self._say_no(refusal)
-        finally:
-            self._over()
-
-    def _say_no(self, refusal: Refusal) -> None:
-        try:
             self.answer_refusal(refusal)
-            self.linger()
         except OSError:
             pass  # it has gone by itself
+        finally:
+            self._over()
 
     def answer_refusal(self, refusal: Refusal) -> None:
         """Answer, outside of any application, why this connection is closed."""

@@ -35,7 +35,7 @@ from typing import Any, Protocol
 from gevent import get_hub, monkey
 from greenlet import getcurrent
 
-from comet.kernel.sockets import SILENCE, epoll, probe
+from comet.kernel.sockets import SILENCE, epoll, probe, silent
 
 _EVENTS = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET  # EPOLLHUP and EPOLLERR are always told
 _GONE = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
@@ -180,8 +180,8 @@ class Parking:
 
     def put(self, descriptor: int, subscriber: Sleeper, network: str, patience: float | None) -> None:
         """As `sleep`, for a subscriber whose host this has been from its start."""
-        subscriber.descriptor = descriptor
         self._put(descriptor, subscriber, network)
+        subscriber.descriptor = descriptor
         self._set_deadline(descriptor, self._after(descriptor, patience))
 
     def idle(self, descriptor: int, network: str) -> None:
@@ -216,10 +216,10 @@ class Parking:
             self._soonest[descriptor // BLOCK] = deadline
 
     def _after(self, descriptor: int, patience: float | None) -> int:
-        """The end of so many seconds; of a silence, if there is no end: a shorter one at first, so that those who came together
-        are not asked together."""
+        """The end of so many seconds; of a silence, if there is no end: any shorter one at first, so that those who came in the same
+        minute are looked at all through the next silences, not together."""
         if patience is None:
-            return self._silence(descriptor, random.uniform(0.5, 1.0) * SILENCE)
+            return self._silence(descriptor, random.random() * SILENCE)
         return _milliseconds() + int(patience * 1000)
 
     def _silence(self, descriptor: int, seconds: float) -> int:
@@ -456,7 +456,8 @@ class Parking:
             self._deadlines[descriptor] = NEVER
             owner.awake.notify()
         else:
-            probe(descriptor)
+            if silent(descriptor) >= SILENCE / 3:
+                probe(descriptor)
             self._deadlines[descriptor] = self._silence(descriptor, SILENCE)
 
     # -- stopping

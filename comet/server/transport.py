@@ -101,7 +101,7 @@ class Transport:
             pass  # it had its second
 
     def detach(self) -> int:
-        """Give the descriptor away: the parking has it."""
+        """Let go of the descriptor, which another has."""
         descriptor, self.descriptor = self.descriptor, -1
         if self._waiting_socket is not None:
             self._waiting_socket.detach()  # never dropped: that would close the number under its next owner

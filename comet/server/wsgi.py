@@ -1,8 +1,9 @@
 """The server: gevent's pywsgi with another way to read a request and to write an answer.
 
 What is kept of pywsgi is its accept loop, and a greenlet a connection while it is awake
-(`comet.server.connection`). Here is what is not one connection's: who is let in, the way between sleep
-(`comet.server.parking`) and greenlet, and `drain`, which ends it all in order.
+(`comet.server.connection`). Here is what is not one connection's: who is let in (and served first by
+`comet.server.newcomers`), the way between sleep (`comet.server.parking`) and greenlet, and `drain`, which ends it all in
+order.
 """
 
 import logging
@@ -11,9 +12,8 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
 from itertools import count
-from typing import Any, Protocol
+from typing import Any
 
 import gevent
 from gevent.event import Event
@@ -24,11 +24,11 @@ from comet.log import Roll
 from comet.server.blocks import MAX_REQUEST, STAND_INS, Lifted, lift
 from comet.server.connection import Connection
 from comet.server.crew import Crew
-from comet.server.parking import Parking, Sleeper, os_close, os_read
+from comet.server.newcomers import Newcomers, Subscribers
+from comet.server.parking import Parking, Sleeper, os_close
 from comet.server.posts import Call, Posts
 from comet.server.proxies import Behind, Proxies, Proxy, network_of
 from comet.server.short import LongWay, Shortcut
-from comet.server.transport import READ_SIZE
 from comet.settings import Settings, networks
 from comet.stats import Stats
 
@@ -36,7 +36,8 @@ MAX_REFUSING = 100
 """Connections that are being told at the same time that there is no room; more are just closed."""
 
 MOST_ACCEPTED = 16
-"""Connections that are accepted at once. To serve them takes about as long as the turn that the others have next (5 ms)."""
+"""Connections that are accepted at once. To serve them takes no longer than the turn that the others have next (5 ms): one
+millisecond where all fall asleep at once, four where each needs a greenlet."""
 
 FIRST_REQUEST = 0.5
 """Seconds that a drain waits for the first requests of new connections: about the longest way there is."""
@@ -46,14 +47,6 @@ NEXT_REQUEST = 0.5
 would meet a closed door. Pollers do that all the time."""
 
 log = logging.getLogger("comet.server")
-
-
-class Subscribers(Protocol):
-    """The hub, as far as the server knows it: what an application wishes becomes a subscriber."""
-
-    def subscribe(self, wish: Any) -> Any: ...
-    def subscribe_asleep(self, wish: Any, bed: Any) -> Any: ...
-    def subscribe_soon(self, wish: Any, bed: Any, done: Callable[[Any], object], failed: Callable[[Refusal], object]) -> bool: ...
 
 
 class CometServer(WSGIServer):
@@ -101,8 +94,9 @@ class CometServer(WSGIServer):
         self.posts = Posts(calls, settings.max_header, stand_ins) if roll is None else LongWay()
         self.subscribe = hub.subscribe
         self._subscribe_asleep = hub.subscribe_asleep
-        self._subscribe_soon = hub.subscribe_soon
         self._crew = Crew()
+        self._newcomers = Newcomers(self, hub, self._crew)
+        self.attend_asleep = self._newcomers.attend_asleep
         self._networks: Counter[str] = Counter()
         self.refusing = 0
         """Connections that are being turned away."""
@@ -155,87 +149,13 @@ class CometServer(WSGIServer):
             self._count(network, 1)
             self.stats.accepted += 1
             self.stats.connections += 1
-            self._welcome(descriptor, network)
+            self._newcomers.serve(descriptor, network)
         elif self.refusing < MAX_REFUSING:
             self.refusing += 1
             self._crew.begin(Connection(descriptor, self, network).turn_away, refusal)
         else:
             self.stats.refused[refusal.slug] += 1
             os_close(descriptor)
-
-    def _welcome(self, descriptor: int, network: str) -> None:
-        """Serve who was let in: without a greenlet where the first request is there already and asks to wait, as most do."""
-        data = b""
-        if self.hibernate and not isinstance(network, Proxy):
-            try:
-                data = os_read(descriptor, READ_SIZE)
-            except BlockingIOError:
-                pass
-            except OSError:
-                self._close(descriptor, network)
-                return
-            else:
-                if not data:
-                    self._close(descriptor, network)
-                    return
-                wish = self.shortcut.read(data)
-                if wish is not None and self._attend(descriptor, network, wish):
-                    return
-        connection = Connection(descriptor, self, network)
-        connection.fresh = not data
-        connection.buffer += data
-        self._crew.begin(connection.handle, b"")
-
-    def _attend(self, descriptor: int, network: str, wish: Any) -> bool:
-        """Answer a connection's first request, a plain one, now or when its channel has been joined; False: nothing was done."""
-        try:
-            if self.attend_asleep(descriptor, network, wish) or self._subscribe_soon(
-                wish,
-                self.parking,
-                partial(self._joined, descriptor, network, wish.patience),
-                partial(self._not_joined, descriptor, network),
-            ):
-                self.stats.requests += 1
-                return True
-        except (Refusal, OSError):
-            pass  # which the greenlet's way meets again, and answers
-        return False
-
-    def attend_asleep(self, descriptor: int, network: str, wish: Any) -> bool:
-        """Answer who has missed nothing, asleep from now on; the parking owns the descriptor. False: nothing was done."""
-        sleeper = self._subscribe_asleep(wish, self.parking)
-        if sleeper is None:
-            return False
-        self._begin(descriptor, network, sleeper, wish.patience)
-        return True
-
-    def _begin(self, descriptor: int, network: str, sleeper: Sleeper, patience: float | None) -> None:
-        """Raises OSError where the parking does; the descriptor is still the caller's then."""
-        try:
-            self.parking.put(descriptor, sleeper, network, patience)
-        except OSError:
-            sleeper.close("lost")
-            raise
-        if not sleeper.one_shot:
-            self.parking.write(sleeper, sleeper.framing.start(sleeper.cursor, self.date()))
-
-    def _joined(self, descriptor: int, network: str, patience: float | None, subscriber: Sleeper) -> None:
-        """The channel of a connection's first request has been joined."""
-        if subscriber.host is self.parking:
-            try:
-                self._begin(descriptor, network, subscriber, patience)
-            except OSError:
-                self._close(descriptor, network)
-        else:  # there is something to be sent, which may have to wait
-            start = b"" if subscriber.one_shot else subscriber.framing.start(subscriber.cursor, self.date())
-            self.resume(descriptor, network, subscriber, start)
-
-    def _not_joined(self, descriptor: int, network: str, refusal: Refusal) -> None:
-        self._crew.run(Connection(descriptor, self, network).refuse, refusal)
-
-    def _close(self, descriptor: int, network: str) -> None:
-        os_close(descriptor)
-        self.gone(network)
 
     def lifted(self, data: bytes) -> Lifted:
         """What came through a proxy as the short ways read it, and what the proxy says of it."""
@@ -355,6 +275,7 @@ class CometServer(WSGIServer):
             self.parking.close_idle()
             self._empty.wait(max(0.0, timeout - NEXT_REQUEST))
         late: int = self.stats.connections
+        self._newcomers.cut()
         for connection in list(self.awake):
             connection.cut()
         self.parking.evict()
