@@ -1282,8 +1282,35 @@ def test_a_slot_that_goes_to_another_master_and_back_loses_nothing(start: Open, 
         gevent.sleep(0.3)
     stop = True
     gevent.joinall(busy, raise_error=True)
-    wait_until(lambda: all(len(reader.got) == sent for reader in readers))
+    try:
+        wait_until(lambda: all(len(reader.got) == sent for reader in readers))
+    except AssertionError as error:
+        heads = [(reader.channels, len(reader.got), reader.stands, reader.ended, reader.gaps, service.heads(reader)) for reader in readers]
+        raise AssertionError((sent, heads, [worker.backplane.info(name) for name in names for worker in service.workers])) from error
     assert not any(reader.gaps for reader in readers)
+    service.close()
+
+
+def test_who_joins_between_two_moves_does_not_leave_the_channel_deaf(start: Open, trio: list[RedisServer]) -> None:
+    """A channel was to catch up behind a subscription that Redis ended before it could; a newcomer has made another."""
+    service = start(trio[0], workers=0)
+    service.workers.append(Worker(service, url=cluster_of(trio)))
+    wait_until(service.ready)
+    (worker,) = service.workers
+    reader = service.reader(worker, "a")
+    worker.hub.publish([Publication("a", b"1")])
+    wait_until(lambda: reader.got == ["1"])
+    state = worker.following._channels["a"]
+    worker.following._recover(["a"], state.link)
+    worker.following.thrown_out(worker.following._names.log("a"))  # before it was asked what was missed
+    gevent.sleep(0.01)
+    assert (state.stale, state.asked) == (True, None)
+    newcomer = Reader(_any(service), _any(worker), ["a"])
+    newcomer.join(asleep=False)
+    worker.hub.publish([Publication("a", b"2")])
+    wait_until(lambda: reader.got == ["1", "2"] and newcomer.got == ["2"], timeout=5)
+    newcomer.leave()
+    wait_until(lambda: service.count("a") == 1)
     service.close()
 
 

@@ -164,8 +164,9 @@ class Following:
         answer = replay(channel, reply)
         if state.epoch == _UNKNOWN:
             state.epoch, state.offset, state.time = answer.head
-        elif not state.stale and (state.epoch, state.offset, state.time) != answer.head:
-            self.resume(channel)  # something was missed before this
+        elif state.asked is None if state.stale else (state.epoch, state.offset, state.time) != answer.head:
+            # something was missed before this; or was to be read behind a subscription that Redis has ended before it was asked
+            self.resume(channel)
         if state.count != state.told:
             self._change(channel)
         done(answer._replace(life=(state, state.lives)))
@@ -263,8 +264,12 @@ class Following:
         due, self._touching = self._touching[:most], self._touching[len(self._touching) if most is None else most :]
         for channel in due:
             state = self._channels.get(channel)
-            if state is not None and state.count and not state.stale and state.epoch != _UNKNOWN:
+            if state is None or not state.count or state.epoch == _UNKNOWN:
+                continue
+            if not state.stale:
                 self._ask_hold(channel, state)
+            elif state.asked is None and state.link is not None and channel not in self._refused:
+                self.resume(channel)
 
     def _forget(self, channel: str, state: _Channel) -> None:
         del self._channels[channel]
