@@ -100,7 +100,7 @@ class Link:
         """Those that were sent, and for which nobody waits any more."""
         self._last_call = 0
         self._asked = 0
-        """Bytes of `_calls`."""
+        """Bytes of all of those."""
         self._sock: socket.socket | None = None
         self._cutter = frames.Cutter()
         self._heard = False
@@ -125,8 +125,7 @@ class Link:
         self._end()
         self._expiry.stop()
         for number, call in list(self._calls.items()):
-            if call.failed is not None:
-                self._fail(number, call)
+            self._fail(number, call)
 
     # -- calls
 

@@ -164,9 +164,11 @@ class Following:
         answer = replay(channel, reply)
         if state.epoch == _UNKNOWN:
             state.epoch, state.offset, state.time = answer.head
-        elif state.asked is None if state.stale else (state.epoch, state.offset, state.time) != answer.head:
-            # something was missed before this; or was to be read behind a subscription that Redis has ended before it was asked
-            self.resume(channel)
+        elif state.stale:
+            if state.asked is None:  # it was to be, behind a subscription that Redis has ended before that
+                self.resume(channel)
+        elif (state.epoch, state.offset, state.time) != answer.head:
+            self.resume(channel)  # something was missed before this
         if state.count != state.told:
             self._change(channel)
         done(answer._replace(life=(state, state.lives)))

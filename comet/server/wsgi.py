@@ -36,8 +36,8 @@ MAX_REFUSING = 100
 """Connections that are being told at the same time that there is no room; more are just closed."""
 
 MOST_ACCEPTED = 16
-"""Connections that are accepted at once. To serve them takes no longer than the turn that the others have next (5 ms): one
-millisecond where all fall asleep at once, four where each needs a greenlet."""
+"""Connections that are accepted at once. To serve them takes no longer than about the turn that the others have next (5 ms),
+where each needs a greenlet, and less where they fall asleep."""
 
 FIRST_REQUEST = 0.5
 """Seconds that a drain waits for the first requests of new connections: about the longest way there is."""
