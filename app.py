@@ -118,6 +118,7 @@ from comet.hub import Hub  # noqa: E402
 from comet.kernel import check, limits, memory, processes  # noqa: E402
 from comet.kernel.stock import stock  # noqa: E402
 from comet.permit import Permit  # noqa: E402
+from comet.rest import Rest  # noqa: E402
 from comet.server.wsgi import CometServer  # noqa: E402
 from comet.stats import Stats  # noqa: E402
 from comet.subscriptions import Subscriptions  # noqa: E402
@@ -176,10 +177,14 @@ def serve(settings: Settings, listener: socket.socket, data: Path, place: Place 
     else:
         backplane.start()
 
+    rest = Rest() if place is not None and limits.crowding(place.workers, limits.cores()) else None
+
     def beat() -> None:
         stats.sample(time.monotonic())
         if place is not None:
             place.board.write(place.slot, own())  # from the loop, so that one that is stuck is noticed
+        if rest is not None:
+            rest.look()
 
     beat()
     gevent.spawn(_every, 1.0, beat)

@@ -57,12 +57,12 @@ class History:
         entries = self.entries
         if entries is None or count <= 0:
             return 0
-        freed = sum(message.cost for message in entries[:count])
         if count >= len(entries):
-            self.entries = None
+            gone, self.entries = entries, None
         else:
+            gone = entries[:count]
             del entries[:count]
-        return freed
+        return gone[0].cost if len(gone) == 1 else sum(message.cost for message in gone)
 
     def trim(self, most: int, before: float) -> int:
         """Keep at most `most` messages and none ordered earlier than `before`; answers the bytes freed."""

@@ -44,12 +44,12 @@ MAX_WAITING = 16 << 20
 READ_SIZE = 1 << 18
 """Bytes taken of a link before the others have their turn."""
 
-REST_A_WORKER = 0.001
+REST_A_WORKER = 0.002
 """Seconds between two turns of the loop, for each worker that the first has woken and that is one too many
 (`limits.crowding`). Their caches are cold, and to wake one costs 100 us, whatever for: 60 on two cores are woken 1,000
 times a second then, for several messages each. Who has woken few, as a message to one client does, does not rest."""
 
-MOST_REST = 0.06
+MOST_REST = 0.1
 
 TICK = 1.0
 """Seconds between two looks at what is past its time, and two beats."""
@@ -93,11 +93,10 @@ class Link:
         self._out.append(frame)
         self._queued += len(frame)
 
-    def message(self, channel: str, item: bytes) -> None:
-        """Send a message that `frames.item` has encoded, unless too much waits."""
-        if self.takes(channel):
-            self._items.append(item)
-            self._queued += len(item)
+    def message(self, item: bytes) -> None:
+        """Send a message that `frames.item` has encoded: of channels whose messages it `takes`."""
+        self._items.append(item)
+        self._queued += len(item)
 
     def takes(self, channel: str) -> bool:
         """Whether a message of the channel may be sent; if not, it is noted as missed."""
@@ -318,9 +317,10 @@ class Router:
         for message in messages:
             links = self._links(message.channel)
             if links:
-                item = frames.item(message)
+                item = frames.item(message.type, message.data, ((message.channel, message.epoch, message.offset),))
                 for link in links:
-                    link.message(message.channel, item)
+                    if link.takes(message.channel):
+                        link.message(item)
                     self._dirty.add(link)
 
     def _feed(self, messages: Sequence[Message]) -> None:
@@ -342,7 +342,7 @@ class Router:
                     self._dirty.add(link)
         self._dirty.update(places)
         for link, those in places.items():
-            link.put(frames.frame(frames.Feeds(messages[0].type, messages[0].data, those)))
+            link.message(frames.item(messages[0].type, messages[0].data, those))
 
     def _dropped(self, channel: str, epoch: int) -> None:
         for link in self._logged_out(channel):

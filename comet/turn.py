@@ -1,14 +1,30 @@
-"""When the event loop does what: a turn for everybody else in the middle of long work, the next turn, so many seconds later."""
+"""When the event loop does what: a turn for everybody else in the middle of long work, the next turn, so many seconds later;
+and how often it turns."""
 
+import ctypes
 import logging
 from collections.abc import Callable
 
 import gevent
 from gevent import get_hub
+from gevent.libev import corecext
 
 _SOON = 1e-9
 
+_libev = ctypes.CDLL(corecext.__file__)
+
 log = logging.getLogger("comet")
+
+
+def gather(seconds: float, timers: float = 0.0) -> None:
+    """Have this process's loop rest before it looks at its sockets again, until so many `seconds` have passed since it last did:
+    what has come meanwhile is found together, in one turn. Its timers ring on time, unless they are to be gathered as well
+    (`timers`, in seconds). 0 is libev's own way, to look at once (ev(3), "ev_set_io_collect_interval"). With gevent on libuv this
+    does nothing."""
+    loop = get_hub().loop
+    if isinstance(loop, corecext.loop):
+        _libev.ev_set_io_collect_interval(ctypes.c_void_p(loop.ptr), ctypes.c_double(seconds))
+        _libev.ev_set_timeout_collect_interval(ctypes.c_void_p(loop.ptr), ctypes.c_double(timers))
 
 
 def give_way() -> None:

@@ -84,7 +84,13 @@ def _test(parser: argparse.ArgumentParser, clients: int, seconds: float, shape: 
     add("--endpoints", default="test:49,stream:1", metavar="NAME:SHARE,…", help="what clients ask for (default: test:49,stream:1)")
     add("--open-rate", type=float, default=15_000.0, metavar="R", help="clients opened a second at most (default: 15000)")
     add("--senders", type=_number, default=1000, metavar="N", help="how many send (default: 1000)")
-    add("--nap", type=float, default=0.0, metavar="S", help="of a swarm between two looks; latencies have it (default: 1 ms a process)")
+    add(
+        "--nap",
+        type=float,
+        default=0.0,
+        metavar="S",
+        help="of a swarm between two looks; latencies have it (default: 2 ms a process beyond two a core, at most 100)",
+    )
     add("--each", type=_number, default=15, metavar="N", help="others that each user follows (default: 15)")
     add("--port", type=int, default=8000, help="of the service (default: 8000)")
     add("--service", default="", metavar="FLAGS", help="more flags for it")

@@ -7,6 +7,7 @@ is both. Neighbours: `loadtest.shapes`, which drives the master; `loadtest.users
 """
 
 import json
+import logging
 import math
 import time
 from collections import Counter
@@ -21,13 +22,17 @@ from locust import runners
 from locust.env import Environment
 from locust.runners import MasterRunner, Runner, WorkerRunner
 
-from comet.kernel.processes import die_with_parent
+from comet.kernel import limits
+from comet.kernel.processes import die_with_parent, give_way
+from comet.turn import gather
 from loadtest import tally
 from loadtest.counting import Counts
 from loadtest.histogram import Histogram
 from loadtest.options import Asked, endpoints, masks, target
 from loadtest.swarm import Swarm
 from loadtest.verify import KINDS
+
+log = logging.getLogger("comet.loadtest")
 
 REPORT, ORDERS, ACCOUNT = "comet-report", "comet-orders", "comet-account"
 
@@ -88,6 +93,8 @@ class Worker:
     def _begin(self, **_: Any) -> None:
         """The master's flags are here by now."""
         self._clear()
+        if self.asked.nap:
+            gather(self.asked.nap, self.asked.nap)
         self._reporter = gevent.spawn(self._report_on)
 
     def _end(self, **_: Any) -> None:
@@ -346,6 +353,11 @@ def set_up(environment: Environment, runner: Runner, **_: Any) -> None:
     """Locust's `init`: this process is a worker, the master, or both."""
     if isinstance(runner, WorkerRunner) and getattr(environment.parsed_options, "processes", None):
         die_with_parent()  # a master that is killed leaves its workers for a minute otherwise
+        if limits.crowding(getattr(environment.parsed_options, "expect_workers", 1), limits.cores()):
+            try:
+                give_way()  # or each message would tear a process of the service away from its work
+            except OSError as error:  # some sandboxes don't let a process say so
+                log.info("a load process can't have SCHED_BATCH: %s", error)
     if not isinstance(runner, WorkerRunner):
         Master(environment, runner)
     if not isinstance(runner, MasterRunner):

@@ -207,7 +207,7 @@ def locust(order: Order, planned: plans.Plan, folder: Path, friends: str, url: s
     """Locust's command line."""
     asked = {
         "clients": order.clients, "message-rate": order.rate, "seconds": order.duration, "senders": order.senders,
-        "open-rate": order.open_rate, "endpoints": order.endpoints, "churn": order.churn, "nap": order.nap or planned.processes / 1000,
+        "open-rate": order.open_rate, "endpoints": order.endpoints, "churn": order.churn, "nap": order.nap or plans.nap(planned.processes),
         "sources": order.sources,
         "then": order.then, "friends": friends, "out": folder,
     }  # fmt: skip

@@ -10,9 +10,9 @@ import subprocess
 from dataclasses import dataclass
 
 from comet.kernel import check
-from comet.kernel.limits import FILL, RESERVE, cores
+from comet.kernel.limits import FILL, RESERVE, cores, crowding
 from comet.kernel.machine import Machine
-from loadtest.swarm import PER_ADDRESS
+from loadtest.swarm import NAP, PER_ADDRESS
 
 SERVICE_CLIENT, SERVICE_PROCESS = 800, 7_000_000
 """Bytes of the service a client, on /test with a feed of its own, and of each of its processes."""
@@ -28,6 +28,9 @@ SPARE = 700_000_000
 
 FILES = 512
 """Open files of a load process that are neither its clients nor its senders: Locust's own."""
+
+NAP_A_PROCESS, MOST_NAP = 0.002, 0.1
+"""Seconds between two looks of a swarm, for each process that is one too many, and at most."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,12 @@ def plan(
         )
     each = math.ceil(clients / processes)
     return Plan(clients, port, workers, processes, each, math.ceil(clients / PER_ADDRESS), memory, available, tuple(objections))
+
+
+def nap(processes: int, processors: int | None = None) -> float:
+    """Seconds between two looks of a swarm, where so many processes have one: with many on few cores it costs more to wake one
+    than to read what is there, and with fewer looks there is more."""
+    return max(NAP, min(MOST_NAP, NAP_A_PROCESS * crowding(processes, processors or cores())))
 
 
 def unmet(plan: Plan, machine: Machine = check.HERE) -> list[check.Row]:

@@ -43,7 +43,7 @@ from loadtest.wire import Ended, Endpoint, Malformed, head, pieces
 PER_ADDRESS = 2000
 """Connections from one source address: connect looks for a free port one by one, and must not have to look far."""
 
-UNDER_WAY = 100
+UNDER_WAY = 256
 """Connections of a process that are being opened at a time, at most."""
 
 NAP = 0.002

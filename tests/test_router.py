@@ -241,6 +241,19 @@ def test_counts_are_of_the_log_they_were_said_for(served: Served) -> None:
     assert any(isinstance(told, frames.Deliver) for told in one.heard())
 
 
+def test_what_a_turn_has_for_a_worker_is_one_frame(served: Served) -> None:
+    one, other = served.peer(), served.peer()
+    one.say(frames.Subscribe(1, ["a", "b", "c"], [None] * 3))
+    served.turn()
+    one.heard()
+    other.say(frames.Publish(1, [Publication("a", b"1"), Publication("b", b"2")]), frames.Send(2, "a,c,d", "greeting", b"3", None))
+    served.turn()
+    (told,) = one.heard()
+    assert isinstance(told, frames.Deliver)
+    found = [(item.kind, item.data, [(channel, offset) for channel, _, offset in item.places]) for item in told.items]
+    assert found == [("message", b"1", [("a", 1)]), ("message", b"2", [("b", 1)]), ("greeting", b"3", [("a", 2), ("c", 1)])]
+
+
 def test_a_channel_with_one_subscriber_costs_little(served: Served) -> None:
     peer = served.peer()
     count = 20_000

@@ -13,7 +13,7 @@ from typing import Final
 import msgspec
 from msgspec import Raw, Struct
 
-from comet.message import Message, Position, Publication, Since
+from comet.message import Position, Publication, Since
 
 MAX_FRAME: Final = 1 << 30
 """Bytes. A frame is as large as what a worker may publish or read at once; more is a broken link."""
@@ -107,57 +107,47 @@ Asked = Publish | Send | Subscribe | Resume | Interest | Logout | Read | Info | 
 
 
 class Item(Struct, array_like=True, gc=False):
-    """A message."""
-
-    channel: str
-    epoch: int
-    offset: int
-    kind: str
-    data: bytes
-
-
-class Deliver(Struct, tag=1, array_like=True, gc=False):
-    """Messages of channels that the worker is logged in to."""
-
-    items: Sequence[Item]
-
-
-class Feeds(Struct, tag=2, array_like=True, gc=False):
-    """One message to many feeds: `places` are channel, epoch and offset."""
+    """A message, and where it belongs: `places` are channel, epoch and offset, several where it was sent to many feeds."""
 
     kind: str
     data: bytes
     places: Sequence[tuple[str, int, int]]
 
 
-class Answer(Struct, tag=3, array_like=True, gc=False):
+class Deliver(Struct, tag=1, array_like=True, gc=False):
+    """Messages of channels that the worker is logged in to: what there was for it in a turn of the router."""
+
+    items: Sequence[Item]
+
+
+class Answer(Struct, tag=2, array_like=True, gc=False):
     """What a call asked for; see there."""
 
     call: int
     value: Raw
 
 
-class Dropped(Struct, tag=4, array_like=True, gc=False):
+class Dropped(Struct, tag=3, array_like=True, gc=False):
     """The channel's log was deleted, and the worker is logged out of it."""
 
     channel: str
     epoch: int
 
 
-class Missed(Struct, tag=5, array_like=True, gc=False):
+class Missed(Struct, tag=4, array_like=True, gc=False):
     """Messages of these channels were not sent, because too much waited for the worker: resume, or log out."""
 
     channels: Sequence[str]
 
 
-class Lapsed(Struct, tag=6, array_like=True, gc=False):
+class Lapsed(Struct, tag=5, array_like=True, gc=False):
     """The logs of these channels were forgotten, since nobody had subscribed for the linger time. The worker
     is logged out of them, and counts nobody there."""
 
     channels: Sequence[str]
 
 
-Told = Deliver | Feeds | Answer | Dropped | Missed | Lapsed
+Told = Deliver | Answer | Dropped | Missed | Lapsed
 
 
 class Replay(Struct, array_like=True, gc=False):
@@ -174,9 +164,9 @@ def frame(body: Asked | Told) -> bytes:
     return len(data).to_bytes(_LENGTH, "little") + data
 
 
-def item(message: Message) -> bytes:
-    """A message, encoded once for all links: see `deliver`."""
-    return encode((message.channel, message.epoch, message.offset, message.type, message.data))
+def item(kind: str, data: bytes, places: Sequence[tuple[str, int, int]]) -> bytes:
+    """An `Item`, encoded: see `deliver`."""
+    return encode((kind, data, places))
 
 
 def deliver(items: Sequence[bytes]) -> bytes:

@@ -303,10 +303,9 @@ class RouterBackplane:
     # -- what the router tells
 
     def _on_deliver(self, told: frames.Deliver) -> None:
-        self._arrived([Message(one.channel, (one.epoch, one.offset), one.kind, one.data) for one in told.items])
-
-    def _on_feeds(self, told: frames.Feeds) -> None:
-        self._arrived([Message(channel, (epoch, offset), told.kind, told.data) for channel, epoch, offset in told.places])
+        self._arrived([
+            Message(channel, (epoch, offset), item.kind, item.data) for item in told.items for channel, epoch, offset in item.places
+        ])  # fmt: skip
 
     def _arrived(self, messages: Sequence[Message]) -> None:
         if self._stale:
@@ -347,7 +346,6 @@ class RouterBackplane:
 
 _TAKE: Mapping[type, Callable[[RouterBackplane, Any], None]] = {
     frames.Deliver: RouterBackplane._on_deliver,
-    frames.Feeds: RouterBackplane._on_feeds,
     frames.Dropped: RouterBackplane._on_dropped,
     frames.Missed: RouterBackplane._on_missed,
     frames.Lapsed: RouterBackplane._on_lapsed,

@@ -62,6 +62,15 @@ def give_back() -> None:
         _malloc_trim(0)
 
 
+def waited() -> float:
+    """Seconds for which this process, its first thread, could have run and had no core; 0 where the kernel does not count."""
+    try:
+        with open("/proc/self/schedstat", "rb", buffering=0) as file:
+            return int(file.read().split()[1]) / 1e9
+    except FileNotFoundError:
+        return 0.0
+
+
 def resident() -> int:
     """Bytes of memory this process has in use, shared pages included."""
     with open("/proc/self/statm", "rb", buffering=0) as file:
