@@ -46,8 +46,8 @@ READ_SIZE = 1 << 18
 
 REST_A_WORKER = 0.002
 """Seconds between two turns of the loop, for each worker that the first has woken and that is one too many
-(`limits.crowding`). Their caches are cold, and to wake one costs 100 us, whatever for: 60 on two cores are woken 1,000
-times a second then, for several messages each. Who has woken few, as a message to one client does, does not rest."""
+(`limits.crowding`). Their caches are cold, and to wake one costs 100 us and more, whatever for: 60 on two cores are woken 600
+times a second then, for many messages each. Who has woken few, as a message to one client does, does not rest."""
 
 MOST_REST = 0.1
 

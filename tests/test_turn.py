@@ -1,11 +1,13 @@
 """Work that is put off to the loop's next turn."""
 
+import os
 import time
 
 import gevent
 import pytest
+from gevent import get_hub
 
-from comet.turn import Alarm, Soon, give_way
+from comet.turn import Alarm, Soon, gather, give_way
 from tests.harness import wait_until
 
 
@@ -78,3 +80,55 @@ def test_an_alarm_takes_its_whole_time_whenever_it_is_set() -> None:
     assert rung[-1] - began > 0.095
     gevent.sleep(0.15)
     assert len(rung) == 4
+
+
+def turns_that_find(pieces: int, apart: float) -> int:
+    """How many turns of the loop it takes to find so many pieces in a pipe, of which one comes every `apart` seconds by a process
+    of its own."""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if not pid:
+        for _ in range(pieces):
+            time.sleep(apart)
+            os.write(writer, b".")
+        os._exit(0)
+    found: list[int] = []
+    watcher = get_hub().loop.io(reader, 1)
+    watcher.start(lambda: found.append(len(os.read(reader, 100))))
+    try:
+        wait_until(lambda: sum(found) == pieces)
+    finally:
+        watcher.stop()
+        watcher.close()
+        os.close(reader)
+        os.close(writer)
+        os.waitpid(pid, 0)
+    return len(found)
+
+
+def test_what_comes_while_the_loop_rests_is_found_together() -> None:
+    assert turns_that_find(20, apart=0.01) > 10
+    gather(0.1)
+    try:
+        assert turns_that_find(20, apart=0.01) < 8
+    finally:
+        gather(0)
+    assert turns_that_find(20, apart=0.01) > 10
+
+
+def test_timers_ring_on_time_though_the_loop_rests_unless_they_are_gathered() -> None:
+    def took() -> float:
+        gevent.sleep(0)
+        began = time.monotonic()
+        for _ in range(10):
+            gevent.sleep(0.002)
+        return time.monotonic() - began
+
+    gather(0.1)
+    try:
+        assert took() < 0.5
+        gather(0.1, timers=0.1)
+        assert took() > 0.8
+    finally:
+        gather(0)
+    assert took() < 0.5
