@@ -17,7 +17,7 @@ from typing import Any
 from gevent import get_hub
 from gevent.threadpool import ThreadPool
 
-from comet.turn import Alarm
+from comet.turn import PACE, Alarm
 
 PATIENCE = 10.0
 """Seconds after which a worker goes ahead without: whoever holds the permit may be stopped, and is replaced only after
@@ -45,6 +45,7 @@ class Permit:
         self._wanted = True
         self._granted = granted
         self._patience.set()
+        PACE.hurry(self)  # the lock may be here at any time, and others wait for it
         if self._locking:  # it has gone ahead without, and is still in the queue
             return
         if self._pool is None:  # and not `or`: one that has nothing to do is false
@@ -77,6 +78,7 @@ class Permit:
 
     def _go_ahead(self) -> None:
         self._patience.stop()
+        PACE.relax(self)
         granted, self._granted = self._granted, None
         if granted is not None:
             granted()

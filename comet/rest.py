@@ -5,7 +5,7 @@ their part of the core's caches is cold: that costs more than what there is to d
 anyway; if it rests between two turns of its loop meanwhile, it does in one turn what would have been several, and the machine
 gets more done. So the slower the machine, the fewer turns. A worker that gets its core at once never rests.
 
-Neighbours: `comet.turn`, where the loop is told; `app.py` has a worker `look` once a second. The router does the same in its own
+Neighbours: `comet.turn`, whose `PACE` it sets; `app.py` has a worker `look` once a second. The router does the same in its own
 way (`Router.rest`): it knows how many it has woken.
 """
 
@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 
 from comet.kernel.processes import waited
-from comet.turn import gather
+from comet.turn import PACE
 
 OF_WAIT = 0.25
 """Seconds of rest for each second that it has waited in one: of sixty workers that are woken together each waits a quarter of
@@ -22,25 +22,29 @@ the time where two cores are busy to nine tenths, and three fifths where they ar
 MOST = 0.1
 """Seconds from one turn to the next: a message passes two workers and the router, and each may have just begun to rest."""
 
+SOON = 0.1
+"""Seconds within which a wait says nothing yet."""
+
 
 class Rest:
-    """Of this process. `waited` answers the seconds that it has waited for a core so far, and `gather` has the loop rest."""
+    """Of this process. `waited` answers the seconds that it has waited for a core so far; `rest` has the loop rest so long."""
 
     def __init__(
         self,
         waited: Callable[[], float] = waited,
-        gather: Callable[[float], None] = gather,
+        rest: Callable[[float], None] = PACE.rest,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._waited = waited
-        self._gather = gather
+        self._rest = rest
         self._clock = clock
         self._looked = clock()
         self._before = waited()
 
     def look(self) -> None:
         """Rest as its wait since the last look suggests."""
-        now, before = self._clock(), self._waited()
-        share = (before - self._before) / (now - self._looked)
-        self._looked, self._before = now, before
-        self._gather(min(MOST, OF_WAIT * share))
+        now, waited = self._clock(), self._waited()
+        passed = now - self._looked
+        if passed >= SOON:
+            self._rest(min(MOST, OF_WAIT * (waited - self._before) / passed))
+            self._looked, self._before = now, waited

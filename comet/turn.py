@@ -18,13 +18,45 @@ log = logging.getLogger("comet")
 
 def gather(seconds: float, timers: float = 0.0) -> None:
     """Have this process's loop rest before it looks at its sockets again, until so many `seconds` have passed since it last did:
-    what has come meanwhile is found together, in one turn. Its timers ring on time, unless they are to be gathered as well
-    (`timers`, in seconds). 0 is libev's own way, to look at once (ev(3), "ev_set_io_collect_interval"). With gevent on libuv this
-    does nothing."""
+    what has come meanwhile is found together, in one turn. A timer that rings is such a turn, on time, unless those are to be
+    gathered as well (`timers`, in seconds); what another thread has done is found like everything else. 0 is libev's own way, to
+    look at once (ev(3), "ev_set_io_collect_interval"). With gevent on libuv this does nothing."""
     loop = get_hub().loop
     if isinstance(loop, corecext.loop):
         _libev.ev_set_io_collect_interval(ctypes.c_void_p(loop.ptr), ctypes.c_double(seconds))
         _libev.ev_set_timeout_collect_interval(ctypes.c_void_p(loop.ptr), ctypes.c_double(timers))
+
+
+class Pace:
+    """How long the loop of a process rests between two turns (`gather`): `seconds`, but not at all while somebody is in a hurry."""
+
+    def __init__(self, gather: Callable[[float], None] = gather) -> None:
+        self._gather = gather
+        self._seconds = 0.0
+        self._hurried: set[object] = set()
+
+    def rest(self, seconds: float) -> None:
+        """From now on."""
+        self._seconds = seconds
+        if not self._hurried:
+            self._gather(seconds)
+
+    def hurry(self, who: object) -> None:
+        """`who` waits for more, until `relax`."""
+        if not self._hurried and self._seconds:
+            self._gather(0.0)
+        self._hurried.add(who)
+
+    def relax(self, who: object) -> None:
+        """It does not any more, or did not."""
+        if who in self._hurried:
+            self._hurried.remove(who)
+            if not self._hurried and self._seconds:
+                self._gather(self._seconds)
+
+
+PACE = Pace()
+"""Of this process."""
 
 
 def give_way() -> None:

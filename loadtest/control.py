@@ -24,7 +24,6 @@ from locust.runners import MasterRunner, Runner, WorkerRunner
 
 from comet.kernel import limits
 from comet.kernel.processes import die_with_parent, give_way
-from comet.turn import gather
 from loadtest import tally
 from loadtest.counting import Counts
 from loadtest.histogram import Histogram
@@ -93,8 +92,6 @@ class Worker:
     def _begin(self, **_: Any) -> None:
         """The master's flags are here by now."""
         self._clear()
-        if self.asked.nap:
-            gather(self.asked.nap, self.asked.nap)
         self._reporter = gevent.spawn(self._report_on)
 
     def _end(self, **_: Any) -> None:
@@ -351,9 +348,9 @@ class Master:
 
 def set_up(environment: Environment, runner: Runner, **_: Any) -> None:
     """Locust's `init`: this process is a worker, the master, or both."""
-    if isinstance(runner, WorkerRunner) and getattr(environment.parsed_options, "processes", None):
+    if isinstance(runner, WorkerRunner) and (processes := getattr(environment.parsed_options, "processes", None)):
         die_with_parent()  # a master that is killed leaves its workers for a minute otherwise
-        if limits.crowding(getattr(environment.parsed_options, "expect_workers", 1), limits.cores()):
+        if limits.crowding(processes, limits.cores()):
             try:
                 give_way()  # or each message would tear a process of the service away from its work
             except OSError as error:  # some sandboxes don't let a process say so

@@ -60,7 +60,7 @@ def add_flags(parser: Any) -> None:
         type=float,
         default=0.0,
         metavar="S",
-        help="of a SwarmUser between two batches: saves cores, and is in latencies (default: 0)",
+        help="that a process with a SwarmUser rests between two looks: saves cores, and is in latencies (default: 0)",
     )
     add("--late", type=float, default=5.0, metavar="S", help="a message that took longer is a failure (default: 5)")
     add("--size", type=int, default=SIZE, metavar="BYTES", help=f"of a message (default: {SIZE})")

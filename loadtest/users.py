@@ -17,6 +17,7 @@ from locust import User, task
 from locust.env import Environment
 from locust.exception import StopUser
 
+from comet.turn import gather
 from loadtest.client import Connection
 from loadtest.control import Worker
 from loadtest.counting import REFUSED, SENT, UNSURE, Send, Sender
@@ -186,9 +187,11 @@ class SwarmUser(User):
             gevent.sleep(AGAIN)  # Locust has it try again at once
             raise RuntimeError("a process holds one swarm: start as many processes as SwarmUsers")
         self.work.swarm = self.swarm()
+        gather(self.work.asked.nap, self.work.asked.nap)  # its senders' answers and turns come with its looks
         try:
             self.work.swarm.run()
         finally:
+            gather(0.0)
             self.work.swarm = None
 
 

@@ -37,11 +37,6 @@ def wait_until(condition: Callable[[], Any], timeout: float = TIMEOUT) -> Any:
     return answer
 
 
-def waited_for_a_cpu() -> float:
-    """Seconds that this thread was ready to run and others ran instead: a bound on time leaves them out."""
-    return int(Path("/proc/thread-self/schedstat").read_text().split()[1]) / 1e9
-
-
 class Response(NamedTuple):
     """`headers` has lower-case names; `body` is whole, or b"" where the caller reads the pieces."""
 

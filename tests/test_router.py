@@ -254,6 +254,27 @@ def test_what_a_turn_has_for_a_worker_is_one_frame(served: Served) -> None:
     assert found == [("message", b"1", [("a", 1)]), ("message", b"2", [("b", 1)]), ("greeting", b"3", [("a", 2), ("c", 1)])]
 
 
+def test_a_frame_of_messages_is_never_much_longer_than_one_of_them(served: Served) -> None:
+    one, other = served.peer(), served.peer()
+    one.say(frames.Subscribe(1, ["a"], [None]))
+    served.turn()
+    one.heard()
+    other.say(frames.Publish(1, [Publication("a", b"%04d" % number * 250) for number in range(200)]))
+    served.turn(1)
+    sizes: list[int] = []
+    data: list[bytes] = []
+    while len(data) < 200:
+        served.turn(1)
+        for body in one.cutter.feed(one.sock.recv(1 << 16)):
+            told = _told.decode(body)
+            assert isinstance(told, frames.Deliver)
+            sizes.append(len(body))
+            data += [item.data for item in told.items]
+    assert data == [b"%04d" % number * 250 for number in range(200)]
+    assert max(sizes) <= router_module.FRAME + 1100
+    assert len(sizes) == pytest.approx(200_000 / router_module.FRAME, abs=2)
+
+
 def test_a_channel_with_one_subscriber_costs_little(served: Served) -> None:
     peer = served.peer()
     count = 20_000

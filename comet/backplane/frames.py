@@ -184,6 +184,11 @@ class Cutter:
         self._need = _LENGTH
         """Bytes with which there may be a frame: a long one is put together once, not with every piece."""
 
+    @property
+    def partial(self) -> bool:
+        """Part of a frame is here."""
+        return self._have > 0
+
     def feed(self, data: bytes) -> Iterator[memoryview]:
         """The frames that are whole now; all must be taken. Raises ValueError when the other side does not
         speak this."""

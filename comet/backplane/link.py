@@ -30,7 +30,7 @@ from gevent.hub import Waiter
 
 from comet.backplane import frames
 from comet.errors import Refusal
-from comet.turn import Alarm
+from comet.turn import PACE, Alarm
 
 LOOKS = 20
 """Looks for calls that have waited too long, in that time: a timer each would cost as much as the call."""
@@ -288,6 +288,10 @@ class Link:
         else:
             if data:
                 self._heard = True
+                if self._cutter.partial:  # what it lacks, which may be much, is sent as fast as it is read
+                    PACE.hurry(self)
+                else:
+                    PACE.relax(self)
                 return
             log.warning("the router has closed the link; making another")
         self._end()
@@ -337,6 +341,7 @@ class Link:
             watcher.close()
         self._sock.close()
         self._sock = None
+        PACE.relax(self)
         self._out = []
         self._queued = 0
         self._rest = memoryview(b"")
