@@ -2,8 +2,11 @@
 
 from typing import Any
 
+import pytest
 from locust.runners import WorkerRunner
 
+from comet.kernel import limits
+from loadtest import control
 from loadtest.control import Worker
 from tests.loadtest.work import environment
 
@@ -35,3 +38,15 @@ def test_without_any_it_has_the_masters() -> None:
     worker._begin()  # its listener
     assert (worker.target.sources, worker.asked.key) == (("10.0.0.1",), "all")
     worker._reporter.kill()
+
+
+@pytest.mark.parametrize(("processes", "gives_way"), [(None, False), (4, False), (5, True)])
+def test_a_process_among_more_than_two_a_core_gives_way(monkeypatch: pytest.MonkeyPatch, processes: int | None, gives_way: bool) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(control, "die_with_parent", lambda: None)  # which is pytest here
+    monkeypatch.setattr(control, "give_way", lambda: done.append("gave way"))
+    monkeypatch.setattr(limits, "cores", lambda: 2)
+    made = environment()
+    vars(made.parsed_options).update(processes=processes)
+    control.set_up(made, Runner())
+    assert bool(done) == gives_way

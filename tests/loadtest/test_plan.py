@@ -3,7 +3,7 @@
 import pytest
 
 from comet.kernel.machine import Machine
-from loadtest.plan import plan, settings, unmet
+from loadtest.plan import nap, plan, settings, unmet
 
 
 def made_up(files: int = 20_000, gib: float = 23.0, tcp_mem: int = 575_796) -> Machine:
@@ -76,3 +76,8 @@ def test_a_port_of_another_machine_clashes_with_nothing_here() -> None:
     here, elsewhere = (unmet(plan(1_000_000, 8000, one, machine, 2), small) for one in (True, False))
     assert {row.name for row in here} == {"net.ipv4.ip_local_port_range", "net.core.somaxconn"}
     assert not elsewhere
+
+
+@pytest.mark.parametrize(("processes", "seconds"), [(2, 0.002), (4, 0.002), (10, 0.012), (52, 0.096), (103, 0.1)])
+def test_the_more_processes_share_a_core_the_longer_each_naps(processes: int, seconds: float) -> None:
+    assert nap(processes, 2) == pytest.approx(seconds)
