@@ -143,11 +143,8 @@ class MemoryBackplane:
                 return remembered
         messages: list[Message] = []
         delivered = 0
-        for channel, log in zip(names, map(self._channels.get, names), strict=True):  # nearly all may be away
-            if log is None:
-                continue
-            if not isinstance(log, _Channel):
-                log = self._open(channel)
+        for channel in filter(self._channels.__contains__, names):  # nearly all are away: 40 ns for each of those
+            log = self._open(channel)
             messages.append(self._append(channel, log, type, data, now))
             delivered += log.subscribers
         position = messages[0].position if messages and messages[0].channel == first else None
