@@ -45,7 +45,7 @@ READ_SIZE = 1 << 18
 """Bytes taken of a link before the others have their turn."""
 
 FRAME = 1 << 15
-"""Bytes of messages from which on a frame is full: a worker takes a frame at once, in a few milliseconds."""
+"""Bytes of messages from which on a frame is full: a worker takes a frame at once, and everything else there waits meanwhile."""
 
 REST_A_WORKER = 0.002
 """Seconds between two turns of the loop, for each worker that the first has woken and that is one too many

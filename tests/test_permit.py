@@ -13,6 +13,7 @@ from gevent.threadpool import ThreadPool
 
 from comet import permit as module
 from comet.permit import Permit
+from comet.turn import Pace
 from tests.harness import wait_until
 
 OTHER = """
@@ -77,6 +78,21 @@ def test_it_comes_when_who_has_it_dies(memory: int) -> None:
     wait_until(lambda: granted)
     permit.give_back()
     assert granted == [None]
+
+
+def test_nobody_rests_while_it_is_asked_for(memory: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loop of one that rests would hear of it late, and all behind it as well."""
+    rests: list[float] = []
+    pace = Pace(rests.append)
+    pace.rest(0.05)
+    monkeypatch.setattr(module, "PACE", pace)
+    granted: list[list[float]] = []
+    permit = Permit(memory, 0)
+    permit.ask(lambda: granted.append(rests.copy()))
+    assert rests == [0.05, 0.0]
+    wait_until(lambda: granted)
+    assert granted == [[0.05, 0.0, 0.05]]
+    permit.give_back()
 
 
 def test_a_place_of_its_own_is_free(memory: int) -> None:

@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from comet.kernel import processes
 from comet.kernel.processes import waited
 from comet.rest import MOST, Rest
 from tests.harness import ROOT
@@ -36,7 +37,6 @@ def test_who_gets_its_core_at_once_does_not_rest() -> None:
 
 def test_a_look_too_soon_after_another_says_nothing_yet() -> None:
     worker = Worker()
-    worker.now += 0.0
     worker.waited += 0.01
     worker.rest.look()
     assert worker.rests == []
@@ -70,3 +70,11 @@ def test_the_wait_for_a_core_is_counted() -> None:
         other.wait()
         if other.stdout is not None:
             other.stdout.close()
+
+
+def test_where_the_kernel_does_not_tell_nobody_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(processes, "open", refuse, raising=False)
+    assert waited() == 0.0
