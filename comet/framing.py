@@ -179,10 +179,11 @@ class Text(Framing):
     names_cursor = False
 
     def __init__(self) -> None:
-        self._made = b"", b""
+        # the body made last, and its bytes; None at first: b"" would be taken for a body, an empty one, of which nothing is sent
+        self._made: tuple[bytes | None, bytes] = None, b""
 
     def batch(self, batch: Batch, date: bytes) -> bytes:
-        """What was sent to many feeds is made once: nothing in it tells them apart."""
+        """Return the bytes of what was sent to many feeds, which are made once: nothing in them tells the feeds apart."""
         if len(batch.messages) > 1:
             return super().batch(batch, date)
         data = batch.messages[0].data

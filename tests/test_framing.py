@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import pytest
 
-from comet.framing import LINES, POLL, PORTION, TEXT, Framing, ServerSentEvents, batch_json, message_json, portions
+from comet.framing import LINES, POLL, PORTION, TEXT, Batch, Framing, ServerSentEvents, Text, batch_json, message_json, portions
 from comet.history import History
 from comet.message import Cursor, Gap, Item, Message, Position, parse_cursor
 
@@ -234,3 +234,8 @@ def test_portions_are_whole_runs_within_their_bound() -> None:
 
 def test_portions_of_nothing_are_one_empty_run() -> None:
     assert list(portions([])) == [[]]
+
+
+def test_an_empty_body_is_sent_also_as_the_first_that_a_process_sends() -> None:
+    message = log("user:7", 1, "")[0]
+    assert Text().batch(Batch([message]), b"") == b"1\r\n\n\r\n"
