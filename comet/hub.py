@@ -87,7 +87,7 @@ class Hub:
                 self._expel(channel, subscriber)
                 subscriber.end("deleted")
         self._stats.clients[framing.name] += 1
-        subscriber.join(dict(zip(channels, answers, strict=True)))
+        subscriber.begin(dict(zip(channels, answers, strict=True)), since)
         return subscriber
 
     def subscribe_asleep(self, wish: Wish, bed: Host) -> Subscriber | None:
@@ -121,7 +121,7 @@ class Hub:
             self._stats.clients[framing.name] += 1
             self._register(channel, subscriber)
             if missed:
-                subscriber.join({channel: answer})
+                subscriber.begin({channel: answer}, since)
                 if self.draining:
                     subscriber.end("shutdown")
             else:
