@@ -92,6 +92,12 @@ class Settings:
     send_buffer: int = _knob(
         16384, "bytes", "Kernel buffer a connection for what a client has not read (0: the kernel's own sizing).", most=1 << 26
     )
+    busy_send_buffer: int = _knob(
+        65536,
+        "bytes",
+        "The same while a client takes more than --send-buffer holds, in a replay or a busy stream (0: as --send-buffer).",
+        most=1 << 26,
+    )
 
     max_connections: int = _knob(0, "connections", "The process's limit; 0 takes what its limit on open files allows.")
     max_per_address: int = _knob(
@@ -115,7 +121,17 @@ class Settings:
     )
     send_timeout: float = _knob(30.0, "seconds", "A client that takes nothing for so long is closed; it resumes by its cursor.", least=0.1)
     backlog: int = _knob(
-        1 << 20, "bytes", "Messages that may wait for one client; beyond it is closed and resumes by its cursor.", least=1024
+        1 << 20,
+        "bytes",
+        "Messages that may wait for one client that has taken nothing for five seconds; beyond it is closed and resumes by its cursor.",
+        least=1024,
+    )
+    busy_backlog: int = _knob(
+        16 << 20,
+        "bytes",
+        "The same for a client that keeps taking: a whole batch (--max-batch) and what its framing adds. Waiting messages are shared "
+        "by all who wait for them.",
+        least=1024,
     )
 
     log: str = _knob("plain", "plain or json", "json is an object a line, tracebacks included.")

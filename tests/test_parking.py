@@ -250,3 +250,12 @@ def test_without_anything_due_nothing_is_walked(parking: Parking, monkeypatch: p
     parking.take(descriptor)
     os.close(descriptor)
     client.close()
+
+
+def test_a_wait_beyond_ten_seconds_takes_no_appointment(parking: Parking) -> None:
+    clients = []
+    for patience, appointments in ((None, 0), (module.SHORT + 1, 0), (module.SHORT, 1), (0.1, 2)):
+        client, descriptor = pair()
+        clients.append(client)
+        parking.sleep(descriptor, "", Sleeper(Framing(b":\n")), patience)
+        assert len(parking._appointments) == appointments

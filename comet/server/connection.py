@@ -317,6 +317,11 @@ class Connection(Transport, WSGIHandler):
                 except OSError:
                     pass  # the client has gone as well, and who was to wait for it has to be released
 
+    def progress(self) -> None:
+        super().progress()
+        if self.parked is not None:
+            self.parked.took()
+
     def abandon(self, reason: str) -> None:
         """The answer can't be finished: end whoever waited behind it, and the connection. Before the subscriber is closed,
         which counts the reason."""

@@ -6,6 +6,7 @@ messages. Tests that need other settings, or true counters, start a server of th
 
 import json
 import re
+import statistics
 import time
 from typing import Any
 
@@ -218,6 +219,21 @@ def test_poll_answers_empty_after_its_timeout_and_not_before(server: Server) -> 
     passed = time.monotonic() - began
     assert 0.35 < passed < 5, passed
     assert (answer["gap"], answer["messages"]) == (False, [])
+
+
+def test_short_polls_end_on_time(server: Server) -> None:
+    """Within 100 ms, beside what a busy machine adds to any request; each is asked at another moment of the server's second."""
+    late, plain = [], []
+    with server.client() as client:
+        for timeout in (0.05, 0.3, 1, 0.17, 1.5, 0.4, 0.71):
+            began = time.monotonic()
+            client.request("GET", "/healthz")
+            plain.append(time.monotonic() - began)
+            began = time.monotonic()
+            assert client.request("GET", f"/poll/poll-late?timeout={timeout}").json["messages"] == []
+            late.append(time.monotonic() - began - timeout)
+    assert min(late) >= 0
+    assert statistics.median(late) < 0.1 + 10 * statistics.median(plain), (late, plain)
 
 
 def test_poll_without_timeout_takes_the_setting(start: Start) -> None:

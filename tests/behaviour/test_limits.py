@@ -603,13 +603,24 @@ def test_a_client_that_takes_nothing_for_long_is_closed(start: Start, path: str)
 
 @pytest.mark.parametrize("path", ["/stream/stuck", "/events/stuck"])
 def test_a_client_whose_backlog_is_full_is_closed(start: Start, path: str) -> None:
-    server = start("--send-timeout", "2", "--backlog", "300000")
+    server = start("--send-timeout", "20", "--backlog", "300000")
     with stuck(server, path), server.client() as publisher:
         for _ in range(200):
             assert publisher.request("POST", "/publish/stuck", b"x" * 65000).status == 201
-        wait_until(lambda: server.clients() == 0, timeout=5)
+        assert server.clients() == 1  # 13 MB: it may be about to take them
+        wait_until(lambda: publisher.request("POST", "/publish/stuck", b"x").status == 201 and server.clients() == 0)
         assert closed(server) == {"backlog-bytes": 1}
-        wait_until(lambda: server.stats()["connections"] == 2, timeout=5)
+        wait_until(lambda: server.stats()["connections"] == 2)
+
+
+@pytest.mark.parametrize("path", ["/stream/stuck", "/events/stuck"])
+def test_more_than_a_client_that_takes_may_have_waiting_closes_it_at_once(start: Start, path: str) -> None:
+    server = start("--send-timeout", "20", "--backlog", "300000", "--busy-backlog", "1000000")
+    with stuck(server, path), server.client() as publisher:
+        for _ in range(200):
+            assert publisher.request("POST", "/publish/stuck", b"x" * 65000).status == 201
+        wait_until(lambda: server.clients() == 0)
+        assert closed(server) == {"backlog-bytes": 1}
 
 
 def test_a_client_that_reads_slowly_but_steadily_is_not_closed(start: Start) -> None:
