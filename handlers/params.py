@@ -9,11 +9,11 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import msgspec
 from bottle import HTTPResponse, request, response
 
 from comet import log as logs
 from comet.errors import Refusal
+from comet.framing import json_line
 from comet.hub import Hub
 from comet.log import Origin
 from comet.message import Since, parse_cursor
@@ -67,8 +67,8 @@ class Context(NamedTuple):
 
 
 def encode(document: Any) -> bytes:
-    """A JSON document, on one line."""
-    return msgspec.json.encode(document) + b"\n"
+    """A JSON document and a newline, on one line (`json_line`)."""
+    return json_line(document) + b"\n"
 
 
 def answer(document: Any, status: int = 200) -> HTTPResponse:

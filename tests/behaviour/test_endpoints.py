@@ -595,6 +595,25 @@ def test_a_bad_line_of_a_batch_fails_alone(server: Server) -> None:
     assert error(server.request("GET", "/channels/bad")) == (404, "no-channel")
 
 
+def test_what_python_calls_a_line_end_ends_no_line(server: Server) -> None:
+    bodies = [f"a{one}b" for one in "\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"]
+    with Stream(server, "line-ends") as live:
+        for body in bodies:
+            server.publish("line-ends", body)
+        lines: list[str] = []
+        while len(lines) < len(bodies):
+            lines += live.read_chunk().decode().splitlines()
+        assert [json.loads(line)["data"] for line in lines] == bodies
+    for path in ("/poll/line-ends?since=oldest", "/channels/line-ends/history"):
+        (line,) = server.request("GET", path).body.decode().splitlines()
+        assert [message["data"] for message in json.loads(line)["messages"]] == bodies, path
+    # a refusal repeats an unknown name
+    wrong = [json.dumps({"channel": "a", "data": "", body: ""}, ensure_ascii=False).encode() for body in bodies]
+    answers = server.request("POST", "/publish", b"\n".join(wrong)).body.decode().splitlines()
+    assert [json.loads(line)["error"] for line in answers] == ["bad-line"] * len(bodies)
+    assert "\u2028" in json.loads(answers[6])["detail"]
+
+
 def test_surrogate_pairs_in_a_batch_are_one_character(server: Server) -> None:
     batch(server, b'{"channel": "pairs", "data": "\\ud83e\\udd8a"}')
     assert data_of(poll(server, "pairs", "since=oldest")) == ["🦊"]
