@@ -1,6 +1,6 @@
 """Every knob, in one frozen dataclass: its unit, its default and the reason for it.
 
-A leaf. Values come from flags (``--max-body 1000``) and, below them, from the environment
+Values come from flags (``--max-body 1000``) and, below them, from the environment
 (``COMET_MAX_BODY=1000``). `--help` is made from this file, so it can't be out of date.
 """
 
@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from comet.origins import Origins
 
 AUTO = -1
 """`Settings.workers` for a number that fits."""
@@ -36,7 +38,10 @@ class Settings:
     )
     open: bool = _knob(False, "switch", "Allow listening beyond loopback without a publish key.")
     origins: str = _knob(
-        "", "origins, comma-separated", "Web origins whose pages may read and publish (CORS), such as https://example.org; * is all."
+        "",
+        "origins, comma-separated",
+        "Web origins whose pages may read and publish (CORS), with credentials, such as https://example.org: scheme, host and perhaps "
+        "port. * is all, without credentials.",
     )
     workers: int = _knob(
         0,
@@ -154,6 +159,10 @@ def objection(settings: Settings, hosts: Sequence[str] = ()) -> str | None:
         networks(settings.trusted_proxies)
     except ValueError as error:
         return f"--trusted-proxies are addresses and networks, separated by commas: {error}."
+    try:
+        Origins(settings.origins)
+    except ValueError as error:
+        return f"--origins: {error}"
     for host in hosts or (settings.host,):
         loopback = host in ("localhost", "::1") or host.startswith("127.")
         if not settings.publish_key and not settings.open and not loopback:

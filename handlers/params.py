@@ -17,6 +17,7 @@ from comet.framing import json_line
 from comet.hub import Hub
 from comet.log import Origin
 from comet.message import Since, parse_cursor
+from comet.origins import Origins
 from comet.settings import Settings
 from comet.stats import Stats
 from comet.subscriber import Subscriber
@@ -192,15 +193,9 @@ def check_publish_key(settings: Settings, authorization: str) -> None:
         raise Refusal("unauthorized", "This needs the publish key: send it as 'Authorization: Bearer KEY'.")
 
 
-def check_origin(settings: Settings) -> None:
+def check_origin(origins: Origins) -> None:
     """Raises Refusal ``origin-refused`` for a page of an origin that may not write here: a browser
     would send a simple POST to any address its user can reach, loopback included."""
     origin = request.headers.get("Origin")
-    if origin is not None and allowed_origin(settings, origin) is None and origin.partition("://")[2] != request.headers.get("Host"):
+    if origin is not None and not origins.allow(origin) and origin.partition("://")[2] != request.headers.get("Host"):
         raise Refusal("origin-refused", f"Pages of {origin[:200]} may not publish here; --origins names those that may.")
-
-
-def allowed_origin(settings: Settings, origin: str) -> str | None:
-    """What Access-Control-Allow-Origin says to `origin`; None when --origins does not have it."""
-    allowed = [one.strip() for one in settings.origins.split(",")]
-    return "*" if "*" in allowed else origin if origin in allowed else None

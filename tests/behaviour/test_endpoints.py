@@ -907,12 +907,17 @@ def test_an_allowed_origin_may_read_and_publish(start: Start) -> None:
         assert preflight.headers["access-control-allow-origin"] == origin
         assert "POST" in preflight.headers["access-control-allow-methods"]
         allowed = preflight.headers["access-control-allow-headers"].lower()
-        assert all(name in allowed for name in ("authorization", "content-type", "idempotency-key", "last-event-id"))
+        assert set(allowed.split(", ")) == {
+            "authorization", "cache-control", "content-type", "idempotency-key", "last-event-id", "x-requested-with",
+        }  # fmt: skip
+        assert preflight.headers["access-control-allow-credentials"] == "true"
         assert int(preflight.headers["access-control-max-age"]) > 0
         answer = server.request("POST", "/publish/x", b"hello", given)
         assert answer.status == 201
         assert answer.headers["access-control-allow-origin"] == origin
-        assert "origin" in answer.headers["vary"].lower()
+        assert answer.headers["access-control-allow-credentials"] == "true"
+        assert "access-control-allow-headers" not in answer.headers, "that is a preflight's"
+        assert answer.headers["vary"] == "Origin"
         refused = server.request("POST", "/publish/x?type=gap", b"hello", given)
         assert (refused.status, refused.headers["access-control-allow-origin"]) == (400, origin)
         missing = server.request("GET", "/nowhere", headers=given)
@@ -922,11 +927,14 @@ def test_an_allowed_origin_may_read_and_publish(start: Start) -> None:
                 client.ask("GET", path, headers=given)
                 head = client.read_head()
                 assert head.headers["access-control-allow-origin"] == origin, path
-                assert "comet-cursor" in head.headers["access-control-expose-headers"].lower()
+                assert head.headers["access-control-allow-credentials"] == "true", path
+                assert head.headers["access-control-expose-headers"] == "Comet-Cursor, Retry-After, X-Request-ID"
+                assert head.headers["vary"] == "Origin"
     other = {"Origin": "https://a.example.evil"}
     assert error(server.request("POST", "/publish/x", b"", other)) == (403, "origin-refused")
     preflight = server.request("OPTIONS", "/publish/x", headers=other)
-    assert "access-control-allow-origin" not in preflight.headers
+    assert not [name for name in preflight.headers if name.startswith("access-control")]
+    assert preflight.headers["vary"] == "Origin"
     assert "vary" in server.request("GET", "/healthz").headers, "a cache must not give one origin's answer to another"
 
 
@@ -934,6 +942,14 @@ def test_a_star_allows_every_origin(start: Start) -> None:
     server = start("--origins", "*")
     answer = server.request("POST", "/publish/x", b"hello", {"Origin": "https://anyone.example"})
     assert (answer.status, answer.headers["access-control-allow-origin"]) == (201, "*")
+    assert "access-control-allow-credentials" not in answer.headers, "a browser refuses them together"
+
+
+def test_an_origin_may_be_written_in_other_forms_than_a_browser_sends(start: Start) -> None:
+    server = start("--origins", "HTTPS://A.example:443/, http://[0::1]:8080")
+    for origin in ("https://a.example", "http://[::1]:8080"):
+        answer = server.request("POST", "/publish/x", b"hello", {"Origin": origin})
+        assert (answer.status, answer.headers["access-control-allow-origin"]) == (201, origin)
 
 
 def test_answers_of_the_module_server_have_no_cors_headers(server: Server) -> None:
