@@ -14,14 +14,14 @@ from comet.errors import Refusal
 from comet.origins import Origins
 from comet.subscriber import Wish
 from handlers import channels, health, metabrew, page, poll, publish, stream, users
-from handlers.params import NO_STORE, Asked, Context, answer, check_origin, check_publish_key, encode, origin, refuse, wait
+from handlers.params import NO_STORE, Asked, Context, answer, check_origin, check_publish_key, encode, headers_of, origin, refuse, wait
 
 Handler = Callable[..., Any]
 
 
 class Route(NamedTuple):
     """One row. `secret`: needs the publish key although it is a GET. `waits`: its handler only reads an
-    `Asked` into a `Wish`, and the hub subscribes; it has no HEAD, since that would subscribe. `brief`: its
+    `Asked` into a `Wish`, and the hub subscribes; to HEAD it answers the headers alone, and nobody does. `brief`: its
     handler takes no more than an `Asked`, and answers a document."""
 
     method: str
@@ -80,7 +80,7 @@ def mount(application: Bottle, context: Context) -> None:
     for route in ROUTES:
         names = methods.setdefault(route.path, {"OPTIONS"})
         names.add(route.method)
-        if route.method == "GET" and not route.waits:
+        if route.method == "GET":
             names.add("HEAD")  # bottle runs the GET and drops the body
         short = {"waiter": route.handler} if route.waits else {"brief": route.handler} if route.brief else {}
         application.route(route.path, route.method, _guarded(route, context, origins), **short)
@@ -173,7 +173,8 @@ def _guarded(route: Route, context: Context, origins: Origins) -> Handler:
             if needs_key:
                 check_publish_key(context.settings, request.headers.get("Authorization", ""))
             if route.waits:
-                return wait(context.hub.subscribe(handler(context, Asked.now(), **arguments)))
+                wish: Wish = handler(context, Asked.now(), **arguments)
+                return headers_of(wish.framing) if request.method == "HEAD" else wait(context.hub.subscribe(wish))
             if route.brief:
                 return answer(handler(context, Asked.now(), **arguments))
             return handler(context, **arguments)

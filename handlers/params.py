@@ -13,7 +13,7 @@ from bottle import HTTPResponse, request, response
 
 from comet import log as logs
 from comet.errors import Refusal
-from comet.framing import json_line
+from comet.framing import Framing, json_line
 from comet.hub import Hub
 from comet.log import Origin
 from comet.message import Since, parse_cursor
@@ -112,6 +112,14 @@ def wait(subscriber: Subscriber) -> Iterable[bytes]:
     return subscriber if park is None else park(subscriber)
 
 
+def headers_of(framing: Framing) -> Iterable[bytes]:
+    """The answer to a HEAD of a request that would wait: the headers of its answer, without where it starts, since nothing is
+    subscribed to."""
+    for name, value in framing.headers(None):
+        response.set_header(name, value)
+    return iter((b"\n",))  # which bottle drops; of an answer that is empty it would say a length, 0
+
+
 def since(asked: Asked, channels: Sequence[str]) -> Sequence[Since]:
     """Where the client wants to start: Last-Event-ID wins over ?since=, because an EventSource that
     reconnects sends its first URL again. Neither: now. Raises Refusal ``bad-cursor``."""
@@ -130,9 +138,18 @@ def number(asked: Asked, name: str, default: float, most: float) -> float:
     return value
 
 
+def check_content_encoding() -> None:
+    """Raises Refusal ``bad-content-encoding`` if the request's body is compressed, or else not what it stands for. Whoever reads
+    a body asks this first: such bytes may be valid text by chance, and a small body may decode to a very large one."""
+    codings = {one.strip().lower() for one in request.headers.get("Content-Encoding", "").split(",")}
+    if codings - {"", "identity"}:
+        raise Refusal("bad-content-encoding", "A body is taken as it is: send it without Content-Encoding (or as 'identity').")
+
+
 def body(most: int) -> bytes:
-    """The request's body, at most `most` bytes. Raises Refusal ``body-too-large``, before reading it
+    """The request's body, at most `most` bytes. Raises Refusal ``bad-content-encoding``, and ``body-too-large`` before reading it
     where its length is known."""
+    check_content_encoding()
     too_large = Refusal("body-too-large", f"A body here has at most {most} bytes; send less, or in parts.")
     if request.content_length > most:
         raise too_large
@@ -146,7 +163,8 @@ def body(most: int) -> bytes:
 
 def pieces(size: int) -> Iterator[bytes]:
     """The request's body of any length, as it comes, in pieces of at most `size` bytes. Each piece has the time
-    that a body has, since who sends much is kept waiting by who takes it."""
+    that a body has, since who sends much is kept waiting by who takes it. Raises Refusal ``bad-content-encoding``."""
+    check_content_encoding()
     environ = request.environ
     left = None if environ.get("wsgi.input_terminated") else max(0, request.content_length)
     again = environ.get("comet.more_time", lambda: None)

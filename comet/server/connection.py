@@ -503,6 +503,8 @@ class Connection(Transport, WSGIHandler):
 
     def finalize_headers(self) -> None:
         super().finalize_headers()
+        if self.command == "HEAD" and self.provided_content_length is None:  # pywsgi has measured what was left out
+            self.response_headers = [pair for pair in self.response_headers if pair[0] != b"Content-Length"]
         unframed = self.provided_content_length is None and not self.response_use_chunked and not hasattr(self.result, "__len__")
         if self.server.draining or (unframed and self.code not in (204, 304)) or self._body_is_left:
             self.close_connection = True

@@ -4,6 +4,7 @@ One server serves the module; each test has channels of its own, so that none se
 messages. Tests that need other settings, or true counters, start a server of their own.
 """
 
+import gzip
 import json
 import re
 import time
@@ -771,16 +772,105 @@ def test_head_answers_without_a_body_and_never_subscribes(server: Server) -> Non
         with server.client() as client:
             assert client.request("HEAD", path).status == 200, path
             assert client.request("GET", "/healthz").json["status"] == "alive", "bytes of a body were left"
-    for path in ("/poll/headed", "/events/headed", "/stream/headed", "/test/headed"):
-        with server.client() as client:
-            assert client.request("HEAD", path).status == 405, path
     assert info(server, "headed")["subscribers"] == 0
+
+
+KINDS = {
+    "/poll/unheard": "application/json",
+    "/events/unheard": "text/event-stream; charset=utf-8",
+    "/stream/unheard": "application/x-ndjson; charset=utf-8",
+    "/test/unheard": "text/plain; charset=utf-8",
+}
+"""Content-Type of what waits."""
+
+
+@pytest.mark.parametrize("path", KINDS)
+def test_head_of_what_waits_has_the_headers_and_no_subscriber(start: Start, path: str) -> None:
+    server = start("--origins", "https://a.example")
+    channel = path[1:].replace("test/", "user:").rpartition("/")[2]
+    with server.client() as client:
+        for headers in ({}, {"Origin": "https://a.example"}, {"Last-Event-ID": "oldest"}):
+            for _ in range(2):  # on a fresh connection, and on one that is kept
+                head = client.request("HEAD", path, headers=headers)
+                assert head.status == 200
+                assert head.headers["content-type"] == KINDS[path]
+                assert (head.headers["cache-control"], head.headers["x-accel-buffering"]) == ("no-store", "no")
+                assert not {"content-length", "transfer-encoding", "comet-cursor", "connection"} & set(head.headers)
+                assert ("access-control-allow-origin" in head.headers) is ("Origin" in headers)
+                assert client.request("GET", "/healthz").json["status"] == "alive", "bytes of a body were left"
+        wrong = ["!", *(["?since=x"] if "test" not in path else []), *(["?timeout=x"] if "poll" in path else [])]
+        for end in wrong:
+            assert client.request("HEAD", path + end).status == client.request("GET", path + end).status == 400, end
+        stats = client.request("GET", "/stats").json
+        assert (sum(stats["clients"].values()), stats["closed"], stats["channels"]) == (0, {}, 0)
+        assert error(client.request("GET", f"/channels/{channel}")) == (404, "no-channel")
+    with server.client() as client:  # its connection may close as it is
+        client.send(f"HEAD {path} HTTP/1.0\r\n\r\n".encode())
+        head = client.read_head()
+        assert (head.status, head.headers["content-type"]) == (200, KINDS[path])
+        assert client.at_end()
+
+
+@pytest.mark.parametrize("path", KINDS)
+def test_what_waits_says_its_content_type_on_every_way(server: Server, path: str) -> None:
+    target = path + ("?timeout=0" if "poll" in path else "")
+    for request in (
+        f"GET {target} HTTP/1.1\r\nHost: h\r\n\r\n",
+        f"GET {target} HTTP/1.0\r\n\r\n",
+        f"GET {target} HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n",
+        f"GET {target.replace('un', 'u%6e')} HTTP/1.1\r\nHost: h\r\n\r\n",  # what is escaped is read by another parser
+        f"GET {target} HTTP/1.1\r\nHost: h\r\nOrigin: https://a.example\r\n\r\n",
+    ):
+        for before in (b"", b"GET /healthz HTTP/1.1\r\nHost: h\r\n\r\n"):
+            with server.client() as client:
+                if before:
+                    client.send(before)
+                    client.read()
+                client.send(request.encode())
+                assert client.read_head().headers["content-type"] == KINDS[path], request
+
+
+CODINGS = ["gzip", "br", "deflate", "zstd", "GZIP", "x-gzip", "identity, gzip", "gzip,", "unknown", "*"]
+
+
+@pytest.mark.parametrize("compressed", [True, False], ids=["compressed", "plain"])
+def test_a_body_with_a_content_encoding_is_refused_and_not_published(server: Server, compressed: bool) -> None:
+    text = {
+        "/publish/coded": b"hello",
+        "/publish": b'{"channel":"coded","data":"hello"}\n',
+        "/send/coded": b"hello",
+        "/follows": b"coded-a coded-b\n",
+    }
+    with server.events("user:coded") as feed, server.client() as kept:
+        for path, body in text.items():
+            assert kept.request("GET", "/healthz").status == 200
+            for coding in CODINGS:
+                data = gzip.compress(body) if compressed else body
+                answer = server.request("POST", path, data, {"Content-Encoding": coding})
+                assert error(answer) == (415, "bad-content-encoding"), (path, coding)
+                assert answer.headers["accept-encoding"] == "identity"
+                # the same on a connection that is kept, whose requests are read another way, and with an empty body
+                with server.client() as client:
+                    assert client.request("POST", "/send/other", b"hello").status == 200
+                    answer = client.request("POST", path, data, {"Content-Encoding": coding})
+                    assert error(answer) == (415, "bad-content-encoding"), (path, coding)
+        assert server.request("POST", "/publish/coded", b"", {"Content-Encoding": "gzip"}).status == 415
+        assert error(server.request("GET", "/channels/coded")) == (404, "no-channel")
+        assert server.request("GET", "/users/coded-a/following").json["count"] == 0
+        for coding in ("identity", "Identity", "", "identity, identity"):  # what says nothing is no refusal
+            for path in ("/publish/coded-not", "/send/coded"):
+                assert kept.request("POST", path, b"hello", {"Content-Encoding": coding}).status in (200, 201), (path, coding)
+        for _ in range(4):
+            assert feed.next().data == "hello"
+        with server.client() as client:  # the body is not asked for
+            client.ask("POST", "/publish/coded", headers={"Content-Length": "5", "Expect": "100-continue", "Content-Encoding": "gzip"})
+            assert client.read_until(b"\r\n").startswith(b"HTTP/1.1 415 ")
 
 
 def test_wrong_methods_and_paths_are_told(server: Server) -> None:
     for method, path, allow in (
-        ("POST", "/poll/a", "GET, OPTIONS"),
-        ("DELETE", "/events/a", "GET, OPTIONS"),
+        ("POST", "/poll/a", "GET, HEAD, OPTIONS"),
+        ("DELETE", "/events/a", "GET, HEAD, OPTIONS"),
         ("PUT", "/publish/a", "OPTIONS, POST"),
         ("GET", "/publish/a", "OPTIONS, POST"),
         ("GET", "/send/a", "OPTIONS, POST"),

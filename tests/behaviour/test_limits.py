@@ -610,10 +610,10 @@ def test_head_has_the_headers_of_get_and_no_body(server: Server) -> None:
 
 ALLOWED: dict[str, set[str]] = {
     "/": {"GET", "HEAD", "OPTIONS"},
-    "/test/x": {"GET", "OPTIONS"},
-    "/poll/x": {"GET", "OPTIONS"},
-    "/events/x": {"GET", "OPTIONS"},
-    "/stream/x": {"GET", "OPTIONS"},
+    "/test/x": {"GET", "HEAD", "OPTIONS"},
+    "/poll/x": {"GET", "HEAD", "OPTIONS"},
+    "/events/x": {"GET", "HEAD", "OPTIONS"},
+    "/stream/x": {"GET", "HEAD", "OPTIONS"},
     "/send/x": {"POST", "OPTIONS"},
     "/publish/x": {"POST", "OPTIONS"},
     "/publish": {"POST", "OPTIONS"},
