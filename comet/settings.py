@@ -28,7 +28,11 @@ def _knob(default: Any, unit: str, reason: str, least: float = 0, most: float | 
 class Settings:
     """See `--help`: every field is a flag of the same name."""
 
-    host: str = _knob("127.0.0.1", "name or address", "Where to listen. Beyond loopback a publish key is asked for, or --open.")
+    host: str = _knob(
+        "127.0.0.1",
+        "name or address",
+        "Where to listen; an IPv6 address with or without brackets. Beyond loopback a publish key is asked for, or --open.",
+    )
     port: int = _knob(8000, "port", "0 takes a free one and prints it.", most=65535)
     publish_key: str = _knob("", "secret", "Bearer key for POST, PUT, DELETE and /stats. Better in COMET_PUBLISH_KEY: flags show in ps.")
     publish_key_file: str = _knob(
@@ -218,7 +222,19 @@ def parse(arguments: Sequence[str], environ: Mapping[str, str] = os.environ) -> 
             parser.add_argument(flag, type=convert, nargs="?", const=True, metavar="on|off", default=default, help=text)
         else:
             parser.add_argument(flag, type=convert, metavar="TEXT" if kind is str else "N", default=default, help=text)
-    return Settings(**vars(parser.parse_args(arguments)))
+    parsed = parser.parse_args(arguments)
+    try:
+        parsed.host = _host(parsed.host)
+    except argparse.ArgumentTypeError as error:
+        parser.error(f"--host: {error}")
+    return Settings(**vars(parsed))
+
+
+def _host(text: str) -> str:
+    """A name or an address to listen on; an IPv6 address without the brackets that it has in a URL."""
+    if text.startswith(("unix:", "/")):
+        raise argparse.ArgumentTypeError(f"{text!r} is a Unix socket, which is not supported yet: name a host or an address")
+    return text[1:-1] if text.startswith("[") and text.endswith("]") else text
 
 
 def _of_variable(parser: argparse.ArgumentParser, name: str, text: str, convert: Callable[[str], Any]) -> Any:
