@@ -206,19 +206,21 @@ class ServerSentEvents(Framing):
     """SSE, as the WHATWG HTML standard has it (section 9.2, "Server-sent events").
 
     The opening block carries ``id:`` with no data: a browser remembers it without an event, so that
-    even a client that never got a message resumes where it began. CR and CRLF inside a body arrive as
+    even a client that never got a message resumes where it began. Some clients report a block without data, or an
+    empty line alone, as an event of type "message". So blocks without data have a type of their own, ``comet``, and a
+    heartbeat is a comment's line without the empty line that would end a block. CR and CRLF inside a body arrive as
     LF: the format knows only lines. `retry` is milliseconds before a browser reconnects.
     """
 
     name = "events"
     content_type = "text/event-stream; charset=utf-8"
-    heartbeat = b":\n\n"
+    heartbeat = b":\n"
 
     def __init__(self, retry: int) -> None:
         self._retry = retry
 
     def opening(self, cursor: Cursor) -> bytes:
-        return b"retry: %d\n: comet\nid: %b\n\n" % (self._retry, str(cursor).encode())
+        return b"retry: %d\nevent: comet\nid: %b\n\n" % (self._retry, str(cursor).encode())
 
     def encode(self, items: Sequence[Item], cursor: Cursor) -> Sequence[bytes]:
         pieces = []
@@ -234,7 +236,7 @@ class ServerSentEvents(Framing):
     def end(self, cursor: Cursor, date: bytes, closing: bool) -> bytes:
         """A server that stops tells each browser another time to come back, so that they don't all at once."""
         last = super().end(cursor, date, closing)
-        return chunk(b"retry: %d\n\n" % random.randint(self._retry, 2 * self._retry)) + last if closing else last
+        return chunk(b"retry: %d\nevent: comet\n\n" % random.randint(self._retry, 2 * self._retry)) + last if closing else last
 
 
 def _make_event(message: Message) -> bytes:

@@ -13,7 +13,20 @@ from bottle import Bottle, HTTPError, HTTPResponse, request, response
 from comet.errors import Refusal
 from comet.subscriber import Wish
 from handlers import channels, health, metabrew, page, poll, publish, stream, users
-from handlers.params import NO_STORE, Asked, Context, allowed_origin, answer, check_origin, check_publish_key, encode, origin, refuse, wait
+from handlers.params import (
+    NO_STORE,
+    Asked,
+    Context,
+    allowed_origin,
+    answer,
+    check_origin,
+    check_publish_key,
+    encode,
+    from_event_source,
+    origin,
+    refuse,
+    wait,
+)
 
 Handler = Callable[..., Any]
 
@@ -175,7 +188,7 @@ def _guarded(route: Route, context: Context) -> Handler:
                 return answer(handler(context, Asked.now(), **arguments))
             return handler(context, **arguments)
         except Refusal as refusal:
-            return refuse(refusal, context.stats, origin())
+            return refuse(refusal, context.stats, origin(), from_event_source())
         except HTTPResponse:
             raise  # an answer, in bottle's way
         except Exception:
