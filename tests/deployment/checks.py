@@ -308,6 +308,7 @@ CHECKS = (
     what_the_unit_grants_is_in_force,
     connections_are_not_tracked,
     messages_pass_through_nginx_at_once,
+    an_event_source_outlives_a_service_that_is_away,
     a_refusal_names_the_request_and_a_limit_the_client,
     a_worker_is_killed,
     it_is_reloaded,
