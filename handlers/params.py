@@ -33,8 +33,8 @@ _KEY = re.compile(r"[!-~]{1,200}")
 NO_STORE = {"Cache-Control": "no-store"}
 
 LAST_EVENT_IDS = ("lastEventId", "last_event_id", "lastEventID", "Last-Event-ID")
-"""Query parameters under which clients that can't set a header send the id of their last event: event-source-polyfill the first,
-Mercure's the others."""
+"""Query parameters under which clients that can't set a header send the id of their last event. event-source-polyfill sends the
+first; for Mercure it is set to one of the last two."""
 
 
 class Asked(NamedTuple):

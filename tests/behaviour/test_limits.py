@@ -346,6 +346,16 @@ def test_a_full_process_tells_an_event_source_when_to_come_back(start: Start) ->
         client.close()
 
 
+def test_the_log_says_what_was_asked_of_a_full_process(start: Start) -> None:
+    server = start("--max-connections", "1", "--log-clients")
+    with server.client() as held, server.client() as client:
+        assert held.request("GET", "/healthz").status == 200
+        client.send(EVENT_SOURCE)
+        answer = told_to_come_back(client, "worker-full", 5)
+    line = f"refused: worker-full request={answer.headers['x-request-id']} address=127.0.0.1 asked=GET /events/a"
+    wait_until(lambda: line in server.log.read_text())
+
+
 def test_who_drips_its_head_while_it_is_refused_is_not_waited_for(start: Start) -> None:
     server = start("--max-connections", "1")
     with server.client() as held, server.client() as client:
