@@ -83,7 +83,10 @@ class Generator:
                     if mark:
                         continue
                 else:
-                    waiting[number] += self._receive(number)
+                    data = self._receive(number)
+                    if number not in waiting:
+                        continue  # it is open, and has a heartbeat already
+                    waiting[number] += data
                     if mark not in waiting[number]:
                         continue
                 del waiting[number]
