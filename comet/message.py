@@ -46,8 +46,8 @@ class Position(NamedTuple):
 
 
 FOREIGN: Final = Position(-1, 0)
-"""A place in no log of comet's, since no epoch is negative: whoever starts there is told a gap, and then gets the oldest message
-kept and all that follow. It is never sent to a client."""
+"""The place of a client that came with a cursor of another server, or with none that can be read: no log has it, since no epoch is
+negative. So such a client is told a gap, and then gets everything that is kept. It is never sent to a client."""
 
 OLDEST: Final = "oldest"
 """Where a subscriber starts to get everything that is kept."""
@@ -155,6 +155,11 @@ class Cursor:
             self.positions = dict(zip(self.positions, item.positions, strict=True))
         else:
             self.positions[item.channel] = item.position
+
+    @property
+    def ours(self) -> bool:
+        """Whether each position is one that comet has given out. If not, an answer must not name this cursor as its start."""
+        return FOREIGN not in self.positions.values()
 
     def __str__(self) -> str:
         return ".".join(map(str, self.positions.values()))
