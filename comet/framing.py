@@ -225,20 +225,22 @@ class ServerSentEvents(Framing):
     even a client that never got a message resumes where it began. If the client's own cursor is none of ours there is no
     ``id:``: the client keeps what it came with until it has been told the gap. In every block ``id:`` is the last line: some
     clients remember it as they read it, before the block is whole, and would skip the message if the connection broke there.
+    Some clients report a block without data, or an empty line alone, as an event of type "message". So blocks without data
+    have a type of their own, ``comet``, and a heartbeat is a comment's line without the empty line that would end a block.
     CR and CRLF inside a body arrive as
     LF: the format knows only lines. `retry` is milliseconds before a browser reconnects.
     """
 
     name = "events"
     content_type = "text/event-stream; charset=utf-8"
-    heartbeat = b":\n\n"
+    heartbeat = b":\n"
 
     def __init__(self, retry: int) -> None:
         self._retry = retry
 
     def opening(self, cursor: Cursor) -> bytes:
         named = b"id: %b\n" % str(cursor).encode() if cursor.ours else b""
-        return b"retry: %d\n: comet\n%b\n" % (self._retry, named)
+        return b"retry: %d\nevent: comet\n%b\n" % (self._retry, named)
 
     def encode(self, items: Sequence[Item], cursor: Cursor) -> Sequence[bytes]:
         pieces = []
@@ -254,7 +256,7 @@ class ServerSentEvents(Framing):
     def end(self, cursor: Cursor, date: bytes, closing: bool) -> bytes:
         """A server that stops tells each browser another time to come back, so that they don't all at once."""
         last = super().end(cursor, date, closing)
-        return chunk(b"retry: %d\n\n" % random.randint(self._retry, 2 * self._retry)) + last if closing else last
+        return chunk(b"retry: %d\nevent: comet\n\n" % random.randint(self._retry, 2 * self._retry)) + last if closing else last
 
 
 def _make_event(message: Message) -> bytes:
