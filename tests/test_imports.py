@@ -17,6 +17,7 @@ PROCESSES = {"comet.board", "comet.kernel", "comet.settings"}
 REDIS = {
     *SPOKEN, "comet.history", "comet.turn", "comet.backplane", "comet.backplane.redis_dial", "comet.backplane.redis_scripts",
     "comet.backplane.redis_format", "comet.backplane.redis_link", "comet.backplane.redis_shards", "comet.backplane.redis_calls",
+    "comet.backplane.redis_outage",
 }  # fmt: skip
 HANDLER = {
     "comet.hub", "comet.message", "comet.framing", "comet.subscriber", "comet.stats", "comet.settings", "comet.errors", "comet.turn",
@@ -27,7 +28,8 @@ HANDLER = {
 ALLOWED: dict[str, set[str]] = {
     # the leaves
     "comet": set(),
-    "comet.__main__": {"comet.kernel", "comet.top", "comet.loading", "comet.loading_redis"},
+    "comet.arguments": set(),
+    "comet.__main__": {"comet.arguments", "comet.settings", "comet.kernel", "comet.top", "comet.loading", "comet.loading_redis"},
     "comet.loading_redis": {"comet.database", "comet.loading", "comet.subscriptions_redis"},
     "comet.subscriptions_redis": {"comet.errors", "comet.database", "comet.turn"},
     "comet.loading": {*SPOKEN, "comet.database"},
@@ -37,7 +39,7 @@ ALLOWED: dict[str, set[str]] = {
     "comet.systemd": {"comet.kernel.stock"},
     "comet.database": set(),
     "comet.errors": set(),
-    "comet.settings": set(),
+    "comet.settings": {"comet.arguments"},
     "comet.stats": set(),
     "comet.turn": set(),
     "comet.permit": {"comet.turn"},
@@ -112,11 +114,12 @@ ALLOWED: dict[str, set[str]] = {
     "comet.backplane.redis_acknowledged": {*REDIS, "comet.backplane.memory"},
     "comet.backplane.redis_calls": {*SPOKEN, "comet.backplane.redis_link", "comet.backplane.redis_shards"},
     "comet.backplane.redis_replicas": {"comet.backplane.redis_dial", "comet.backplane.redis_link"},
-    "comet.backplane.redis_shards": {"comet.backplane.redis_link", "comet.backplane.redis_dial", "comet.backplane.redis_scripts"},
-    "comet.backplane.redis_link": {"comet.backplane.redis_dial", "comet.backplane.redis_scripts"},
+    "comet.backplane.redis_shards": {*REDIS},
+    "comet.backplane.redis_link": {"comet.backplane.redis_dial", "comet.backplane.redis_outage", "comet.backplane.redis_scripts"},
     "comet.backplane.redis_format": {*SPOKEN, "comet.history"},
     "comet.backplane.redis_scripts": {"comet.backplane.memory"},
     "comet.backplane.redis_dial": set(),
+    "comet.backplane.redis_outage": set(),
     # the server, which knows a subscriber only by its small interface
     "comet.server": set(),
     "comet.server.body": SERVER,
