@@ -276,7 +276,7 @@ def machines_share_a_redis_whose_url_is_a_credential(on: Deployed) -> str:
     if on.run("command -v redis-server redis-cli", check=False).returncode:
         return "skipped: there is no redis-server in /usr"
     on.run(
-        "mkdir -p /var/lib/redis && echo 'dir /var/lib/redis' >/root/redis.conf && systemd-run --unit=redis redis-server /root/redis.conf"
+        "mkdir -p /var/lib/redis && echo 'dir /var/lib/redis' >/root/redis.conf && systemd-run --unit=shared-redis redis-server /root/redis.conf"
     )
     wait_until(lambda: on.run("redis-cli ping", check=False).stdout == "PONG\n")
     lines = lines_of(README, "shell")
@@ -297,7 +297,7 @@ def machines_share_a_redis_whose_url_is_a_credential(on: Deployed) -> str:
     on.run("rm /etc/comet/backplane")
     said = on.run("deploy/install.sh").stdout
     assert "remove /etc/systemd/system/comet.service.d/backplane.conf" in said and "restart comet.service" in said, said
-    on.run("systemctl stop redis")
+    on.run("systemctl stop shared-redis")
     wait_until(lambda: json.loads(on.run(here[-1]).stdout) == {"status": "ready"})
     assert on.run("deploy/install.sh").stdout.startswith("nothing to do")
     return f"{len(here)} lines; the URL is in no environment, and without its file the machine is one alone again"
