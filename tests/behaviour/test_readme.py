@@ -16,7 +16,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -238,15 +238,15 @@ class Person:
         assert process.returncode == 0, f"{text}: status {process.returncode}: {said.decode()} {errors.decode()}"
         return str(said.decode())
 
-    def _start(self, text: str, terminal: int = subprocess.PIPE, **more: str) -> Any:
+    def _start(self, text: str, more: Mapping[str, str] | None = None, terminal: int = subprocess.PIPE) -> Any:
         return green.Popen(
             ["sh", "-c", self.typed(text)], cwd=self.checkout, stdin=subprocess.DEVNULL, stdout=terminal, stderr=subprocess.PIPE,
-            env={**self._environment, **more}, process_group=0,
+            env={**self._environment, **(more or {})}, process_group=0,
         )  # fmt: skip
 
     def opens(self, text: str, until: str = "", **more: str) -> bytes:
         """Type it in a terminal of its own, and wait for its first line, or the first that has `until`; that line."""
-        process = self._start(text, **more)
+        process = self._start(text, more)
         self._terminals.append((text, process))
         with gevent.Timeout(PATIENCE, AssertionError(f"it shows nothing: {text}")):
             while line := process.stdout.readline():
@@ -325,7 +325,7 @@ def perform(person: Person, text: str) -> None:
     if text.startswith("curl") and not person.port:
         person.starts("make run")
     if text == "make top":
-        person.watches(text, "workers")
+        person.watches(text, "generation")
     elif text.startswith("curl -N "):
         person.opens(text)
     elif "/poll/" in text:

@@ -69,7 +69,7 @@ def _install(on: Deployed, line: str) -> str:
     if tuned:  # somebody else's
         on.run("sysctl -w net.ipv4.ip_local_reserved_ports=8000,6000-6002")
     before = kernel_settings(on)
-    said = on.run(line).stdout
+    said = on.run(line, timeout=180).stdout  # packages are installed, on a machine that may have other work
     after = kernel_settings(on)
     if not tuned:
         assert after == before, (line, before, after)
