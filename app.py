@@ -138,7 +138,7 @@ def main(arguments: list[str]) -> int:
     if listening is None:
         return 1
     capacity = capacity_of(settings)
-    planned = min(capacity, settings.clients or settings.max_connections or check.UNPLANNED)
+    planned = min(settings.clients, capacity) or settings.max_connections or min(capacity, check.UNPLANNED)
     port = passed[0].getsockname()[1] if passed else settings.port
     asked_for = policy.alone(settings.clients, settings.max_connections, limits.capacity())
     for sentence in (*asked_for, *check.warnings(check.Plan(planned, port, hibernate=settings.hibernate))):

@@ -190,7 +190,7 @@ def _unwritable(folder: Path, path: Path) -> str | None:
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass
-        if path.exists():
+        if path.is_file():
             with path.open("ab"):
                 pass
     except OSError as error:
