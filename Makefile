@@ -1,4 +1,5 @@
 # make run    start the server on 127.0.0.1:8000 (flags: make run ARGS="--port 9000")
+# make top    a running service, live in the terminal (another than the one on 127.0.0.1:8000: make top ARGS="--url URL")
 # make test   run the tests
 # make chaos  kill, stop, reload and fill up what there is, under load, and count what clients get: thirteen minutes
 # make lint   ruff and mypy
@@ -13,10 +14,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test chaos lint bench friends million soak clean
+.PHONY: run top test chaos lint bench friends million soak clean
 
 run: $(VENV)/.run
 	@exec $(BIN)/python app.py $(ARGS)
+
+top: $(VENV)/.run
+	@exec $(BIN)/python -m comet top $(ARGS)
 
 test: $(VENV)/.load
 	$(BIN)/python -m pytest -n 4 --dist worksteal $(ARGS)

@@ -12,7 +12,7 @@ import os
 import socket
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from comet import database, generation, listeners, systemd
@@ -35,7 +35,7 @@ def prepare(arguments: list[str], listeners: Sequence[socket.socket] = ()) -> Se
     settings = knobs.parse(arguments)
     logs.set_up(settings.log, pid=settings.workers != 0, clients=settings.log_clients)
     try:
-        settings = knobs.with_key(settings)
+        settings = knobs.with_secrets(settings)
         objection = knobs.objection(settings, [listener.getsockname()[0] for listener in listeners])
     except knobs.Unreadable as error:
         objection = str(error)
@@ -65,21 +65,19 @@ def prepare_data(folder: Path, *, whole: bool) -> None:
         sys.exit(1)
 
 
-def greet(settings: Settings, address: tuple[str, int], clients: int) -> None:
-    """Say where to connect, on standard output: whoever started this may wait for the line. In the journal, or where
-    the log is JSON and to be nothing else, it is a line of the log."""
+def greet(settings: Settings, address: tuple[str, int], clients: int) -> Callable[[], None]:
+    """Say where the service listens, on standard output: whoever started this may wait for the line. In the journal, or where
+    the log is JSON and to be nothing else, it is a line of the log. Return what invites to try it, once it is usable."""
     host = f"[{address[0]}]" if ":" in address[0] else address[0]
     local = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(host, host)  # noqa: S104 - who listens everywhere is also here
     url = f"http://{local}:{address[1]}"
     if settings.log == "json" or logs.to_journal():
         log.info("comet listens on %s for up to %d connections", url, clients)
-        return
+        return lambda: None
+    print(f"comet listens on {url} for up to {clients} connections.", flush=True)
     key = ' -H "Authorization: Bearer $COMET_PUBLISH_KEY"' if settings.publish_key else ""
-    print(
-        f"comet listens on {url} for up to {clients} connections. Try it, in two terminals:\n"
-        f"  curl -N {url}/events/news\n"
-        f"  curl{key} -d 'hello, world' {url}/publish/news",
-        flush=True,
+    return lambda: print(
+        f"Try it, in two terminals:\n  curl -N {url}/events/news\n  curl{key} -d 'hello, world' {url}/publish/news", flush=True
     )
 
 
@@ -98,7 +96,6 @@ monkey.patch_all()
 
 import signal  # noqa: E402 - after the patch, like everything else that may make a lock or a socket
 import time  # noqa: E402
-from collections.abc import Callable  # noqa: E402
 from functools import partial  # noqa: E402
 from typing import Any  # noqa: E402
 
@@ -109,7 +106,7 @@ from gevent._hub_local import get_hub_if_exists  # noqa: E402 - there is no publ
 from gevent.event import Event  # noqa: E402
 
 import handlers  # noqa: E402
-from comet import collector, service  # noqa: E402
+from comet import collector, policy, service  # noqa: E402
 from comet.backplane.memory import Bounds, MemoryBackplane  # noqa: E402
 from comet.backplane.router import RouterBackplane  # noqa: E402
 from comet.board import ROUTER, SUPERVISOR  # noqa: E402
@@ -125,9 +122,10 @@ from comet.subscriptions import Subscriptions  # noqa: E402
 from comet.turn import Soon  # noqa: E402
 from handlers.params import Context  # noqa: E402
 
-if asked.backplane:  # only then: Redis' client is much of what a worker has for itself. And here, before any fork
+if asked.backplane or asked.backplane_file:  # only then: Redis' client is much of what a worker has for itself. And here, before any fork
     from comet.backplane.redis import RedisBackplane
     from comet.backplane.redis_dial import Denied
+    from comet.backplane.redis_outage import Outage
     from comet.subscriptions_redis import RedisSubscriptions, connect
 
 
@@ -139,9 +137,11 @@ def main(arguments: list[str]) -> int:
     listening = listeners.listen(settings, passed, workers=0)
     if listening is None:
         return 1
-    planned = settings.max_connections or min(capacity_of(settings), check.UNPLANNED)
+    capacity = capacity_of(settings)
+    planned = min(settings.clients, capacity) or settings.max_connections or min(capacity, check.UNPLANNED)
     port = passed[0].getsockname()[1] if passed else settings.port
-    for sentence in check.warnings(check.Plan(planned, port, hibernate=settings.hibernate)):
+    asked_for = policy.alone(settings.clients, settings.max_connections, limits.capacity())
+    for sentence in (*asked_for, *check.warnings(check.Plan(planned, port, hibernate=settings.hibernate))):
         log.warning("%s", sentence)
     with tempfile.TemporaryDirectory(prefix="comet-", ignore_cleanup_errors=True) as temporary:
         if not settings.data:
@@ -190,7 +190,7 @@ def serve(settings: Settings, listener: socket.socket, data: Path, place: Place 
     gevent.spawn(_every, 1.0, beat)
     gevent.spawn(_every, collector.TIDYING, processes.give_back)
     if place is None:
-        greet(settings, listener.getsockname(), capacity)
+        gevent.spawn(_invite, hub, greet(settings, listener.getsockname(), capacity))
         _speak(notifier, stats, capacity)
     else:
         place.ready()
@@ -207,6 +207,13 @@ def serve(settings: Settings, listener: socket.socket, data: Path, place: Place 
         place.board.write(place.slot, own())  # the supervisor keeps what was counted
     log.info("stopped; cut off after %g s: %d", stopping.grace, late) if late else log.info("stopped")
     return 0
+
+
+def _invite(hub: Hub, invite: Callable[[], None]) -> None:
+    """Invite to try it once messages can be ordered: with Redis away that is not yet."""
+    while not hub.ready():
+        gevent.sleep(0.1)
+    invite()
 
 
 def _permit(place: Place | None) -> Permit | None:
@@ -286,7 +293,8 @@ def _backplane(settings: Settings, place: Place | None) -> "MemoryBackplane | Ro
     """None, and a sentence in the log, where there can't be one."""
     if settings.backplane:
         try:
-            return RedisBackplane.of(settings)
+            # a byte of the board that no permit has
+            return RedisBackplane.of(settings, Outage() if place is None else Outage(place.board.descriptor, limits.cores()))
         except (Denied, ValueError) as error:
             log.error("%s", error)
             return None
@@ -314,7 +322,7 @@ def _own(place: Place | None, stats: Stats, hub: Hub, capacity: int) -> Callable
     def own() -> dict[str, Any]:
         now = processes.resident()
         return {
-            **fixed, **stats.document(), "draining": hub.draining,
+            **fixed, **stats.document(), "draining": hub.draining, "ready": hub.ready(),
             "resident_bytes": now, "growth_bytes": max(0, now - before), "peak_memory_bytes": processes.peak(),
         }  # fmt: skip
 

@@ -9,14 +9,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from comet.arguments import Parser
 from comet.kernel import check
+from comet.settings import Unreadable, read_secret
 
 Run = Callable[[argparse.Namespace], int]
 
 
 def main(arguments: Sequence[str]) -> int:
     """Do what they say; the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m comet", description="What is done beside a service.", allow_abbrev=False)
+    parser = Parser(prog="python -m comet", description="What is done beside a service.")
     commands = parser.add_subparsers(required=True, metavar="command")
     for add in COMMANDS:
         add(commands)
@@ -31,7 +33,6 @@ def _add_check(commands: Any) -> None:
         help="what the machine must allow for so many clients, and what it allows",
         description="What the machine must allow for so many clients, beside what it allows. Changes nothing and needs no root.",
         epilog="Exit status: 0 when all is well, 1 when something wanted is not met. What can't be read is unknown, and no failure.",
-        allow_abbrev=False,
     )
     parser.add_argument("--clients", type=_number(), metavar="N", help="connections in all (default: what the limit on open files allows)")
     parser.add_argument("--port", type=_number(65535), metavar="N", default=8000, help="the service's (default: 8000)")
@@ -83,7 +84,6 @@ def _add_top(commands: Any) -> None:
         "top",
         help="a running service, live",
         description="What a running service says of itself (GET /stats), live in the terminal. Ctrl-C ends it.",
-        allow_abbrev=False,
     )
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="where it listens (default: http://127.0.0.1:8000)")
     parser.add_argument("--key", default="", help="its publish key, if it has one (better: COMET_PUBLISH_KEY)")
@@ -105,21 +105,26 @@ def _add_load_friends(commands: Any) -> None:
         description="Load who follows whom from a file of lines 'follower followee' into a service's data folder. What is there stays. "
         "Run it again after a break: it ends in the same state. A service may run on the folder meanwhile.",
         epilog="Exit status: 0 when all lines are stored, safe on the disk; 1 otherwise.",
-        allow_abbrev=False,
     )
     parser.add_argument("file", type=Path, help="the edge list, such as python -m loadtest friends makes")
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--data", type=Path, metavar="DIR", help="the service's data folder")
-    where.add_argument("--backplane", metavar="URL", help="the service's Redis, where it keeps them there")
+    where.add_argument("--backplane", metavar="URL", help="the service's Redis, where it keeps them there; its password shows in ps")
+    where.add_argument("--backplane-file", type=Path, metavar="FILE", help="the same URL in a file")
     parser.add_argument("--redis-prefix", metavar="TEXT", default="c:", help="as the service's (default: c:)")
     parser.set_defaults(run=_load_friends)
 
 
 def _load_friends(parsed: argparse.Namespace) -> int:
-    if parsed.backplane:
+    if parsed.backplane or parsed.backplane_file:
         from comet import loading_redis
 
-        return loading_redis.load(parsed.file, parsed.backplane, parsed.redis_prefix)
+        try:
+            url = parsed.backplane or read_secret(parsed.backplane_file, "--backplane-file", "URL of Redis")
+        except Unreadable as error:
+            print(f"load-friends: {error}", file=sys.stderr)
+            return 1
+        return loading_redis.load(parsed.file, url, parsed.redis_prefix)
     from comet import loading
 
     return loading.load(parsed.file, parsed.data)

@@ -19,6 +19,7 @@ How it is kept
 import logging
 import re
 import sqlite3
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -93,10 +94,12 @@ def prepare(folder: Path, *, whole: bool) -> None:
             _make(database)
             if whole:
                 _check(database, path)
+    except FileExistsError as error:
+        raise Unusable(f"{folder} is not a folder; name another with --data.") from error
     except OSError as error:
-        raise Unusable(f"The data folder {folder} can't be made: {error}. Name another with --data.") from error
+        raise Unusable(f"The data folder {folder} can't be made: {error.strerror}. {_ELSEWHERE}") from error
     except sqlite3.Error as error:
-        raise Unusable(_why(path, error)) from error
+        raise Unusable(_unwritable(folder, path) or _why(path, error)) from error
 
 
 def open_reader(folder: Path) -> sqlite3.Connection:
@@ -174,6 +177,25 @@ def _check(database: sqlite3.Connection, path: Path) -> None:
     seconds = time.monotonic() - began
     if seconds > 1:
         log.info("%s was checked in %.1f s", path, seconds)
+
+
+_ELSEWHERE: Final = (
+    "Make it writable for the user of the service, or name another with --data (under systemd only the service's StateDirectory is)."
+)
+
+
+def _unwritable(folder: Path, path: Path) -> str | None:
+    """A sentence where the folder, or the file in it, can't be written to; None where it can. SQLite says of the one "unable to
+    open database file" and of the other nothing before the first write."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+        if path.is_file():
+            with path.open("ab"):
+                pass
+    except OSError as error:
+        return f"The data folder {folder} can't be written to: {error.strerror}. {_ELSEWHERE}"
+    return None
 
 
 def _why(path: Path, error: sqlite3.Error) -> str:

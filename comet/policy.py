@@ -113,6 +113,20 @@ def plan(workers: int, clients: int, max_connections: int, file_limit: int, syst
     return Plan(workers, each, min(fits, system_files), warnings)
 
 
+def alone(clients: int, max_connections: int, allowed: int) -> list[str]:
+    """What an operator should know of one process that is asked to hold `clients` (0: not said), and is allowed so many
+    connections by its limit on open files; a sentence each."""
+    fits = min(allowed, max_connections or allowed)
+    if clients <= fits:
+        return []
+    workers = math.ceil(clients / (FILL * fits))
+    if 0 < max_connections < allowed:
+        what = f"--max-connections to {clients}"
+    else:
+        what = f"the limit on open files (ulimit -Hn, LimitNOFILE) to {clients + limits.RESERVE}"
+    return [f"{clients} clients were asked for; one process holds {fits}: set --workers {workers} (or auto), or raise {what}."]
+
+
 def describe(status: int) -> str:
     """An exit status in words."""
     if status >= 0:

@@ -29,8 +29,8 @@ PRESENT = (
 BY_NAME = frozenset({"closed", "refused", "clients"})
 """Those that are several, by reason, slug and endpoint."""
 
-OF_WORKERS = ("worker", "generation", "pid", "connections", "draining", "age")
-"""What is shown of each."""
+OF_WORKERS = ("worker", "generation", "pid", "connections", "draining", "ready", "age")
+"""What is shown of each. It is ready while it can order messages (`/readyz`)."""
 
 TOTALS = ("channels", "messages_kept", "history_bytes", "idempotency_keys")
 """What the backplane counts, for all."""

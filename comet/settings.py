@@ -8,15 +8,23 @@ import argparse
 import dataclasses
 import ipaddress
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from comet.arguments import Parser, meant
 from comet.origins import Origins
 
 AUTO = -1
 """`Settings.workers` for a number that fits."""
+
+PREFIX = "COMET_"
+"""How the name of each variable begins."""
+
+NO_SETTINGS = frozenset({"COMET_SHAPE", "COMET_CHAOS", "COMET_CHAOS_SEED", "COMET_SEEDS", "COMET_FULL"})
+"""Variables of the load test and the tests: a service that is started beside them inherits them."""
 
 
 def _knob(default: Any, unit: str, reason: str, least: float = 0, most: float | None = None, words: Mapping[str, Any] | None = None) -> Any:
@@ -73,6 +81,12 @@ class Settings:
         "URL",
         "Redis, where several machines are one service: redis://, rediss:// or unix://, redis+cluster:// for a cluster. Without it "
         "this machine is alone. Better in COMET_BACKPLANE: flags show in ps, and the URL has the password.",
+    )
+    backplane_file: str = _knob(
+        "",
+        "file",
+        "Holds the URL of --backplane instead: a file of the service's own, such as a credential of systemd (deploy/). Read at a reload "
+        "too.",
     )
     redis_prefix: str = _knob(
         "c:",
@@ -206,34 +220,67 @@ class Unreadable(Exception):
     """A file that a setting names has not what it should have; a sentence says what."""
 
 
-def with_key(settings: Settings) -> Settings:
-    """With the publish key from its file, if it is in one. Raises Unreadable."""
-    if not settings.publish_key_file:
+def with_secrets(settings: Settings) -> Settings:
+    """Return the settings with the publish key and the URL of Redis from their files, if they are in files. Raises Unreadable."""
+    return _from_file(_from_file(settings, "publish_key", "publish key"), "backplane", "URL of Redis")
+
+
+def _from_file(settings: Settings, name: str, what: str) -> Settings:
+    flag = flag_of(name)
+    path = getattr(settings, f"{name}_file")
+    if not path:
         return settings
-    if settings.publish_key:
-        raise Unreadable("there is a publish key and a file for it: set --publish-key or --publish-key-file, not both.")
+    if getattr(settings, name):
+        raise Unreadable(f"there is a {what} and a file for it: set {flag} or {flag}-file, not both.")
+    found: dict[str, Any] = {name: read_secret(Path(path), f"{flag}-file", what)}
+    return dataclasses.replace(settings, **found)
+
+
+def read_secret(path: Path, flag: str, what: str) -> str:
+    """Return the one line of a file that `flag` names; `what` says what it holds. Raises Unreadable."""
     try:
-        key = Path(settings.publish_key_file).read_text().strip()
+        text = path.read_text().strip()
     except (OSError, ValueError) as error:
-        raise Unreadable(f"the publish key can't be read: {error}. --publish-key-file names a file that the service may read.") from None
-    if not key or not key.isascii() or not key.isprintable() or " " in key:
-        raise Unreadable(f"{settings.publish_key_file} holds no publish key: it has to be one line of printable ASCII without spaces.")
-    return dataclasses.replace(settings, publish_key=key)
+        raise Unreadable(f"the {what} can't be read: {error}. {flag} names a file that the service may read.") from None
+    if not text or not text.isascii() or not text.isprintable() or " " in text:
+        raise Unreadable(f"{path} holds no {what}: it has to be one line of printable ASCII without spaces.")
+    return text
+
+
+def flag_of(name: str) -> str:
+    """Return the flag of a setting."""
+    return "--" + name.replace("_", "-")
+
+
+def variable_of(name: str) -> str:
+    """Return the environment variable of a setting."""
+    return PREFIX + name.upper()
+
+
+def number(value: float) -> str:
+    """Return a number as a person writes it: whole where it is, and never with an exponent."""
+    return f"{value:.0f}" if value == int(value) else f"{value:.6f}".rstrip("0")
+
+
+def shown(value: Any) -> str:
+    """Return a default as `--help` shows it."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return (value or "none") if isinstance(value, str) else number(value)
 
 
 def parse(arguments: Sequence[str], environ: Mapping[str, str] = os.environ) -> Settings:
     """Settings from flags and COMET_* variables. Exits with status 2 and a sentence on a bad one."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="app.py",
         description="comet: pushes messages to very many HTTP clients, by long poll, stream and server-sent events.",
-        allow_abbrev=False,  # an abbreviation in somebody's script would break with the next flag
         epilog="Each flag is also an environment variable: --max-body is COMET_MAX_BODY. A flag wins.",
     )
     for field in dataclasses.fields(Settings):
-        flag = "--" + field.name.replace("_", "-")
+        flag = flag_of(field.name)
         meta = field.metadata
-        text = f"[{meta['unit']}] {meta['reason']} (default: {field.default if field.default != '' else 'none'})".replace("%", "%%")
-        variable = "COMET_" + field.name.upper()
+        text = f"[{meta['unit']}] {meta['reason']} (default: {shown(field.default)})".replace("%", "%%")
+        variable = variable_of(field.name)
         given = environ.get(variable)
         kind: Any = type(field.default)
         convert = _switch if kind is bool else _checked(kind, meta["least"], meta["most"], meta["words"])
@@ -247,6 +294,7 @@ def parse(arguments: Sequence[str], environ: Mapping[str, str] = os.environ) -> 
         parsed.host = _host(parsed.host)
     except argparse.ArgumentTypeError as error:
         parser.error(f"--host: {error}")
+    _refuse_unknown(parser, environ)
     return Settings(**vars(parsed))
 
 
@@ -257,11 +305,31 @@ def _host(text: str) -> str:
     return text[1:-1] if text.startswith("[") and text.endswith("]") else text
 
 
-def _of_variable(parser: argparse.ArgumentParser, name: str, text: str, convert: Callable[[str], Any]) -> Any:
+_SERVICE_HOST = re.compile(r"(COMET(?:_[A-Z0-9_]+)?)_SERVICE_HOST")
+"""What Kubernetes sets in each pod for a service whose name begins with comet, beside others (`_of_kubernetes`)."""
+
+
+def _of_kubernetes(environ: Mapping[str, str]) -> tuple[str, ...]:
+    """Return how the names of variables begin that Kubernetes has set for its services, and nobody for this one."""
+    found = [match[1] for name in environ if (match := _SERVICE_HOST.fullmatch(name))]
+    return tuple(f"{name}_{what}" for name in found for what in ("SERVICE_", "PORT"))
+
+
+def _refuse_unknown(parser: Parser, environ: Mapping[str, str]) -> None:
+    """Exit with status 2 and a sentence if a COMET_* variable is none of ours: a name mistyped would be a limit that is not set."""
+    known = {variable_of(field.name) for field in dataclasses.fields(Settings)}
+    foreign = _of_kubernetes(environ)
+    for name in sorted(environ):
+        if name.startswith(PREFIX) and name not in known and name not in NO_SETTINGS and not name.startswith(foreign):
+            parser.error(f"the variable {name} is not known{meant(name, known, PREFIX)}")
+
+
+def _of_variable(parser: Parser, name: str, text: str, convert: Callable[[str], Any]) -> Any:
     try:
         return convert(text)
     except (argparse.ArgumentTypeError, ValueError) as error:
-        parser.error(f"{name}: {error}")
+        hint = "; Kubernetes sets it for a service called comet, unless enableServiceLinks is false" if "://" in text else ""
+        parser.error(f"{name}: {error}{hint if name.startswith('COMET_PORT ') else ''}")
 
 
 def _switch(text: str) -> bool:
@@ -271,14 +339,18 @@ def _switch(text: str) -> bool:
     return known[text.lower()]
 
 
-def _checked(kind: type, least: float, most: float | None, words: Mapping[str, Any]) -> Any:
+def _checked(kind: type, least: float, most: float | None, words: Mapping[str, Any]) -> Callable[[str], Any]:
     def convert(text: str) -> Any:
         if text in words:
             return words[text]
-        value = kind(text)
+        try:
+            value = kind(text)
+        except ValueError:
+            wanted = " or ".join((f"a {'whole ' if kind is int else ''}number", *words))
+            raise argparse.ArgumentTypeError(f"{text!r} should be {wanted}") from None
         if kind is not str and not (value >= least and (most is None or value <= most)):
-            raise argparse.ArgumentTypeError(f"{text} is not within {least:g} to {'any' if most is None else format(most, 'g')}")
+            bounds = f"at least {number(least)}" if most is None else f"within {number(least)} to {number(most)}"
+            raise argparse.ArgumentTypeError(f"{text} is not {bounds}")
         return value
 
-    convert.__name__ = kind.__name__
     return convert

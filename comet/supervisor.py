@@ -52,8 +52,9 @@ reported a death that was ordered is killed too."""
 LOOK = 1.0
 """Seconds between two looks at the board."""
 
-Greet = Callable[[Settings, Any, int], None]
-"""Says once that the service is ready: its settings, its address, how many clients it is planned for."""
+Greet = Callable[[Settings, Any, int], Callable[[], None]]
+"""Says once where the service listens: its settings, its address, how many clients it is planned for. Returns what invites to try
+it, to be called when messages can be ordered."""
 
 log = logging.getLogger("comet.supervisor")
 
@@ -233,7 +234,7 @@ class Supervisor:
         one.ready = True
         if not self._greeted:
             self._greeted = True
-            self._greet(self._settings, self._listeners[0].getsockname(), self._plan.clients)
+            self._invite(self._greet(self._settings, self._listeners[0].getsockname(), self._plan.clients))
         log.info("%s is ready after %.1f s", one, time.monotonic() - one.born)
         if self._told:
             self._notifier.ready(self._said_in_short())  # a reload is over
@@ -497,6 +498,14 @@ class Supervisor:
             self._notifier.ready(self._said_in_short())
         if self._vigil.alive(time.monotonic(), beats) or self._stopping:
             self._notifier.beat()
+
+    def _invite(self, invite: Callable[[], None]) -> None:
+        """Invite to try it once all workers can order messages."""
+        said = [self._board.look(one.slot(number)) for one in self._generations if one.ready for number in one.workers]
+        if said and all(slot is not None and slot.document.get("ready") for slot in said):
+            invite()
+        elif not self._stopping:
+            self._loop.later(LOOK / 10, lambda: self._invite(invite))
 
     def _said_in_short(self) -> str:
         """A line for a person."""

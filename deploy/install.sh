@@ -2,8 +2,12 @@
 # Installs comet into /opt/comet and has systemd run it; run it again to update: what is right already is left alone, and a
 # running service is reloaded, or restarted where its unit or its packages changed. See README.md beside this file.
 #
-#   install.sh [--dry-run] [--wheels DIR]     DIR: packages from there, and from no index (a machine without network)
-#   install.sh --uninstall [--purge]          --purge: settings, key and subscriptions too
+#   install.sh [--dry-run] [--tune] [--wheels DIR]
+#                                  --tune: kernel settings for very many clients as well (90-comet.conf), and no connection
+#                                          tracking of comet's ports (comet.nft); they concern the whole machine
+#                                  DIR: packages from there, and from no index (a machine without network)
+#   install.sh --uninstall [--purge]
+#                                  --purge: settings, key and subscriptions too
 #
 # Needs root, systemd, and Python 3.11 or newer with venv (Debian: python3-venv). Which index the packages come from is pip's
 # own configuration.
@@ -13,7 +17,9 @@ SOURCE=$(cd "$(dirname "$0")/.." && pwd)
 TARGET=/opt/comet
 SETTINGS=/etc/comet
 UNITS=/etc/systemd/system
+SYSCTL=/etc/sysctl.d/90-comet.conf
 DRY=
+TUNE=
 WHEELS=
 UNINSTALL=
 PURGE=
@@ -89,21 +95,99 @@ load_notrack() {
     systemctl --quiet enable comet-notrack.service && systemctl restart comet-notrack.service
 }
 
-# Without tcp_mem where the kernel's own is larger already: it must not be made less.
-sysctl_file() {
-    have=$(cut -f3 /proc/sys/net/ipv4/tcp_mem 2>/dev/null || echo 0)
-    if [ "${have:-0}" -gt 1000000 ] && [ ! -f /etc/sysctl.d/90-comet.conf ]; then
-        sed 's/^net.ipv4.tcp_mem/# (not set: here it is more) &/' "$SOURCE/deploy/90-comet.conf"
-    elif [ -f /etc/sysctl.d/90-comet.conf ] && grep -q '^# (not set' /etc/sysctl.d/90-comet.conf; then
-        sed 's/^net.ipv4.tcp_mem/# (not set: here it is more) &/' "$SOURCE/deploy/90-comet.conf"
-    else
-        cat "$SOURCE/deploy/90-comet.conf"
-    fi
+# NAME: what the kernel has, a space between its numbers; nothing where it has no such setting
+value_of() { tr -s '\t' ' ' 2>/dev/null <"/proc/sys/$(printf '%s' "$1" | tr . /)" || :; }
+
+# NAME: what it was before the first --tune, as that has noted it
+value_before() {
+    if grep -q "^# $1 was: " "$SYSCTL" 2>/dev/null; then sed -n "s/^# $1 was: //p" "$SYSCTL"; else value_of "$1"; fi
 }
 
-apply_sysctl() {
-    # a container may not set some of them: they are its host's
-    sysctl --quiet --load /etc/sysctl.d/90-comet.conf || say "  some kernel settings could not be set here (a container?): set them on the host"
+# NAME VALUE: whether more is better, and the kernel has more already: that must not be made less. Of several numbers the last
+# one counts, which is the most.
+has_more() {
+    case $1 in
+        fs.* | vm.* | net.core.* | net.ipv4.tcp_max_syn_backlog | net.ipv4.tcp_mem | net.ipv4.tcp_rmem | net.ipv4.tcp_wmem) ;;
+        *) return 1 ;;
+    esac
+    have=$(value_of "$1")
+    [ -n "$have" ] && [ "${have##* }" -gt "${2##* }" ]
+}
+
+# LIST LIST: ports and ranges of both, as one list in order
+merge_ports() {
+    printf '%s,%s\n' "$1" "$2" | tr ',' '\n' | awk -F- '
+        NF { for (port = $1 + 0; port <= $NF + 0; port++) reserved[port] = 1 }
+        END {
+            for (port = 0; port < 65536; port++) {
+                if (!(port in reserved)) continue
+                first = port
+                while ((port + 1) in reserved) port++
+                list = list (list == "" ? "" : ",") first (port > first ? "-" port : "")
+            }
+            print list
+        }'
+}
+
+# 90-comet.conf for this machine: what has more stays, ports that are reserved stay so, and each line is preceded by what it was
+sysctl_file() {
+    while IFS= read -r line; do
+        name=${line%% = *} value=${line#* = }
+        case $line in
+            '#'* | '') say "$line"; continue ;;
+            net.ipv4.ip_local_reserved_ports*) value=$(merge_ports "$(value_of "$name")" "$value") ;;
+        esac
+        if has_more "$name" "$value"; then
+            say "# (not set, here it is more already) $line"
+        else
+            say "# $name was: $(value_before "$name")"
+            say "$name = $value"
+        fi
+    done <"$SOURCE/deploy/90-comet.conf"
+}
+
+# NAME VALUE; a container may not set some of them: they are its host's
+set_kernel() {
+    sysctl --quiet --write "$1=$2" 2>/dev/null || say "  it could not be set here (a container?): set it on the host"
+}
+
+tune() {
+    kernel=$(mktemp)
+    sysctl_file >"$kernel"
+    if put "$kernel" "$SYSCTL" 0644; then
+        while IFS= read -r line; do
+            case $line in '#'* | '') continue ;; esac
+            name=${line%% = *} value=${line#* = }
+            now=$(value_of "$name")
+            [ "$now" = "$value" ] || do_it "set $name: ${now:-nothing} -> $value" set_kernel "$name" "$value"
+        done <"$kernel"
+    fi
+    rm -f "$kernel"
+    if [ ! -x /usr/sbin/nft ]; then
+        say "there is no nft: connections to comet are tracked if anything on this machine tracks (apt-get install nftables)"
+        return
+    fi
+    # yours from then on, as comet.env: which ports it names is this machine's matter
+    [ -f "$SETTINGS/comet.nft" ] || do_it "write $SETTINGS/comet.nft" install -D -m 0644 "$SOURCE/deploy/comet.nft" "$SETTINGS/comet.nft"
+    if put "$SOURCE/deploy/comet-notrack.service" "$UNITS/comet-notrack.service" 0644; then
+        do_it "systemctl daemon-reload" systemctl daemon-reload
+    elif systemctl --quiet is-active comet-notrack.service 2>/dev/null; then
+        return
+    fi
+    do_it "enable and load comet-notrack.service: connections to the ports in $SETTINGS/comet.nft, tracked -> not tracked" load_notrack
+}
+
+# The URL of Redis, if there is one, is a credential of the service: its file is for root alone.
+put_backplane() {
+    drop_in=$UNITS/comet.service.d/backplane.conf
+    if [ -s "$SETTINGS/backplane" ]; then
+        mode=$(stat -c %a "$SETTINGS/backplane")
+        [ "$mode" = 600 ] || do_it "let root alone read $SETTINGS/backplane: $mode -> 600" chmod 600 "$SETTINGS/backplane"
+        if put "$SOURCE/deploy/backplane.conf" "$drop_in" 0644; then units=1; fi
+    elif [ -f "$drop_in" ]; then
+        do_it "remove $drop_in: there is no $SETTINGS/backplane" rm "$drop_in"
+        units=1
+    fi
 }
 
 install_all() {
@@ -143,22 +227,10 @@ install_all() {
     if [ "${version:-0}" -ge 254 ]; then
         if put "$SOURCE/deploy/back-off.conf" "$UNITS/comet.service.d/back-off.conf" 0644; then units=1; fi
     fi
-    if [ -x /usr/sbin/nft ]; then
-        # yours from then on, as comet.env: which ports it names is this machine's matter
-        [ -f "$SETTINGS/comet.nft" ] || do_it "write $SETTINGS/comet.nft" install -D -m 0644 "$SOURCE/deploy/comet.nft" "$SETTINGS/comet.nft"
-        if put "$SOURCE/deploy/comet-notrack.service" "$UNITS/comet-notrack.service" 0644; then units=1; fi
-    else
-        say "there is no nft: connections to comet are tracked if anything on this machine tracks (apt-get install nftables)"
-    fi
-    kernel=$(mktemp)
-    sysctl_file >"$kernel"
-    if put "$kernel" /etc/sysctl.d/90-comet.conf 0644; then do_it "set the kernel settings of /etc/sysctl.d/90-comet.conf" apply_sysctl; fi
-    rm -f "$kernel"
+    put_backplane
 
     [ -z "$units" ] || do_it "systemctl daemon-reload" systemctl daemon-reload
-    if [ -x /usr/sbin/nft ] && { [ -n "$units" ] || ! systemctl --quiet is-active comet-notrack.service 2>/dev/null; }; then
-        do_it "enable and load comet-notrack.service" load_notrack
-    fi
+    [ -z "$TUNE" ] || tune
     if ! systemctl --quiet is-enabled comet.socket comet.service 2>/dev/null; then
         do_it "enable comet.socket and comet.service" systemctl --quiet enable comet.socket comet.service
     fi
@@ -181,6 +253,7 @@ install_all() {
     say "  settings       $SETTINGS/comet.env"
     say "  publish key    $SETTINGS/publish-key"
     say "  what this machine allows   cd $TARGET && venv/bin/python -m comet check --clients 1000000"
+    [ -n "$TUNE" ] || say "  kernel settings     none was touched; deploy/install.sh --tune --dry-run says which very many clients take"
 }
 
 uninstall_all() {
@@ -188,8 +261,9 @@ uninstall_all() {
     for unit in comet.socket comet.service comet-notrack.service; do
         if [ -e "$UNITS/$unit" ]; then do_it "stop and disable $unit" systemctl --quiet disable --now "$unit"; fi
     done
+    tuned=$(grep '^# net.* was: \|^# vm.* was: \|^# fs.* was: ' "$SYSCTL" 2>/dev/null || :)
     for path in "$UNITS/comet.service" "$UNITS/comet.socket" "$UNITS/comet-notrack.service" "$UNITS/comet.service.d/back-off.conf" \
-        "$UNITS/comet.socket.d/10-workers.conf" "$SETTINGS/comet.nft" /etc/sysctl.d/90-comet.conf "$TARGET"; do
+        "$UNITS/comet.service.d/backplane.conf" "$UNITS/comet.socket.d/10-workers.conf" "$SETTINGS/comet.nft" "$SYSCTL" "$TARGET"; do
         if [ -e "$path" ]; then do_it "remove $path" rm -rf "$path"; fi
     done
     # what `systemctl edit` has put there is yours
@@ -205,21 +279,26 @@ uninstall_all() {
     if [ "$DONE" = 0 ]; then say "nothing to do: comet is not installed"; return; fi
     [ -z "$DRY" ] || { say "nothing was changed"; return; }
     [ -n "$PURGE" ] || say "kept: $SETTINGS (settings, key), /var/lib/comet (subscriptions); --purge removes them"
-    say "kernel settings stay as they are until the machine restarts"
+    if [ -n "$tuned" ]; then
+        say "kernel settings stay as they are until the machine restarts. Before --tune:"
+        say "$tuned" | sed 's/^# \(.*\) was: /  \1 = /'
+    fi
 }
 
 while [ $# -gt 0 ]; do
     case $1 in
         --dry-run) DRY=1 ;;
+        --tune) TUNE=1 ;;
         --uninstall) UNINSTALL=1 ;;
         --purge) PURGE=1 ;;
         --wheels)
             if [ $# -lt 2 ] || [ ! -d "$2" ]; then fail "--wheels needs a folder of packages"; fi
             WHEELS=$(cd "$2" && pwd)
             shift ;;
-        *) sed -n '2,10s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
+        *) sed -n '2,15s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
     esac
     shift
 done
 [ -z "$PURGE" ] || [ -n "$UNINSTALL" ] || fail "--purge goes with --uninstall"
+[ -z "$TUNE" ] || [ -z "$UNINSTALL" ] || fail "--tune does not go with --uninstall"
 if [ -n "$UNINSTALL" ]; then uninstall_all; else install_all; fi

@@ -644,7 +644,7 @@ def test_long_histories_are_made_good_within_what_redis_lets_a_connection_have_w
     one.proxy.refusing = False
     wait_until(one.backplane.ready)
     assert len(got) == 128 * len(names)
-    broke = re.findall(r"broke \((.*?)\)", caplog.text)
+    broke = re.findall(r"the connection broke: (.*?)\)", caplog.text)
     assert all(why.startswith("no answer within") for why in broke), "cut off by Redis"  # that one is a machine's that is busy
 
 

@@ -20,6 +20,7 @@ PROCESSES = {"comet.board", "comet.kernel", "comet.settings"}
 REDIS = {
     *SPOKEN, "comet.history", "comet.turn", "comet.backplane", "comet.backplane.redis_dial", "comet.backplane.redis_scripts",
     "comet.backplane.redis_format", "comet.backplane.redis_link", "comet.backplane.redis_shards", "comet.backplane.redis_calls",
+    "comet.backplane.redis_outage",
 }  # fmt: skip
 HANDLER = {
     "comet.hub", "comet.message", "comet.framing", "comet.subscriber", "comet.stats", "comet.settings", "comet.errors", "comet.turn",
@@ -30,7 +31,8 @@ HANDLER = {
 ALLOWED: dict[str, set[str]] = {
     # the leaves
     "comet": set(),
-    "comet.__main__": {"comet.kernel", "comet.top", "comet.loading", "comet.loading_redis"},
+    "comet.arguments": set(),
+    "comet.__main__": {"comet.arguments", "comet.settings", "comet.kernel", "comet.top", "comet.loading", "comet.loading_redis"},
     "comet.loading_redis": {"comet.database", "comet.loading", "comet.subscriptions_redis"},
     "comet.subscriptions_redis": {"comet.errors", "comet.database", "comet.turn"},
     "comet.loading": {*SPOKEN, "comet.database"},
@@ -42,7 +44,7 @@ ALLOWED: dict[str, set[str]] = {
     "comet.errors": set(),
     "comet.origins": set(),
     "comet.refusals": {"comet.errors"},
-    "comet.settings": {"comet.origins"},
+    "comet.settings": {"comet.arguments", "comet.origins"},
     "comet.stats": set(),
     "comet.turn": set(),
     "comet.permit": {"comet.turn"},
@@ -117,11 +119,12 @@ ALLOWED: dict[str, set[str]] = {
     "comet.backplane.redis_acknowledged": {*REDIS, "comet.backplane.memory"},
     "comet.backplane.redis_calls": {*SPOKEN, "comet.backplane.redis_link", "comet.backplane.redis_shards"},
     "comet.backplane.redis_replicas": {"comet.backplane.redis_dial", "comet.backplane.redis_link"},
-    "comet.backplane.redis_shards": {"comet.backplane.redis_link", "comet.backplane.redis_dial", "comet.backplane.redis_scripts"},
-    "comet.backplane.redis_link": {"comet.backplane.redis_dial", "comet.backplane.redis_scripts"},
+    "comet.backplane.redis_shards": {*REDIS},
+    "comet.backplane.redis_link": {"comet.backplane.redis_dial", "comet.backplane.redis_outage", "comet.backplane.redis_scripts"},
     "comet.backplane.redis_format": {*SPOKEN, "comet.history"},
     "comet.backplane.redis_scripts": {"comet.backplane.memory"},
     "comet.backplane.redis_dial": set(),
+    "comet.backplane.redis_outage": set(),
     # the server, which knows a subscriber only by its small interface
     "comet.server": set(),
     "comet.server.appointments": set(),

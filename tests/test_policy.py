@@ -5,7 +5,7 @@ import signal
 import pytest
 
 from comet.kernel.limits import RESERVE
-from comet.policy import LEAST_LIFE, MOST_DEATHS, CrashLoop, Restarts, Vigil, describe, plan
+from comet.policy import LEAST_LIFE, MOST_DEATHS, CrashLoop, Restarts, Vigil, alone, describe, plan
 from comet.settings import AUTO
 
 PLENTY = 1 << 40
@@ -71,6 +71,23 @@ def test_what_is_too_little_is_told_with_what_to_set() -> None:
     assert "30000 connections a worker" in warning
     (warning,) = plan(AUTO, 1_000_000, 0, 20_000, 500_000, 2).warnings
     assert "fs.file-max" in warning
+
+
+@pytest.mark.parametrize(("clients", "max_connections", "allowed"), [(0, 0, 100), (100, 0, 100), (100, 200, 100), (50, 50, 100)])
+def test_one_process_that_holds_its_clients_says_nothing(clients: int, max_connections: int, allowed: int) -> None:
+    assert alone(clients, max_connections, allowed) == []
+
+
+def test_one_process_that_can_not_hold_its_clients_says_what_to_set() -> None:
+    (sentence,) = alone(1_000_000, 0, 20_000 - RESERVE)
+    assert sentence == (
+        "1000000 clients were asked for; one process holds 19744: set --workers 60 (or auto), "
+        "or raise the limit on open files (ulimit -Hn, LimitNOFILE) to 1000256."
+    )
+    assert plan(60, 1_000_000, 0, 20_000, 10**7, 2).warnings == []
+    (sentence,) = alone(600, 500, 20_000)
+    assert sentence.endswith("one process holds 500: set --workers 2 (or auto), or raise --max-connections to 600.")
+    assert plan(2, 600, 500, 20_000, 10**7, 2).warnings == []
 
 
 def test_a_tiny_limit_on_files_still_gives_a_plan() -> None:

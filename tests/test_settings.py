@@ -2,11 +2,14 @@
 
 import dataclasses
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from comet.settings import AUTO, Settings, objection, parse
+from comet import generation
+from comet.__main__ import main as subcommands
+from comet.settings import AUTO, NO_SETTINGS, Settings, Unreadable, number, objection, parse, shown, variable_of, with_secrets
 from tests.harness import ROOT
 
 Field = dataclasses.Field[Any]
@@ -42,7 +45,7 @@ def test_each_field_is_a_flag_and_a_variable_and_the_flag_wins(field: Field) -> 
     assert parse(arguments, {}) == changed != Settings()
     assert parse([], {variable: text, "COMET": "x", field.name: "x"}) == changed
     assert type(getattr(parse([], {variable: text}), field.name)) is type(field.default)
-    against = str(field.default)
+    against = shown(field.default) if field.default != "" else ""
     assert parse(arguments, {variable: against}) == changed
 
 
@@ -116,17 +119,120 @@ def test_a_bad_number_ends_with_status_2_and_a_sentence(name: str, text: str, ca
         with pytest.raises(SystemExit) as ended:
             parse(arguments, environ)
         assert ended.value.code == 2
-        sentence = capsys.readouterr().err.splitlines()[-1]
-        assert sentence.startswith("app.py: error: ")
-        assert flag(name) in sentence
+        (sentence,) = capsys.readouterr().err.splitlines()
+        assert sentence.startswith("app.py: error: ") and sentence.endswith("See app.py --help.")
+        assert flag(name) in sentence and "e+" not in sentence
 
 
-@pytest.mark.parametrize("arguments", [["--unknown"], ["--port"], ["stray"]])
-def test_a_bad_flag_ends_with_status_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--unknown"], "--unknown is not known here."),
+        (["--max-bodi", "3"], "--max-bodi is not known here; did you mean --max-body?"),
+        (["--max-bodi=3"], "--max-bodi is not known here; did you mean --max-body?"),
+        (["--port"], "argument --port: expected one argument."),
+        (["--port", "x"], "argument --port: 'x' should be a whole number."),
+        (["--grace", "x"], "argument --grace: 'x' should be a number."),
+        (["--workers", "x"], "argument --workers: 'x' should be a whole number or auto."),
+        (["--max-body", "99999999"], "argument --max-body: 99999999 is not within 1 to 67108864."),
+        (["--history-bytes", "-1"], "argument --history-bytes: -1 is not at least 0."),
+        (["--redis-connect-timeout", "0"], "argument --redis-connect-timeout: 0 is not at least 0.05."),
+        (["stray"], "stray is not known here."),
+    ],
+)
+def test_a_bad_flag_ends_with_status_2_and_one_line(arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         parse(arguments, {})
     assert ended.value.code == 2
-    assert "app.py: error: " in capsys.readouterr().err
+    assert capsys.readouterr().err == f"app.py: error: {told} See app.py --help.\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["check", "--clint", "3"], "did you mean --clients?"),
+        (["top", "--evry=1"], "did you mean --every?"),
+        (["check", "--clients", "x"], "--clients"),
+        (["chek"], "'check', 'top', 'load-friends'"),
+        ([], "command"),
+    ],
+)
+def test_so_does_a_bad_subcommand(arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        subcommands(arguments)
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("python -m comet") and ": error: " in line and told in line
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("COMET_MAXBODY", "the variable COMET_MAXBODY is not known; did you mean COMET_MAX_BODY?"),
+        ("COMET_HEARTBEATS", "the variable COMET_HEARTBEATS is not known; did you mean COMET_HEARTBEAT?"),
+        ("COMET_XYZZY", "the variable COMET_XYZZY is not known."),
+    ],
+)
+def test_an_unknown_variable_is_an_error_that_names_the_nearest(name: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse([], {name: "3"})
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == f"app.py: error: {told} See app.py --help.\n"
+
+
+def test_what_kubernetes_sets_for_its_services_is_not_taken_for_a_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    links = {
+        "COMET_REDIS_SERVICE_HOST": "10.0.0.1", "COMET_REDIS_SERVICE_PORT": "6379", "COMET_REDIS_SERVICE_PORT_REDIS": "6379",
+        "COMET_REDIS_PORT": "tcp://10.0.0.1:6379", "COMET_REDIS_PORT_6379_TCP_ADDR": "10.0.0.1",
+    }  # fmt: skip
+    assert parse([], links) == Settings()
+    assert parse([], {**links, "COMET_GRACE": "3"}).grace == 3
+    with pytest.raises(SystemExit):
+        parse([], {name: text for name, text in links.items() if name != "COMET_REDIS_SERVICE_HOST"})
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        parse([], {"COMET_SERVICE_HOST": "10.0.0.1", "COMET_PORT": "tcp://10.0.0.1:8000"})
+    assert "Kubernetes" in capsys.readouterr().err
+
+
+def test_each_variable_that_is_named_anywhere_is_a_setting_or_known_to_be_none() -> None:
+    known = {variable_of(field.name) for field in FIELDS} | NO_SETTINGS | {generation.VARIABLE}
+    known.add("COMET_MAXBODY")  # the mistake that tests make
+    files = [ROOT / "app.py", ROOT / "Makefile", ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+    for folder in ("comet", "handlers", "loadtest", "deploy", "tests"):
+        files += [path for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".md", ".env", ".service", ".socket", ".conf", "")]
+    ours = Path(__file__)
+    found = {
+        name: path
+        for path in files
+        if path.is_file() and path != ours
+        for name in re.findall(r"\bCOMET_[A-Z][A-Z_]*[A-Z]\b", path.read_text())
+    }
+    assert {name: path for name, path in found.items() if name not in known} == {}
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0, "0"), (55.0, "55"), (0.05, "0.05"), (1 << 28, "268435456"), (1e6, "1000000"), (67108864.0, "67108864")]
+)
+def test_a_number_is_shown_as_one(value: float, text: str) -> None:
+    assert number(value) == text
+
+
+@pytest.mark.parametrize("name", ["publish_key", "backplane"])
+def test_a_secret_may_be_in_a_file(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "secret"
+    path.write_text("redis://:secret@127.0.0.1\n")
+    given = [f"{flag(name)}-file", str(path)]
+    assert getattr(with_secrets(parse(given, {})), name) == "redis://:secret@127.0.0.1"
+    with pytest.raises(Unreadable, match=f"{flag(name)} or {flag(name)}-file, not both"):
+        with_secrets(parse([*given, flag(name), "redis://other"], {}))
+    for text in ("", "\n", "two words", "two\nlines", "\N{LATIN SMALL LETTER E WITH ACUTE}"):
+        path.write_text(text)
+        with pytest.raises(Unreadable, match="one line of printable ASCII"):
+            with_secrets(parse(given, {}))
+    path.unlink()
+    with pytest.raises(Unreadable, match=f"No such file or directory.*{flag(name)}-file names a file"):
+        with_secrets(parse(given, {}))
 
 
 @pytest.mark.parametrize(
@@ -160,7 +266,8 @@ def test_help_names_unit_default_and_reason_of_each_field(capsys: pytest.Capture
         line = re.search(rf"^ +{flag(field.name)}\b.*(?:\n {{10,}}.*)?", text, re.MULTILINE)
         assert line, field.name
         assert f"[{field.metadata['unit']}] {field.metadata['reason']}" in line[0]
-        assert f"(default: {field.default if field.default != '' else 'none'})" in line[0]
+        assert f"(default: {shown(field.default)})" in line[0]
+        assert "e+" not in shown(field.default)
 
 
 def test_help_does_not_tell_the_publish_key(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,7 @@
 This module publishes and reads; `comet.backplane.redis_following` follows the channels, as long as its worker lives
 (`redis_lease`). `redis_acknowledged` remembers what was published, `redis_scripts` is what Redis does at once and `redis_format` how
 that is said, `redis_calls` how it is asked, `redis_shards` which server is, `redis_link` the connection to it, `redis_dial` how it
-is made, `redis_replicas` how replicas are waited for.
+is made, `redis_outage` what the log says when it can't be, `redis_replicas` how replicas are waited for.
 
 Where a promise of `comet.backplane` differs: what is bounded in all (bytes of history, idle channels, idempotency keys)
 is bounded by Redis' own ``maxmemory``. With the policy ``noeviction`` publications are refused then; with one of
@@ -28,11 +28,12 @@ from comet.backplane import Deliver, Dropped, Lost
 from comet.backplane.memory import EPOCH_BITS, Bounds, digest
 from comet.backplane.redis_acknowledged import Acknowledged
 from comet.backplane.redis_calls import AGAIN, Calls, Gather, away, unconfirmed
-from comet.backplane.redis_dial import dial
+from comet.backplane.redis_dial import dial, reason, service_title, title
 from comet.backplane.redis_dial import read as read_url
 from comet.backplane.redis_following import Following
 from comet.backplane.redis_format import Names, Replay, Seen, piece, place, replay
 from comet.backplane.redis_link import ANSWER, Link
+from comet.backplane.redis_outage import Outage
 from comet.backplane.redis_replicas import Place, Replicas
 from comet.backplane.redis_scripts import NOW, PAGE, PAGE_BYTES, Scripts
 from comet.backplane.redis_shards import NAME, Cluster, Single
@@ -67,13 +68,16 @@ class RedisBackplane:
         replicas_timeout: float = 1.0,
         clock: Callable[[], float] = time.monotonic,
         now: str = NOW,
+        outage: Outage | None = None,
     ) -> None:
         target = read_url(url)
         self._key_age = bounds.key_age
         self._timeout = timeout
         self._names = Names(prefix)
         self._scripts = Scripts(bounds, target.cluster, now)
-        self._shards: Single | Cluster = (Cluster if target.cluster else Single)(target, self._scripts, silence, connect_timeout, self)
+        self._shards: Single | Cluster = (Cluster if target.cluster else Single)(
+            target, self._scripts, silence, connect_timeout, self, outage or Outage()
+        )  # fmt: skip
         self._calls = Calls(self._shards)
         self._acknowledged = Acknowledged(self._shards, self._calls, self._scripts, self._names, bounds.linger, timeout)
         self._following = Following(self._shards, self._calls, self._scripts, self._names, clock, self._acknowledged.seen, target.cluster)
@@ -81,20 +85,22 @@ class RedisBackplane:
         self._greenlet: Any = None
 
     @classmethod
-    def of(cls, settings: Any) -> "RedisBackplane":
-        """With those settings. Raises ValueError for a URL that can't be read, and Denied when Redis does not let us in; that it
-        can't be reached is no error, since it may come."""
+    def of(cls, settings: Any, outage: Outage | None = None) -> "RedisBackplane":
+        """With those settings; `outage` says in the log that Redis is away. Raises ValueError for a URL that can't be read, and Denied
+        when Redis does not let us in; that it can't be reached is no error, since it may come."""
         try:
             target = read_url(settings.backplane)
         except ValueError as error:
             raise ValueError(f"--backplane can't be understood: {error}.") from error
+        outage = outage or Outage()
         try:
             dial(target, target.address, settings.redis_connect_timeout, NAME).close()
         except OSError as error:
-            log.warning("Redis can't be reached (%s); publishing is refused until it can", error)
+            why = f"{title(target.address)}: {reason(error)}" if target.cluster else reason(error)
+            outage.away(service_title(target), why)
         return cls(
             settings.backplane, Bounds.of(settings), settings.backplane_timeout, settings.redis_timeout, settings.redis_connect_timeout,
-            settings.redis_prefix, settings.redis_replicas, settings.redis_replicas_timeout,
+            settings.redis_prefix, settings.redis_replicas, settings.redis_replicas_timeout, outage=outage,
         )  # fmt: skip
 
     def attach(self, deliver: Deliver, dropped: Dropped, lost: Lost) -> None:

@@ -47,6 +47,24 @@ class Target(NamedTuple):
     tls: ssl.SSLContext | None
 
 
+def title(address: Address) -> str:
+    """Return how a server is called in the log: by its host and port, or its path. Never with what lets us in."""
+    if isinstance(address, str):
+        return f"Redis {address}"
+    host, port = address
+    return f"Redis [{host}]:{port}" if ":" in host else f"Redis {host}:{port}"
+
+
+def service_title(target: Target) -> str:
+    """Return how all that a URL leads to is called in the log."""
+    return f"the cluster of {title(target.address)}" if target.cluster else title(target.address)
+
+
+def reason(error: BaseException) -> str:
+    """Return why a connection failed, without the number of the error."""
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
+
+
 def split(url: str) -> tuple[bool, str]:
     """Whether it is of a cluster, and the same for one server."""
     scheme, _, rest = url.partition(":")

@@ -26,7 +26,8 @@ import hiredis
 from gevent import get_hub
 from gevent.event import Event
 
-from comet.backplane.redis_dial import NOTHING, Connection, Denied
+from comet.backplane.redis_dial import NOTHING, Connection, Denied, reason
+from comet.backplane.redis_outage import Outage
 from comet.backplane.redis_scripts import Scripts
 
 READ_SIZE: Final = 1 << 17
@@ -125,13 +126,16 @@ class Link:
     """`connect` makes a connection, `timeout` is how many seconds an answer may take. Made and used in one process, after
     any fork."""
 
-    def __init__(self, title: str, connect: Callable[[], Connection], timeout: float, scripts: Scripts, owner: Owner) -> None:
+    def __init__(
+        self, title: str, connect: Callable[[], Connection], timeout: float, scripts: Scripts, owner: Owner, outage: Outage | None = None
+    ) -> None:
         self.title = title
         self.connect = connect
         """Makes a connection, waiting."""
         self._timeout = timeout
         self._scripts = scripts
         self._owner = owner
+        self._outage = outage or Outage()
         self._connection: Connection | None = None
         self._sent: deque[Call] = deque()
         self._owed = 0
@@ -159,6 +163,7 @@ class Link:
         """For good. What waits is not answered any more."""
         self._greenlet.kill()
         self._end("closed", quiet=True)
+        self._outage.forget(self.title)
         self._timer.stop()
         for call in [*self._ready]:
             call.done(BROKEN)
@@ -250,7 +255,7 @@ class Link:
         except (BlockingIOError, ssl.SSLWantReadError):
             return
         except OSError as error:
-            self._end(str(error))
+            self._end(reason(error))
             return
         if not data:
             self._end("it closed the connection")
@@ -299,7 +304,9 @@ class Link:
             else:
                 call.done(reply)
             return
-        self._healthy = True
+        if not self._healthy:  # one that takes us in and then is no use is still away
+            self._healthy = True
+            self._outage.back(self.title)
         call.done(reply)
 
     def _answered(self) -> Call:
@@ -327,7 +334,6 @@ class Link:
 
     def _run(self) -> None:
         pause = 0.0
-        said = ""
         while True:
             gevent.sleep(pause * random.uniform(0.5, 1.0))
             pause = min(LONGEST_PAUSE, 2 * pause + 0.02)
@@ -339,11 +345,8 @@ class Link:
                     connection.close()
                     raise
             except (OSError, Denied, hiredis.HiredisError) as error:
-                if str(error) != said:
-                    said = str(error)
-                    log.warning("%s can't be reached (%s); trying on", self.title, error)
+                self._outage.away(self.title, reason(error))
                 continue
-            said = ""
             try:
                 self._begin(connection)
                 self._broken.wait()
@@ -389,7 +392,7 @@ class Link:
         if connection is None:
             return
         if not quiet:
-            log.warning("the connection to %s broke (%s); making another", self.title, why)
+            self._outage.away(self.title, f"the connection broke: {why}")
         self._timer.stop()
         for watcher in (self._readable, self._writable):
             watcher.stop()

@@ -14,8 +14,9 @@ import gevent
 import hiredis
 from redis.crc import key_slot
 
-from comet.backplane.redis_dial import Address, Connection, Denied, Target, dial
+from comet.backplane.redis_dial import Address, Connection, Denied, Target, dial, reason, service_title, title
 from comet.backplane.redis_link import Link, Owner
+from comet.backplane.redis_outage import Outage
 from comet.backplane.redis_scripts import Scripts
 
 REFRESH: Final = 0.2
@@ -41,8 +42,9 @@ class Single:
 
     whole = True
 
-    def __init__(self, target: Target, scripts: Scripts, timeout: float, connect_timeout: float, keeper: Keeper) -> None:
-        self._link = Link("Redis", lambda: dial(target, target.address, connect_timeout, NAME), timeout, scripts, keeper)
+    def __init__(self, target: Target, scripts: Scripts, timeout: float, connect_timeout: float, keeper: Keeper, outage: Outage) -> None:
+        connect: Callable[[], Connection] = lambda: dial(target, target.address, connect_timeout, NAME)  # noqa: E731
+        self._link = Link(service_title(target), connect, timeout, scripts, keeper, outage)
         self.links = [self._link]
 
     def start(self) -> None:
@@ -68,19 +70,19 @@ class Single:
 class Cluster:
     """Several servers."""
 
-    def __init__(self, target: Target, scripts: Scripts, timeout: float, connect_timeout: float, keeper: Keeper) -> None:
+    def __init__(self, target: Target, scripts: Scripts, timeout: float, connect_timeout: float, keeper: Keeper, outage: Outage) -> None:
         self._target = target
         self._scripts = scripts
         self._timeout = timeout
         self._connect_timeout = connect_timeout
         self._keeper = keeper
+        self._outage = outage
         self._slots: list[Link | None] = [None] * SLOTS
         self._masters: dict[Address, Link] = {}
         self._seeds: list[Address] = [target.address]
         """Servers that may know the map."""
         self._wanted = False
         self._greenlet: Any = None
-        self._told = False
         self._closed = False
 
     @property
@@ -124,6 +126,7 @@ class Cluster:
     def _look(self) -> None:
         while self._wanted:
             self._wanted = False
+            failure = ""
             for address in random.sample(self._seeds, len(self._seeds)):
                 try:
                     connection = dial(self._target, address, self._connect_timeout, NAME)
@@ -132,13 +135,13 @@ class Cluster:
                     finally:
                         connection.close()
                 except (OSError, Denied, hiredis.HiredisError) as error:
-                    if not self._told:
-                        self._told = True
-                        log.warning("a server of the Redis cluster can't be asked for its map (%s); trying others", error)
+                    failure = f"{title(address)}: {reason(error)}"
                     continue
                 self._adopt(ranges, address)
-                self._told = False
+                self._outage.back(service_title(self._target))
                 break
+            else:
+                self._outage.away(service_title(self._target), failure)
             gevent.sleep(REFRESH * random.uniform(0.5, 1.5))
             if not self.whole or not all(link.up for link in self.links):
                 self._wanted = True
@@ -167,7 +170,7 @@ class Cluster:
 
     def _open(self, address: Any) -> Link:
         connect: Callable[[], Connection] = lambda: dial(self._target, address, self._connect_timeout, NAME)  # noqa: E731
-        link = Link(f"Redis {address[0]}:{address[1]}", connect, self._timeout, self._scripts, self._keeper)
+        link = Link(title(address), connect, self._timeout, self._scripts, self._keeper, self._outage)
         link.start()
         return link
 

@@ -15,7 +15,7 @@ from comet.kernel.machine import Machine
 from comet.settings import Settings
 from handlers import poll
 from tests.deployment.image import DOCKERFILE, build, steps_of
-from tests.deployment.machine import verify_units
+from tests.deployment.machine import lines_of, verify_units
 from tests.harness import ROOT
 
 DEPLOY = ROOT / "deploy"
@@ -25,7 +25,7 @@ MILLION = check.Plan(1_000_000, 8000, workers=2)
 def test_verify_finds_nothing_wrong() -> None:
     """Everything that is asked of a deployment, on a machine that systemd has booted: see tests/deployment."""
     done = subprocess.run(
-        [DEPLOY / "verify"], cwd=ROOT, env={**os.environ, "PYTHON": sys.executable}, capture_output=True, text=True, timeout=300
+        [DEPLOY / "verify"], cwd=ROOT, env={**os.environ, "PYTHON": sys.executable}, capture_output=True, text=True, timeout=450
     )
     if done.returncode == 3:
         pytest.skip(done.stdout)
@@ -82,7 +82,7 @@ def _missing(path: str) -> str:
 
 def test_nginx_and_the_service_agree() -> None:
     text = (DEPLOY / "nginx.conf").read_text()
-    upstream = re.search(r"upstream comet \{(.*?)\n    \}", text, re.DOTALL)
+    upstream = re.search(r"upstream comet \{(.*?)\n\}", text, re.DOTALL)
     assert upstream
     (kept,) = re.findall(r"keepalive_timeout (\d+)s", upstream[1])
     assert int(kept) < Settings().idle_timeout
@@ -96,6 +96,15 @@ def test_nginx_and_the_service_agree() -> None:
     assert f"server {socket} " in text
 
 
+def test_nginx_is_a_site_beside_others() -> None:
+    """Its file is included in the block `http` of an nginx that may serve other sites."""
+    text = re.sub(r"#.*", "", (DEPLOY / "nginx.conf").read_text())
+    outermost = set(re.findall(r"^(\w+)", text, re.MULTILINE))
+    assert outermost <= {"map", "server", "split_clients", "upstream"}, outermost
+    assert "default_server" not in text
+    assert "/etc/nginx/nginx.conf" not in " ".join(lines_of(DEPLOY / "README.md")), "that file is not ours to write"
+
+
 def test_the_unit_gives_the_service_the_time_it_takes() -> None:
     unit = dict(re.findall(r"^(\w+Sec)=(\d+)$", (DEPLOY / "comet.service").read_text(), re.MULTILINE))
     settings = Settings()
@@ -107,7 +116,8 @@ def test_the_unit_gives_the_service_the_time_it_takes() -> None:
 def test_the_settings_file_names_settings() -> None:
     names = {f"COMET_{name.upper()}" for name in Settings.__dataclass_fields__}
     for name in re.findall(
-        r"\bCOMET_[A-Z_]+", "".join((DEPLOY / file).read_text() for file in ("comet.env", "comet.service", "Dockerfile", "README.md"))
+        r"\bCOMET_[A-Z_]+",
+        "".join((DEPLOY / file).read_text() for file in ("comet.env", "comet.service", "backplane.conf", "Dockerfile", "README.md")),
     ):
         assert name in names, name
 

@@ -6,6 +6,7 @@ the Dockerfile.
 
 import json
 import re
+import shlex
 import subprocess
 import time
 from typing import Any
@@ -22,6 +23,7 @@ from tests.deployment.network import (
 from tests.harness import Client, wait_until
 
 CAP_SYS_RESOURCE = 24
+README = ROOT / "deploy" / "README.md"
 SCORE = 2.0
 """What `systemd-analyze security` may say at most."""
 
@@ -37,24 +39,61 @@ def a_dry_run_changes_nothing(on: Deployed) -> str:
 
 
 def the_readme_line_by_line(on: Deployed) -> str:
-    lines = lines_of(ROOT / "deploy" / "README.md")
+    lines = lines_of(README)
     assert len(lines) > 8, lines
     # as its package would have left it: /var is empty in there
-    on.run("mkdir -p /var/log/nginx /var/lib/nginx /etc/nginx")
-    said = ""
+    on.run("mkdir -p /var/log/nginx /var/lib/nginx")
+    before = on.run("cat /etc/nginx/nginx.conf").stdout
+    said: dict[str, str] = {}
     for line in lines:
         if line.startswith("apt-get install"):  # no network in there; what it installs is in /usr, which is this machine's
             on.run("for one in python3 nginx nft openssl curl; do command -v $one >/dev/null || exit 1; done")
+        elif line.startswith("deploy/install.sh"):
+            said[line] = _install(on, line)
         else:
-            said = on.run(line).stdout
-    (message,) = json.loads(said)["messages"]
+            said[line] = on.run(line).stdout
+    (message,) = json.loads(said[next(line for line in lines if "/poll/" in line)])["messages"]
     assert message["data"] == "hello, world", said
-    return f"{len(lines)} lines; the last one prints {message['data']!r}, through nginx and TLS"
+    assert on.run("cat /etc/nginx/nginx.conf").stdout == before
+    return f"{len(lines)} lines; one prints {message['data']!r}, through nginx and TLS, and nginx.conf is as it was"
+
+
+def kernel_settings(on: Deployed) -> dict[str, str]:
+    """What the kernel has, of all that `--tune` may set."""
+    names = re.findall(r"^(\S+) = ", (ROOT / "deploy" / "90-comet.conf").read_text(), re.MULTILINE)
+    return {name: " ".join(on.run(f"cat /proc/sys/{name.replace('.', '/')}", check=False).stdout.split()) for name in names}
+
+
+def _install(on: Deployed, line: str) -> str:
+    """Do this line of the README; whether it changed the kernel's settings is as it was asked for."""
+    tuned = "--tune" in line and "--dry-run" not in line
+    if tuned:  # somebody else's
+        on.run("sysctl -w net.ipv4.ip_local_reserved_ports=8000,6000-6002")
+    before = kernel_settings(on)
+    said = on.run(line, timeout=180).stdout  # packages are installed, on a machine that may have other work
+    after = kernel_settings(on)
+    if not tuned:
+        assert after == before, (line, before, after)
+        on.run(
+            "! ls /etc/sysctl.d/90-comet.conf /etc/systemd/system/comet-notrack.service 2>/dev/null && ! nft list table inet comet 2>/dev/null"
+        )
+    for name in ("net.core.somaxconn", "net.ipv4.ip_local_port_range"):
+        told = re.search(rf"set {name}: (.*) -> (.*)", said)
+        assert (told is not None) == ("--tune" in line), said
+        if told:
+            assert told[1] == before[name] != told[2] and (after[name] == told[2]) == tuned, (told, before, after)
+    if tuned:
+        reserved = "80,443,6000-6002,8000"
+        assert f"set net.ipv4.ip_local_reserved_ports: 6000-6002,8000 -> {reserved}" in said, said
+        assert after["net.ipv4.ip_local_reserved_ports"] == reserved, after
+        assert int(after["fs.file-max"]) >= int(before["fs.file-max"])
+    return said
 
 
 def installing_again_does_nothing(on: Deployed) -> str:
-    said = on.run("deploy/install.sh").stdout
-    assert said.startswith("nothing to do"), said
+    for line in ("deploy/install.sh", "deploy/install.sh --tune"):
+        said = on.run(line).stdout
+        assert said.startswith("nothing to do"), said
     packages = on.run("/opt/comet/venv/bin/python -m pip list --format=freeze").stdout
     assert "gevent" in packages and "locust" not in packages and "pytest" not in packages, packages
     return "and there are no test tools in its environment"
@@ -233,6 +272,38 @@ def subscriptions_outlive_a_restart(on: Deployed) -> str:
     return "/var/lib/comet keeps who follows whom"
 
 
+def machines_share_a_redis_whose_url_is_a_credential(on: Deployed) -> str:
+    """As the README has it for two, of which this one is the one with Redis."""
+    if on.run("command -v redis-server redis-cli", check=False).returncode:
+        return "skipped: there is no redis-server in /usr"
+    on.run(
+        "mkdir -p /var/lib/redis && echo 'dir /var/lib/redis' >/root/redis.conf && systemd-run --unit=shared-redis redis-server /root/redis.conf"
+    )
+    wait_until(lambda: on.run("redis-cli ping", check=False).stdout == "PONG\n")
+    lines = lines_of(README, "shell")
+    elsewhere = [line for line in lines if line.startswith(("apt-get install", "scp "))]
+    assert len(elsewhere) == 3 and lines[-1].endswith("/readyz"), lines
+    here = [line.replace("10.0.0.1", "127.0.0.1") for line in lines if line not in elsewhere]
+    on.run(f"sh -euc {shlex.quote(chr(10).join(here[:-1]))}")
+    wait_until(lambda: json.loads(on.run(here[-1]).stdout) == {"status": "ready"})
+    password = on.run("cat /root/redis-password").stdout
+    assert len(password) == 64 and on.run("stat -c '%a %U' /etc/comet/backplane").stdout.split() == ["600", "root"]
+    for pid in (on.main(), *(int(one["pid"]) for one in on.workers())):
+        for name in ("environ", "cmdline"):
+            assert password not in (on.machine.outside(pid) / name).read_text(), "the password is in the environment"
+    assert password not in on.run("systemctl show comet; systemctl cat comet; journalctl --no-pager -u comet").stdout
+    on.ask("POST", "/publish/shared", b"through Redis")
+    kept = on.run("REDISCLI_AUTH=$(cat /root/redis-password) redis-cli --scan --pattern 'c:*shared*'").stdout.split()
+    assert kept, "it is not in Redis"
+    on.run("rm /etc/comet/backplane")
+    said = on.run("deploy/install.sh").stdout
+    assert "remove /etc/systemd/system/comet.service.d/backplane.conf" in said and "restart comet.service" in said, said
+    on.run("systemctl stop shared-redis")
+    wait_until(lambda: json.loads(on.run(here[-1]).stdout) == {"status": "ready"})
+    assert on.run("deploy/install.sh").stdout.startswith("nothing to do")
+    return f"{len(here)} lines; the URL is in no environment, and without its file the machine is one alone again"
+
+
 def wrong_settings_are_told_and_not_tried_again(on: Deployed) -> str:
     restarts = on.shown("NRestarts")
     on.run("cp /etc/comet/comet.env /tmp/right.env && echo COMET_TRUSTED_PROXIES=10.0.0.1/8 >>/etc/comet/comet.env")
@@ -288,7 +359,8 @@ def the_journal_has_what_happened(on: Deployed) -> str:
 
 
 def it_is_uninstalled(on: Deployed) -> str:
-    on.run("deploy/install.sh --uninstall --purge")
+    said = on.run("deploy/install.sh --uninstall --purge").stdout
+    assert "  net.ipv4.ip_local_reserved_ports = 6000-6002,8000\n" in said, said
     on.run(
         "! ls -d /opt/comet /etc/comet /var/lib/comet /var/lib/private/comet /etc/systemd/system/comet* /etc/sysctl.d/90-comet.conf 2>/dev/null"
     )
@@ -296,7 +368,7 @@ def it_is_uninstalled(on: Deployed) -> str:
     assert on.shown("LoadState") == "not-found"
     said = on.run("deploy/install.sh --uninstall --purge").stdout
     assert said.startswith("nothing to do"), said
-    return "nothing of it is left"
+    return "nothing of it is left, and what the kernel had before is told"
 
 
 CHECKS = (
@@ -319,6 +391,7 @@ CHECKS = (
     a_stuck_main_process_is_restarted,
     who_connects_while_it_is_away_is_served,
     subscriptions_outlive_a_restart,
+    machines_share_a_redis_whose_url_is_a_credential,
     wrong_settings_are_told_and_not_tried_again,
     it_stops,
     the_journal_has_what_happened,

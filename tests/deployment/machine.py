@@ -187,12 +187,12 @@ def _descendants(pid: int) -> list[int]:
     return found
 
 
-def lines_of(readme: Path) -> list[str]:
-    """What a person is told to type: the lines of the README's blocks of shell, in order."""
+def lines_of(readme: Path, kind: str = "sh") -> list[str]:
+    """What a person is told to type: the lines of the README's blocks of this kind, in order."""
     found, inside = [], False
     for line in readme.read_text().splitlines():
         if line.startswith("```"):
-            inside = line == "```sh"
+            inside = line == f"```{kind}"
         elif inside:
             found.append(line)
     return found
