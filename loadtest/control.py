@@ -63,12 +63,8 @@ CLIENTS = frozenset(("StreamUser", "EventsUser", "LongPollUser"))
 SHAPED = frozenset(("SwarmUser", "Churn", "EveryoneSender"))
 """Classes of users that a run by hand has only if it names them."""
 
-WANTS_SHAPE = (
-    "a SwarmUser or Churn holds all clients of a process (--clients) by itself, under ids that StreamUser, EventsUser and LongPollUser "
-    "have too, and an EveryoneSender waits for a shape's order. Run a shape for them (make million, or COMET_SHAPE=Million locust …), "
-    "or choose StreamUser, EventsUser, LongPollUser and FriendSender"
-)
-"""Why a run by hand has none of `SHAPED` beside clients."""
+SHAPE = "make million, or COMET_SHAPE=Million locust …"
+"""How to run a shape, for messages."""
 
 HOST = "http://127.0.0.1:8000"
 """Where `make run` serves: the target of a run by hand that names none."""
@@ -465,4 +461,4 @@ def by_hand(environment: Environment) -> None:
     if not getattr(asked, "user_classes", None) and not getattr(asked, "class_picker", False):
         left = sorted(kind.__name__ for kind in environment.user_classes if kind.__name__ in SHAPED)
         environment.user_classes[:] = [kind for kind in environment.user_classes if kind.__name__ not in SHAPED]
-        log.warning("%s left out: %s", ", ".join(left), WANTS_SHAPE)
+        log.warning("%s left out: they are for shapes (%s), unless you name them", ", ".join(left), SHAPE)

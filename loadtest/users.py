@@ -20,7 +20,7 @@ from locust.exception import StopUser
 
 from comet.turn import gather
 from loadtest.client import Connection
-from loadtest.control import WANTS_SHAPE, Worker
+from loadtest.control import SHAPE, Worker
 from loadtest.counting import REFUSED, SENT, UNSURE, Send, Sender
 from loadtest.options import masks
 from loadtest.swarm import AGAIN, Swarm
@@ -28,6 +28,12 @@ from loadtest.verify import DIRECT, EVERYONE, FEED, Place, body, read
 from loadtest.wire import EVENTS, STREAM, TEST, Endpoint, Malformed
 
 log = logging.getLogger("comet.loadtest")
+
+BESIDE_CLIENTS = (
+    "it holds all clients of a process (--clients) by itself, with the ids that StreamUser, EventsUser and LongPollUser have: "
+    f"run a shape ({SHAPE}), or choose it without those three"
+)
+"""Why a swarm is refused in a run by hand that has other clients."""
 
 DIRECT_SENDERS = 4
 
@@ -197,13 +203,6 @@ class SwarmUser(User):
         super().__init__(environment)
         self.work = Worker.of(environment)
 
-    def on_start(self) -> None:
-        """Refuse a run by hand that has clients of other classes, and a process that has a swarm. Raises StopUser."""
-        if self.work.has_clients:
-            refuse(self, self.work, WANTS_SHAPE)
-        if self.work.swarm is not None:
-            refuse(self, self.work, "a process holds one swarm: start as many processes (--processes) as SwarmUsers")
-
     def swarm(self) -> Swarm:
         """The one it holds."""
         work = self.work
@@ -211,7 +210,11 @@ class SwarmUser(User):
 
     @task
     def hold(self) -> None:
-        """Open them, and hold them until it ends."""
+        """Open them, and hold them until it ends. Raises StopUser in a run by hand that has other clients, and where a swarm is."""
+        if self.work.has_clients:
+            refuse(self, self.work, BESIDE_CLIENTS)
+        if self.work.swarm is not None:
+            refuse(self, self.work, "a process holds one swarm: start as many processes (--processes) as SwarmUsers")
         self.work.swarm = self.swarm()
         gather(self.work.asked.nap, self.work.asked.nap)  # its senders' answers and turns come with its looks
         try:
@@ -337,7 +340,7 @@ class LongTailSender(FriendSender):
     def choose(self) -> int:
         """Log-uniform."""
         users = self.work.recipients()
-        return users[min(len(users), int(len(users) ** random.random())) - 1]
+        return users[min(len(users), int((len(users) + 1) ** random.random())) - 1]
 
 
 class DirectSender(Publisher):
@@ -370,10 +373,8 @@ class EveryoneSender(Publisher):
     path = "/publish/user:everyone"
 
     def on_start(self) -> None:
-        """What was asked for before was another's. Raises StopUser where nobody asks."""
+        """What was asked for before was another's."""
         super().on_start()
-        if self.work.by_hand:
-            refuse(self, self.work, WANTS_SHAPE)
         self.sent = self.work.everyone
 
     def choose(self) -> int:
@@ -382,7 +383,9 @@ class EveryoneSender(Publisher):
 
     @task
     def send(self) -> None:
-        """One message, whenever it was asked for."""
+        """One message, whenever it was asked for. Raises StopUser in a run by hand, where nobody asks."""
+        if self.work.by_hand:
+            refuse(self, self.work, f"it sends when a shape says so: run one ({SHAPE}), or choose FriendSender or DirectSender")
         while True:
             if self.sent < self.work.everyone:
                 self.sent += 1

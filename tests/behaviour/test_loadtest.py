@@ -1,5 +1,5 @@
-"""The load test itself, small: `make million` with the shape Smoke, which asserts that nothing is lost; and that it ends what it
-has started when it is interrupted."""
+"""The load test itself, small: `make million` with the shape Smoke, which asserts that nothing is lost; that it ends what it
+has started when it is interrupted; and Locust by hand, as the README has it."""
 
 import json
 import re
@@ -7,12 +7,17 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import pytest
 
 from loadtest.process import descendants
+from tests.conftest import Start, only_asleep
 from tests.harness import ROOT, wait_until
 
 CLIENTS = 2000
@@ -96,3 +101,116 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     assert "refused: " in run.stdout
     assert "clients fit" in run.stdout
     assert not list(tmp_path.glob("run-*"))
+
+
+BY_HAND = ("StreamUser", "EventsUser", "LongPollUser", "FriendSender")
+"""The classes of the README's command."""
+
+
+class Page:
+    """Locust's web page, as a browser uses it."""
+
+    def __init__(self, port: int, log: Path) -> None:
+        self.port = port
+        self.log = log
+
+    def ask(self, method: str, path: str, form: Mapping[str, Any] | None = None) -> Any:
+        """The answer, read as JSON."""
+        connection = HTTPConnection("127.0.0.1", self.port, timeout=60)
+        body = None if form is None else urlencode(form, doseq=True)
+        connection.request(method, path, body, {"Content-Type": "application/x-www-form-urlencoded"})
+        answer = connection.getresponse().read()
+        connection.close()
+        return json.loads(answer)
+
+    def start(self, users: int, **form: Any) -> None:
+        """Press Start."""
+        answer = self.ask("POST", "/swarm", {"user_count": users, "spawn_rate": users, **form})
+        assert answer["success"], answer
+
+    def rows(self) -> dict[tuple[str, str], Any]:
+        """The table: method and name."""
+        return {(row["method"] or "", row["name"]): row for row in self.ask("GET", "/stats/requests")["stats"]}
+
+    def failures(self) -> dict[str, str]:
+        """The tab of failures: what was said of each name."""
+        return {error["name"]: error["error"] for error in self.ask("GET", "/stats/requests")["errors"]}
+
+
+@contextmanager
+def locust_page(log: Path, *arguments: str) -> Iterator[Page]:
+    """Locust with its web page, until the block ends."""
+    port = free_port()
+    command = [
+        sys.executable,
+        "-m",
+        "locust",
+        "-f",
+        "loadtest/locustfile.py",
+        "--web-host",
+        "127.0.0.1",
+        "--web-port",
+        str(port),
+        *arguments,
+    ]
+    with log.open("wb") as errors:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=errors)
+    try:
+        page = Page(port, log)
+        wait_until(lambda: process.poll() is not None or answers(page), 60)
+        assert process.poll() is None, log.read_text()
+        yield page
+    finally:
+        process.terminate()
+        process.wait(60)
+    assert "Traceback" not in log.read_text(), log.read_text()
+
+
+def answers(page: Page) -> bool:
+    """Whether the page is there."""
+    try:
+        return bool(page.ask("GET", "/stats/requests"))
+    except (OSError, HTTPException):
+        return False
+
+
+def count(page: Page, method: str, name: str) -> Callable[[], int]:
+    """How many of this row there are, when asked."""
+    return lambda: page.rows().get((method, name), {"num_requests": 0})["num_requests"]
+
+
+@only_asleep
+def test_locust_by_hand_shows_what_is_delivered(start: Start, tmp_path: Path) -> None:
+    server = start()
+    log = tmp_path / "locust.log"
+    with locust_page(log, *BY_HAND, "--host", f"http://{server.url}") as page:
+        page.start(40)
+        wait_until(lambda: count(page, "PUSH", "feed")() >= 200, 60)
+        wait_until(lambda: server.clients() == 30)  # ten of the forty send; who polls is away for a moment, again and again
+        rows = page.rows()
+        assert rows["OPEN", "clients"]["num_requests"] == 30
+        assert rows["PUSH", "feed"]["max_response_time"] > 0
+        page.ask("POST", "/stop", {})
+        wait_until(lambda: server.clients() == 0)
+        # a message went to one who was there: what was sent has arrived, but for what was under way at the end
+        sent, got = count(page, "POST", "/send/<id>")(), count(page, "PUSH", "feed")()
+        assert 0.9 * sent - 10 <= got <= sent + 10
+        assert page.failures() == {}
+    assert "make friends" in log.read_text(), "nobody follows anybody, which is said"
+
+
+@only_asleep
+@pytest.mark.parametrize("picker", [False, True])
+def test_locusts_page_with_all_classes_says_why_some_want_a_shape(start: Start, tmp_path: Path, picker: bool) -> None:
+    server = start()
+    log = tmp_path / "locust.log"
+    with locust_page(log, "--host", f"http://{server.url}", *(["--class-picker"] if picker else [])) as page:
+        page.start(36)
+        wait_until(lambda: count(page, "PUSH", "feed")() >= 20 and count(page, "PUSH", "direct")() >= 20, 60)
+        if picker:
+            wait_until(lambda: set(page.failures()) == {"SwarmUser", "Churn", "EveryoneSender"})
+            assert all("COMET_SHAPE" in why for why in page.failures().values())
+        else:
+            assert page.failures() == {}
+            assert "Churn, EveryoneSender, SwarmUser left out: " in log.read_text()
+        assert 0 < server.clients() <= (12 if picker else 18), "no swarm has opened a thousand"
