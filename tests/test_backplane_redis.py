@@ -940,6 +940,28 @@ def test_who_seems_dead_since_the_clock_of_redis_was_set_is_counted_again_soon(s
     wait_until(lambda: service.count("a") == 1, 5)
 
 
+def test_who_comes_back_under_another_id_is_not_counted_twice(service: Service) -> None:
+    """The clock of Redis' machine was set forward, again and again, or Redis has stood still for longer than a lease."""
+    one, two = service.workers
+    service.reader(one, "a")
+    service.reader(two, "a")
+    assert service.count("a") == 2
+    for number in range(8):
+        lease = service.workers[number % 2].following.lease
+        node = lease.node
+        seconds, _ = service.redis.ask("TIME")
+        service.redis.ask("ZADD", "c:nodes", str(1000 * (int(seconds) - 60)), node)
+        lease.beat()
+        wait_until(lambda lease=lease, node=node: lease.node != node)  # type: ignore[misc]
+        wait_until(lambda lease=lease: lease.valid)  # type: ignore[misc]
+        if not number:
+            assert service.count("a") == 2, "who has come back knows its former id"
+    two.following.lease._since = one.following.lease._since = -60.0
+    for worker in service.workers:
+        worker.following.lease.beat()
+    wait_until(lambda: service.count("a") == 2)  # and the others hear of it with their next sign of life
+
+
 def test_who_ends_in_order_is_not_counted_any_more(service: Service) -> None:
     service.workers.append(Worker(service))
     wait_until(service.ready)
