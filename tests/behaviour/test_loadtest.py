@@ -18,7 +18,7 @@ import pytest
 
 from loadtest.process import descendants
 from tests.conftest import Start, only_asleep
-from tests.harness import ROOT, wait_until
+from tests.harness import ROOT, TIMEOUT, wait_until
 
 CLIENTS = 2000
 
@@ -43,7 +43,7 @@ def document(folder: Path) -> Any:
 
 def test_smoke_nothing_is_lost_and_the_report_says_all_of_it(tmp_path: Path) -> None:
     """One test: it takes half a minute of a core."""
-    run = subprocess.run(command(tmp_path, "--duration", "6"), cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    run = subprocess.run(command(tmp_path, "--duration", "6"), cwd=ROOT, capture_output=True, text=True, timeout=5 * TIMEOUT, check=False)
     (folder,) = tmp_path.glob("run-*")
     said = run.stdout + run.stderr + "".join(log.read_text() for log in folder.glob("*.log"))
     assert (folder / "report.json").exists(), said
@@ -82,13 +82,13 @@ def test_smoke_nothing_is_lost_and_the_report_says_all_of_it(tmp_path: Path) -> 
 def test_all_that_was_started_ends_when_it_is_interrupted(tmp_path: Path, number: int) -> None:
     process = subprocess.Popen(command(tmp_path, "--duration", "60"), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        wait_until(lambda: list(tmp_path.glob("run-*/timeline.jsonl")), 60)  # the service and Locust are there
+        wait_until(lambda: list(tmp_path.glob("run-*/timeline.jsonl")), 3 * TIMEOUT)  # the service and Locust are there
         family = descendants(process.pid)[1:]
         assert len(family) >= 7
         process.send_signal(number)
         # two programs have thirty seconds each to end in order
-        assert process.wait(100) == (-signal.SIGKILL if number == signal.SIGKILL else 130)
-        wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in family), 60)
+        assert process.wait(3 * TIMEOUT) == (-signal.SIGKILL if number == signal.SIGKILL else 130)
+        wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in family))
     finally:
         if process.poll() is None:
             process.kill()
@@ -96,7 +96,9 @@ def test_all_that_was_started_ends_when_it_is_interrupted(tmp_path: Path, number
 
 
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
-    run = subprocess.run(command(tmp_path, "--clients", "100000000"), cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    run = subprocess.run(
+        command(tmp_path, "--clients", "100000000"), cwd=ROOT, capture_output=True, text=True, timeout=3 * TIMEOUT, check=False
+    )
     assert run.returncode == 2
     assert "refused: " in run.stdout
     assert "clients fit" in run.stdout
@@ -116,7 +118,7 @@ class Page:
 
     def ask(self, method: str, path: str, form: Mapping[str, Any] | None = None) -> Any:
         """The answer, read as JSON."""
-        connection = HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection = HTTPConnection("127.0.0.1", self.port, timeout=2 * TIMEOUT)
         body = None if form is None else urlencode(form, doseq=True)
         connection.request(method, path, body, {"Content-Type": "application/x-www-form-urlencoded"})
         answer = connection.getresponse().read()
@@ -157,12 +159,12 @@ def locust_page(log: Path, *arguments: str) -> Iterator[Page]:
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=errors)
     try:
         page = Page(port, log)
-        wait_until(lambda: process.poll() is not None or answers(page), 60)
+        wait_until(lambda: process.poll() is not None or answers(page))
         assert process.poll() is None, log.read_text()
         yield page
     finally:
         process.terminate()
-        process.wait(60)
+        process.wait(TIMEOUT)
     assert "Traceback" not in log.read_text(), log.read_text()
 
 
@@ -185,7 +187,7 @@ def test_locust_by_hand_shows_what_is_delivered(start: Start, tmp_path: Path) ->
     log = tmp_path / "locust.log"
     with locust_page(log, *BY_HAND, "--host", f"http://{server.url}") as page:
         page.start(40)
-        wait_until(lambda: count(page, "PUSH", "feed")() >= 200, 60)
+        wait_until(lambda: count(page, "PUSH", "feed")() >= 200)
         wait_until(lambda: server.clients() == 30)  # ten of the forty send; who polls is away for a moment, again and again
         rows = page.rows()
         assert rows["OPEN", "clients"]["num_requests"] == 30
@@ -205,7 +207,7 @@ def test_locusts_page_with_all_classes_says_why_some_want_a_shape(start: Start, 
     log = tmp_path / "locust.log"
     with locust_page(log, "--host", f"http://{server.url}", *(["--class-picker"] if picker else [])) as page:
         page.start(36)
-        wait_until(lambda: count(page, "PUSH", "feed")() >= 20 and count(page, "PUSH", "direct")() >= 20, 60)
+        wait_until(lambda: count(page, "PUSH", "feed")() >= 20 and count(page, "PUSH", "direct")() >= 20)
         if picker:
             wait_until(lambda: set(page.failures()) == {"SwarmUser", "Churn", "EveryoneSender"})
             assert all("COMET_SHAPE" in why for why in page.failures().values())
