@@ -4,15 +4,22 @@ A *worker* (a process with users) reports its counts once a second and puts them
 sums them, writes a line a second to `timeline.jsonl`, passes on what the shape orders (rates), and at the end asks every worker
 what each client got, has that audited (`loadtest.audit`) and writes `verdict.json`. Without --master or --processes one process
 is both. Neighbours: `loadtest.shapes`, which drives the master; `loadtest.users`, who work for the worker.
+
+A run without a shape is *by hand*: Locust's flags or its web page say how many users of which classes there are. Ids then follow
+the clients: the first is user 0, and senders choose among those who are connected. The master tells the workers how many senders
+share --message-rate, and which clients are connected, whenever that changes.
 """
 
+import heapq
 import json
 import logging
 import math
 import time
+from bisect import bisect_left, insort
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
@@ -46,6 +53,21 @@ EVERY = 1.0
 
 SENDERS_A_PROCESS = 1 << 16
 """Numbers of senders that a process has to itself."""
+
+ALONE = 20
+"""Messages to a user and the followers, one after the other, that had nobody but the user: no friends are loaded, as it seems."""
+
+CLIENTS = frozenset(("StreamUser", "EventsUser", "LongPollUser"))
+"""Classes of users that are one client each (`loadtest.users`)."""
+
+SHAPED = frozenset(("SwarmUser", "Churn", "EveryoneSender"))
+"""Classes of users that a run by hand has only if it names them."""
+
+SHAPE = "make million, or COMET_SHAPE=Million locust …"
+"""How to run a shape, for messages."""
+
+HOST = "http://127.0.0.1:8000"
+"""Where `make run` serves: the target of a run by hand that names none."""
 
 
 class Worker:
@@ -82,12 +104,24 @@ class Worker:
         clock: Callable[[], int] = time.time_ns if self.asked.wall_clock else time.monotonic_ns
         self.counts = Counts(self.asked.late, self.index * SENDERS_A_PROCESS, clock)
         self.swarm: Swarm | None = None
-        self.rate = 0.0 if self.environment.shape_class else self.asked.message_rate  # a shape orders it
-        self.senders = self.asked.senders
+        self.by_hand = not self.environment.shape_class
+        self.has_clients = self.by_hand and not CLIENTS.isdisjoint(getattr(self.environment.parsed_options, "chosen", ()))
+        """Whether this is a run by hand of clients with a greenlet each: then senders choose among those who are connected."""
+        self.rate = self.asked.message_rate if self.by_hand else 0.0  # a shape orders it
+        self.senders = 0 if self.by_hand else self.asked.senders  # by hand the master counts them
+        self.sending = 0
+        """Senders that run in this process."""
         self.direct_rate = 0.0
         self.everyone = 0
+        self.refused: set[str] = set()
+        """Classes of users whose refusal has been told."""
         self._obeyed = 0
         self._clients = 0
+        self._free: list[int] = []
+        self._connected: list[int] = []
+        self._connected_changed = False
+        self._recipients: Sequence[int] = () if self.has_clients else range(self.asked.clients)
+        self._alone = 0
 
     def _begin(self, **_: Any) -> None:
         """The master's flags are here by now."""
@@ -100,9 +134,45 @@ class Worker:
             self._report()
 
     def next_client(self) -> int:
-        """The number of another client with a greenlet of its own."""
+        """The number of another client with a greenlet of its own. By hand it is the lowest that is free."""
+        if self._free:
+            return heapq.heappop(self._free)
         self._clients += 1
-        return (self.index + (self._clients - 1) * self.processes) % self.asked.clients
+        number = self.index + (self._clients - 1) * self.processes
+        return number if self.by_hand else number % self.asked.clients
+
+    def release_client(self, number: int) -> None:
+        """A client has ended for good. By hand the next one takes over its number."""
+        if self.by_hand:
+            heapq.heappush(self._free, number)
+
+    def connected(self, number: int) -> None:
+        """A client with a greenlet of its own has opened its connection."""
+        insort(self._connected, number)
+        self._connected_changed = True
+
+    def disconnected(self, number: int) -> None:
+        """The connection of such a client is closed."""
+        del self._connected[bisect_left(self._connected, number)]
+        self._connected_changed = True
+
+    def recipients(self) -> Sequence[int]:
+        """The users that a sender chooses among, ascending. If the run has no such clients (`has_clients`), these are all of --clients;
+        else the users who were connected, in any process, when the master last said so."""
+        return self._recipients
+
+    def followed(self, targets: int) -> None:
+        """A message to a user and the followers went to `targets` of them. If messages by hand go to nobody but their users, say
+        once that no friends are loaded."""
+        if not self.by_hand or self._alone < 0:
+            return
+        self._alone = self._alone + 1 if targets <= 1 else -1
+        if self._alone == ALONE:
+            self._alone = -1
+            log.warning(
+                "nobody follows the users that are sent to, so each message has one receiver; for more load friends (make friends "
+                "ARGS='--users 10000') and start the server with them (make run ARGS='--data data')"
+            )
 
     def share(self) -> range:
         """The clients that this process holds."""
@@ -115,7 +185,10 @@ class Worker:
             self._report()
 
     def _report(self) -> None:
-        report = self.counts.report() | {"obeyed": self._obeyed}
+        report = self.counts.report() | {"obeyed": self._obeyed, "senders": self.sending}
+        if self._connected_changed and self.has_clients:
+            self._connected_changed = False
+            report["connected"] = self._connected.copy()
         stats = self.runner.stats
         for kind, counts in zip(KINDS, report["latencies"], strict=True):
             tally.requests(stats, "PUSH", kind, counts)
@@ -130,7 +203,10 @@ class Worker:
             self._report()  # what it says of sends is part of it
             self.runner.send_message(ACCOUNT, self.counts.account())
             return
-        self.rate = orders["rate"]
+        if not self.by_hand:
+            self.rate = orders["rate"]
+        elif self.has_clients:
+            self._recipients = orders["connected"]
         self.senders = orders["senders"]
         self._obeyed = orders["number"]
         self.counts.judge(self.asked.late if orders["judge"] else math.inf)
@@ -195,10 +271,17 @@ class Master:
         self._everyone: dict[str, dict[int, list[int]]] = {}
         self.outgoing = Outgoing(self.asked.clients)
         self._accounts: dict[str, dict[str, bytes]] = {}
-        self._orders = {"number": 0, "rate": 0.0, "senders": self.asked.senders, "direct": 0.0, "everyone": 0, "churn": 0.0, "judge": True}
+        senders = self.asked.senders if self.environment.shape_class else 0
+        self._connected: dict[str, list[int]] = {}
+        self._orders: dict[str, Any] = {
+            "number": 0, "rate": 0.0, "senders": senders, "direct": 0.0, "everyone": 0, "churn": 0.0, "judge": True, "connected": []
+        }  # fmt: skip
 
     def _begin(self, **_: Any) -> None:
         if not self.environment.shape_class:
+            # a worker of Locust is not told these: it has them from the master's options, before its first user
+            chosen = [kind.__name__ for kind in self.environment.user_classes]
+            vars(self.environment.parsed_options).update(expect_workers=max(1, self.processes), chosen=chosen)
             self.start()
 
     def start(self) -> None:
@@ -241,10 +324,10 @@ class Master:
         self.sections.append(Section(name))
         return self.section
 
-    def order(self, **orders: float) -> None:
+    def order(self, **orders: float | list[int]) -> None:
         """Tell all workers: `rate` (messages a second in all), `senders`, `direct` (messages a second to one
         each), `everyone` (messages to all, so many since the start), `churn` (share of the clients a second), `judge` (whether what is
-        late is a failure)."""
+        late is a failure), `connected` (by hand: ids of the clients that are connected)."""
         self._orders |= {"number": self._orders["number"] + 1, **orders}
         self.runner.send_message(ORDERS, self._orders)
 
@@ -308,8 +391,16 @@ class Master:
         self.outgoing.add(report["sends"])
         self._everyone[msg.node_id] = {number: seen for number, *seen in report["everyone"]}
         self._totals[msg.node_id] = {
-            name: report[name] for name in ("open", "opened", "received", "bytes", "begun", "sent", "left", "clients", "obeyed")
-        }  # fmt: skip
+            name: report[name] for name in ("open", "opened", "received", "bytes", "begun", "sent", "left", "clients", "obeyed", "senders")
+        }
+        if not self.environment.shape_class:
+            self._connected[msg.node_id] = report.get("connected", self._connected.get(msg.node_id, []))
+            self._follow(self.total("senders"), "connected" in report)
+
+    def _follow(self, senders: int, moved: bool) -> None:
+        """By hand: tell the workers how many senders there are, and who is connected, if the one or the other has changed."""
+        if moved or senders != self._orders["senders"]:
+            self.order(senders=senders, connected=sorted(chain.from_iterable(self._connected.values())))
 
     def _accounted(self, environment: Environment, msg: Any, **_: Any) -> None:
         self._accounts[msg.node_id] = msg.data
@@ -356,6 +447,8 @@ def set_up(environment: Environment, runner: Runner, **_: Any) -> None:
             except OSError as error:  # some sandboxes don't let a process say so
                 log.info("a load process can't have SCHED_BATCH: %s", error)
     if not isinstance(runner, WorkerRunner):
+        if not environment.shape_class:
+            by_hand(environment)
         Master(environment, runner)
     if isinstance(runner, LocalRunner):
         try:
@@ -364,3 +457,13 @@ def set_up(environment: Environment, runner: Runner, **_: Any) -> None:
             raise SystemExit(str(error)) from None
     elif not isinstance(runner, MasterRunner):
         Worker(environment, runner)
+
+
+def by_hand(environment: Environment) -> None:
+    """Fit a run without a shape, by Locust's flags or its web page, for all classes at once: leave out those that want a shape."""
+    environment.host = environment.host or HOST  # the web page asks for one otherwise
+    asked = environment.parsed_options
+    if not getattr(asked, "user_classes", None) and not getattr(asked, "class_picker", False):
+        left = sorted(kind.__name__ for kind in environment.user_classes if kind.__name__ in SHAPED)
+        environment.user_classes[:] = [kind for kind in environment.user_classes if kind.__name__ not in SHAPED]
+        log.warning("%s left out: they are for shapes (%s), unless you name them", ", ".join(left), SHAPE)

@@ -3,7 +3,8 @@
     COMET_SHAPE=Smoke locust -f loadtest/locustfile.py --headless --processes 2 --host http://127.0.0.1:8000 --clients 2000
     locust -f loadtest/locustfile.py StreamUser FriendSender     # the web page, users and rates by hand
 
-`make million` does the first with everything around it. Run it from the checkout's root.
+`make million` does the first with everything around it. Run it from the checkout's root. By hand (`loadtest.control`) there are as many
+clients as Locust is told, whatever --clients says, and senders send to those who are connected.
 """
 
 import os

@@ -45,11 +45,16 @@ class Asked:
 def add_flags(parser: Any) -> None:
     """On Locust's parser."""
     add = parser.add_argument
-    add("--clients", type=int, default=1000, help="clients in all, and users of the friends' graph (default: 1000)")
+    add(
+        "--clients",
+        type=int,
+        default=1000,
+        help="clients in all, and users of the friends' graph; by hand as many as Locust runs (default: 1000)",
+    )
     add("--friends", default="", metavar="FILE", help="edge list that the server has loaded: who gets what (default: nobody follows)")
     add("--message-rate", type=float, default=100.0, metavar="R", help="messages a second of all senders together (default: 100)")
     add("--seconds", type=float, default=20.0, metavar="S", help="how long messages are sent (default: 20)")
-    add("--senders", type=int, default=1000, metavar="N", help="how many send them (default: 1000)")
+    add("--senders", type=int, default=1000, metavar="N", help="how many send them; by hand as many as Locust runs (default: 1000)")
     add("--open-rate", type=float, default=15_000.0, metavar="R", help="clients opened a second at most (default: 15000)")
     add(
         "--endpoints", default="test:49,stream:1", metavar="NAME:SHARE,…",

@@ -7,9 +7,10 @@ OPEN, and whatever is lost, doubled, out of order, late or closed as failures.
 StreamUser, EventsUser and LongPollUser are one client each, for some ten thousand; SwarmUser is thousands, one a process.
 """
 
+import logging
 import random
 import time
-from typing import Any
+from typing import Any, NoReturn
 
 import gevent
 import msgspec
@@ -19,12 +20,20 @@ from locust.exception import StopUser
 
 from comet.turn import gather
 from loadtest.client import Connection
-from loadtest.control import Worker
+from loadtest.control import SHAPE, Worker
 from loadtest.counting import REFUSED, SENT, UNSURE, Send, Sender
 from loadtest.options import masks
 from loadtest.swarm import AGAIN, Swarm
 from loadtest.verify import DIRECT, EVERYONE, FEED, Place, body, read
 from loadtest.wire import EVENTS, STREAM, TEST, Endpoint, Malformed
+
+log = logging.getLogger("comet.loadtest")
+
+BESIDE_CLIENTS = (
+    "it holds all clients of a process (--clients) by itself, with the ids that StreamUser, EventsUser and LongPollUser have: "
+    f"run a shape ({SHAPE}), or choose it without those three"
+)
+"""Why a swarm is refused in a run by hand that has other clients."""
 
 DIRECT_SENDERS = 4
 
@@ -69,6 +78,10 @@ class Client(User):
         self.client = self.work.counts.ledger.add(self.number)
         self.place: Place | None = None
 
+    def on_stop(self) -> None:
+        """Leave its number to the next one."""
+        self.work.release_client(self.number)
+
     @task
     def stay(self) -> None:
         """Be connected until it ends."""
@@ -81,12 +94,15 @@ class Client(User):
                 for _ in self.listen(connection):
                     if not opened:
                         opened = True
+                        self.work.connected(self.number)
                         counts.opened += 1
                         counts.open += 1
                         counts.opening.add((counts.clock() - began) // 1000)
             finally:
                 connection.close()
-                counts.open -= opened
+                if opened:
+                    counts.open -= 1
+                    self.work.disconnected(self.number)
         except BROKEN as error:
             counts.fail(self.endpoint.name, f"{'closed' if opened else 'not opened'}: {type(error).__name__} {error}"[:120])
         else:
@@ -168,6 +184,18 @@ class LongPollUser(Client):
             yield answer
 
 
+def refuse(user: User, work: Worker, why: str) -> NoReturn:
+    """End a user that can't do its work in this run. Its class is told among Locust's failures and in the log, once a process."""
+    name = type(user).__name__
+    if name not in work.refused:
+        work.refused.add(name)
+        log.warning("%s: %s", name, why)
+        user.environment.events.request.fire(
+            request_type="USER", name=name, response_time=0, response_length=0, exception=RuntimeError(why), context={}
+        )
+    raise StopUser
+
+
 class SwarmUser(User):
     """As many clients as are this process's part of --clients, on one epoll (`loadtest.swarm`)."""
 
@@ -182,10 +210,11 @@ class SwarmUser(User):
 
     @task
     def hold(self) -> None:
-        """Open them, and hold them until it ends."""
+        """Open them, and hold them until it ends. Raises StopUser in a run by hand that has other clients, and where a swarm is."""
+        if self.work.has_clients:
+            refuse(self, self.work, BESIDE_CLIENTS)
         if self.work.swarm is not None:
-            gevent.sleep(AGAIN)  # Locust has it try again at once
-            raise RuntimeError("a process holds one swarm: start as many processes as SwarmUsers")
+            refuse(self, self.work, "a process holds one swarm: start as many processes (--processes) as SwarmUsers")
         self.work.swarm = self.swarm()
         gather(self.work.asked.nap, self.work.asked.nap)  # its senders' answers and turns come with its looks
         try:
@@ -221,13 +250,23 @@ class Publisher(User):
         self.connection: Connection | None = None
         self.used = 0.0
 
+    def on_start(self) -> None:
+        """Count among the senders of the process."""
+        self.work.sending += 1
+
+    def on_stop(self) -> None:
+        """Count no more."""
+        self.work.sending -= 1
+
     def choose(self) -> int:
         """A user."""
-        return random.randrange(self.work.asked.clients)
+        return random.choice(self.work.recipients())
 
     def pace(self) -> float:
-        """Messages a second of this one."""
-        return self.work.rate / max(1, self.work.senders)
+        """Messages a second of this one; 0 while there is nobody to send to."""
+        if not self.work.senders or not self.work.recipients():
+            return 0.0
+        return self.work.rate / self.work.senders
 
     @task
     def send(self) -> None:
@@ -267,6 +306,8 @@ class Publisher(User):
             size = len(answer.body)
             if answer.status in (200, 201):
                 outcome, told = SENT, _answered(answer.body)
+                if self.kind == FEED:
+                    self.work.followed(told.targets)
             else:
                 outcome = REFUSED if answer.status < 500 else UNSURE
                 problem = f"answered {answer.status}: {answer.body[:80].decode()}"
@@ -298,8 +339,8 @@ class LongTailSender(FriendSender):
 
     def choose(self) -> int:
         """Log-uniform."""
-        clients = self.work.asked.clients
-        return min(clients - 1, int(clients ** random.random()) - 1)
+        users = self.work.recipients()
+        return users[min(len(users), int((len(users) + 1) ** random.random())) - 1]
 
 
 class DirectSender(Publisher):
@@ -310,6 +351,8 @@ class DirectSender(Publisher):
 
     def choose(self) -> int:
         """One that has a feed of its own. Raises StopUser where nobody has."""
+        if self.work.has_clients:
+            return super().choose()
         clients, turns = self.work.asked.clients, self.work.endpoints
         own = [place for place, has in enumerate(masks(turns[:clients])[0]) if has]
         if not own:
@@ -317,7 +360,9 @@ class DirectSender(Publisher):
         return random.randrange(random.choice(own), clients, len(turns))
 
     def pace(self) -> float:
-        """There are `DIRECT_SENDERS` of them."""
+        """With a shape there are `DIRECT_SENDERS` of them, with a rate of their own."""
+        if self.work.by_hand:
+            return super().pace()
         return self.work.direct_rate / DIRECT_SENDERS
 
 
@@ -329,6 +374,7 @@ class EveryoneSender(Publisher):
 
     def on_start(self) -> None:
         """What was asked for before was another's."""
+        super().on_start()
         self.sent = self.work.everyone
 
     def choose(self) -> int:
@@ -337,7 +383,9 @@ class EveryoneSender(Publisher):
 
     @task
     def send(self) -> None:
-        """One message, whenever it was asked for."""
+        """One message, whenever it was asked for. Raises StopUser in a run by hand, where nobody asks."""
+        if self.work.by_hand:
+            refuse(self, self.work, f"it sends when a shape says so: run one ({SHAPE}), or choose FriendSender or DirectSender")
         while True:
             if self.sent < self.work.everyone:
                 self.sent += 1

@@ -22,7 +22,7 @@ PROGRAM = shutil.which("redis-server")
 
 needs_redis = pytest.mark.skipif(PROGRAM is None, reason="there is no redis-server here: apt-get install redis-server")
 
-PATIENCE = 20.0
+PATIENCE = 60.0
 
 
 def free_port() -> int:
@@ -158,7 +158,7 @@ def create_cluster(servers: Sequence[RedisServer], replicas: int, prefix: Sequen
     addresses = [f"{one.host}:{one.port}" for one in servers]
     done = subprocess.run(
         [*prefix, "redis-cli", "--cluster", "create", *addresses, "--cluster-replicas", str(replicas), "--cluster-yes"],
-        capture_output=True, text=True, timeout=60, check=False,
+        capture_output=True, text=True, timeout=3 * PATIENCE, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     deadline = time.monotonic() + 3 * PATIENCE

@@ -13,6 +13,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import time
 import traceback
@@ -39,7 +40,7 @@ from comet.message import Position, Publication, Receipt
 from comet.settings import Settings
 from comet.stats import Stats
 from comet.subscriptions_redis import RedisSubscriptions, connect
-from tests.harness import Server, wait_until
+from tests.harness import AMPLE, TIMEOUT, Server, wait_until
 from tests.redis_server import RedisServer, free_port, needs_redis, redis_cluster, redis_server
 from tests.test_backplane_router import Reader
 
@@ -382,7 +383,7 @@ class Chaos:
         for worker in self.service.workers:
             worker.proxy.frozen.set()
             worker.dropping = 0
-        gevent.joinall(self.busy, raise_error=True, timeout=20)
+        gevent.joinall(self.busy, raise_error=True, timeout=TIMEOUT)
         assert all(greenlet.ready() for greenlet in self.busy)
         wait_until(self.service.ready)
         for name in self.names:  # whoever missed the last message finds it out with the next one
@@ -417,7 +418,7 @@ class Chaos:
             return counts == {name: held[name] for name in self.names}
 
         try:
-            wait_until(counted, 10)
+            wait_until(counted)
         except AssertionError:
             states = [worker.following._channels for worker in self.service.workers]
             hubs = [
@@ -516,7 +517,7 @@ def test_a_restart_of_a_redis_that_keeps_everything_loses_nothing(start: Open) -
         assert slug(lambda: service.count("a")) == "backplane-away"
         assert slug(lambda: one.backplane.send("a", "message", b"x")) == "backplane-away"
         assert slug(lambda: one.backplane.subscribe(["new"], [None])) == "backplane-away"
-        assert time.monotonic() - began < 4
+        assert time.monotonic() - began < AMPLE
         redis.start()
         wait_until(service.ready)
         assert service.count("a") == 2
@@ -681,7 +682,7 @@ def test_what_takes_several_questions_has_one_time_out(start: Open) -> None:
     ):
         began = time.monotonic()
         assert slug(what) == why
-        assert time.monotonic() - began < 1.1
+        assert time.monotonic() - began < AMPLE
     one.proxy.delay = 0.0
     wait_until(lambda: service.count("a") == 0)
 
@@ -755,7 +756,7 @@ def test_who_leaves_between_two_breaks_is_counted_off(service: Service) -> None:
     one.proxy.cut()
     wait_until(lambda: not one.backplane.ready())
     wait_until(service.ready)
-    wait_until(lambda: service.count("a") == 0, 3)
+    wait_until(lambda: service.count("a") == 0)
 
 
 def test_what_redis_refuses_for_long_is_asked_again_in_bounds(start: Open, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -775,6 +776,7 @@ def test_what_redis_refuses_for_long_is_asked_again_in_bounds(start: Open, monke
     with monkeypatch.context() as patch:
         patch.setattr(one.following._scripts, "hold", type("Hold", (), {"command": staticmethod(command)}))
         one.following.count_again()
+        wait_until(lambda: asked >= 500)
         gevent.sleep(3.2)
     assert 500 <= asked < 700
     monkeypatch.setattr(redis_following, "RETRIED", 2000)
@@ -795,7 +797,7 @@ def test_an_emptied_redis_is_another_epoch_and_each_is_told_one_gap_soon(service
     service.publish(one, "a", "1")
     wait_until(lambda: all(reader.got == ["1"] for reader in readers))
     service.redis.ask("FLUSHALL")
-    wait_until(lambda: all(len(reader.gaps) == 2 for reader in readers), 5)  # one a channel, though nobody publishes
+    wait_until(lambda: all(len(reader.gaps) == 2 for reader in readers))  # one a channel, though nobody publishes
     service.publish(two, "a", "2")
     wait_until(lambda: all(reader.got == ["1", "GAP", "GAP", "2"] for reader in readers))
     assert service.count("a") == service.count("b") == 2
@@ -822,13 +824,14 @@ def test_a_redis_that_sleeps_is_away_and_nothing_hangs(start: Open) -> None:
     one, two = service.workers
     readers = [service.reader(worker, "a") for worker in service.workers]
     service.publish(one, "a", "1")
-    sleeping = gevent.get_hub().threadpool.spawn(service.redis.ask, "DEBUG", "SLEEP", "2.5")
-    gevent.sleep(0.1)
-    began = time.monotonic()
-    assert slug(lambda: service.publish(one, "a", "perhaps")) in ("unconfirmed", "backplane-away")
-    assert time.monotonic() - began < 1.5
-    wait_until(lambda: not one.backplane.ready())
-    sleeping.get()
+    service.redis.signal(signal.SIGSTOP)
+    try:
+        began = time.monotonic()
+        assert slug(lambda: service.publish(one, "a", "perhaps")) in ("unconfirmed", "backplane-away")
+        assert time.monotonic() - began < AMPLE
+        wait_until(lambda: not one.backplane.ready())
+    finally:
+        service.redis.signal(signal.SIGCONT)
     wait_until(service.ready)
     service.publish(two, "a", "2")
     wait_until(lambda: all(reader.got[-1] == "2" for reader in readers))
@@ -857,7 +860,7 @@ def test_a_redis_without_memory_refuses_and_goes_on(start: Open) -> None:
 
 
 def test_who_lives_and_holds_what_can_be_told_to_a_redis_without_memory(start: Open, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(redis_lease, "LEASE", 2.5)
+    monkeypatch.setattr(redis_lease, "LEASE", 5.0)
     with redis_server() as redis:
         service = start(redis)
         one, two = service.workers
@@ -870,8 +873,8 @@ def test_who_lives_and_holds_what_can_be_told_to_a_redis_without_memory(start: O
         wait_until(lambda: service.count("a") == 2)
         assert two.hub._backplane.rejoin("a", None) is not None
         wait_until(lambda: service.count("a") == 3)
-        gevent.sleep(3.0)
-        assert service.ready()
+        gevent.sleep(5.5)  # longer than a lease
+        wait_until(service.ready)
         assert [worker.following.lease.node for worker in service.workers] == nodes
         one.following.lease._come_back()
         one.proxy.cut()
@@ -917,7 +920,7 @@ def test_who_dies_is_not_counted_for_long(start: Open, monkeypatch: pytest.Monke
     one, two = service.workers
     service.reader(one, "a")
     service.reader(two, "a")
-    assert service.count("a") == 2
+    wait_until(lambda: service.count("a") == 2)
     two.proxy.refusing = True
     two.proxy.cut()
     wait_until(lambda: service.count("a") == 1)
@@ -937,7 +940,29 @@ def test_who_seems_dead_since_the_clock_of_redis_was_set_is_counted_again_soon(s
     two.following.lease.beat()
     wait_until(lambda: two.following.lease.dead)
     two.backplane.publish([Publication("a", b"1")])  # whoever publishes takes off the dead
-    wait_until(lambda: service.count("a") == 1, 5)
+    wait_until(lambda: service.count("a") == 1)
+
+
+def test_who_comes_back_under_another_id_is_not_counted_twice(service: Service) -> None:
+    """The clock of Redis' machine was set forward, again and again, or Redis has stood still for longer than a lease."""
+    one, two = service.workers
+    service.reader(one, "a")
+    service.reader(two, "a")
+    assert service.count("a") == 2
+    for number in range(8):
+        lease = service.workers[number % 2].following.lease
+        node = lease.node
+        seconds, _ = service.redis.ask("TIME")
+        service.redis.ask("ZADD", "c:nodes", str(1000 * (int(seconds) - 60)), node)
+        lease.beat()
+        wait_until(lambda lease=lease, node=node: lease.node != node)  # type: ignore[misc]
+        wait_until(lambda lease=lease: lease.valid)  # type: ignore[misc]
+        if not number:
+            assert service.count("a") == 2, "who has come back knows its former id"
+    two.following.lease._since = one.following.lease._since = -60.0
+    for worker in service.workers:
+        worker.following.lease.beat()
+    wait_until(lambda: service.count("a") == 2)  # and the others hear of it with their next sign of life
 
 
 def test_who_ends_in_order_is_not_counted_any_more(service: Service) -> None:
@@ -947,7 +972,7 @@ def test_who_ends_in_order_is_not_counted_any_more(service: Service) -> None:
     assert service.count("a") == 1
     service.workers[0].following.lease._since -= 60
     service.workers.pop().close()
-    wait_until(lambda: service.count("a") == 0, 3)
+    wait_until(lambda: service.count("a") == 0)
 
 
 def test_an_acknowledgement_may_wait_for_replicas(start: Open) -> None:
@@ -959,7 +984,7 @@ def test_an_acknowledgement_may_wait_for_replicas(start: Open) -> None:
         worker = service.workers[-1]
         reader = service.reader(worker, "a")
         keyed = [Publication("a", b"1", "message", "k")]
-        assert isinstance(worker.backplane.publish(keyed)[0], Receipt)
+        assert isinstance(eventually(lambda: worker.backplane.publish(keyed))[0], Receipt)
         replica.signal(19)
         assert slug(lambda: worker.backplane.publish([Publication("a", b"2", "message", "l")])) == "unconfirmed"
         assert slug(lambda: worker.backplane.send("a", "message", b"3", "m")) == "unconfirmed"
@@ -1063,7 +1088,7 @@ def test_two_services_on_one_redis_have_a_prefix_each(service: Service) -> None:
 
 def test_too_much_that_waits_is_refused(start: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(redis_calls, "MAX_WAITING", 1000)
-    service = start(timeout=0.5)
+    service = start(timeout=2.0)
     one = service.workers[0]
     one.proxy.frozen.clear()
     first = gevent.spawn(slug, lambda: service.publish(one, "a", "x" * 2000))
@@ -1191,7 +1216,7 @@ def test_a_cluster_of_six_and_a_failover(start: Open, failover: str) -> None:
         else:
             replica = next(server for server in servers if server.ask("ROLE")[0] == b"slave")
             replica.ask("CLUSTER", "FAILOVER")
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + TIMEOUT
         for number in range(3, 6):
             left = [Publication(name, str(number).encode(), "message", f"k{number}") for name in names]
             while left:
@@ -1308,7 +1333,7 @@ def test_who_joins_between_two_moves_does_not_leave_the_channel_deaf(start: Open
     newcomer = Reader(_any(service), _any(worker), ["a"])
     newcomer.join(asleep=False)
     worker.hub.publish([Publication("a", b"2")])
-    wait_until(lambda: reader.got == ["1", "2"] and newcomer.got == ["2"], timeout=5)
+    wait_until(lambda: reader.got == ["1", "2"] and newcomer.got == ["2"])
     newcomer.leave()
     wait_until(lambda: service.count("a") == 1)
     service.close()

@@ -679,7 +679,7 @@ def test_a_long_answer_is_read_without_rests(tmp_path: Path) -> None:
                 (call,) = msgspec.msgpack.decode(body)[1:]
                 sock.sendall(frames.frame(frames.Answer(call, msgspec.Raw(frames.encode({"x" * 2_000_000: 1})))))
     link = link_module.Link(str(tmp_path / "router"), TIMEOUT, Nobody())
-    PACE.rest(0.1)
+    PACE.rest(0.3)
     try:
         link.start()
         began = time.monotonic() - waited()
@@ -692,7 +692,7 @@ def test_a_long_answer_is_read_without_rests(tmp_path: Path) -> None:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         listener.close()
-    assert took < 1.0  # a rest each, and no more; with one for each 64 KiB it takes four seconds
+    assert took < 6.0  # a rest each, and no more; with one for each 64 KiB it takes twelve seconds
 
 
 def test_receipts_count_the_subscribers_of_all_workers(start: Open) -> None:
@@ -861,23 +861,26 @@ def test_publications_under_way_are_unconfirmed_and_those_not_sent_yet_are_publi
     assert reader.got.count("GAP") == 1
 
 
-def test_very_many_channels_are_whole_again_within_two_seconds(start: Open) -> None:
+def test_very_many_channels_are_whole_again_for_less_work_than_it_took_to_join_them(start: Open) -> None:
+    """Two seconds on a machine of its own. What this process has of a core is compared, since others may have the most of it."""
     service = start()
     readers = [Reader(service, worker, [f"c{index}.{number}"]) for index, worker in enumerate(service.workers) for number in range(15_000)]
+    joining = time.process_time()
     for start_at in range(0, len(readers), 5000):
         gevent.joinall([gevent.spawn(reader.join, (None,)) for reader in readers[start_at : start_at + 5000]], raise_error=True)
+    joining = time.process_time() - joining
     for reader in readers:
         reader.doze()
     took: list[float] = []
-    while not took or (min(took) >= 2 and len(took) < 3):  # others use this machine's caches as well
+    while not took or (took[-1] > joining / 2 and len(took) < 3):  # others use this machine's caches as well
         service.stop()
         wait_until(lambda: not any(worker.backplane.ready() for worker in service.workers))
-        began = time.perf_counter() - waited()
+        began = time.process_time()
         service.open()
         service.until_ready()
         wait_until(lambda: all(reader.got == ["GAP"] * (len(took) + 1) for reader in readers))
-        took.append(time.perf_counter() - waited() - began)
-    assert min(took) < 2, took
+        took.append(time.process_time() - began)
+    assert min(took) < 0.75 * joining, (took, joining)
     assert publish(service.workers[0], "c1.77", "1") == [1]
     wait_until(lambda: readers[15_077].got == [*["GAP"] * len(took), "1"])
 
@@ -1016,7 +1019,7 @@ def test_counts_are_right_whatever_is_under_way_together(start: Open, seed: int)
 
 
 def test_a_router_that_does_not_answer_is_away_and_its_late_answers_leave_nothing(start: Open) -> None:
-    service = start(timeout=0.05)
+    service = start(timeout=0.3)
     one, two = service.workers
     service.turning.kill()
     calls: list[tuple[Callable[[], Any], str]] = [
@@ -1056,7 +1059,7 @@ def test_a_link_that_is_closed_leaves_nobody_waiting(start: Open) -> None:
 
 
 def test_what_nobody_waits_for_is_not_asked_again(start: Open) -> None:
-    service = start(timeout=0.05)
+    service = start(timeout=0.5)
     one, _ = service.workers
     service.turning.kill()
     for asleep in (True, False):

@@ -14,7 +14,7 @@ from comet import __main__ as command
 from comet.kernel import check, limits
 from comet.kernel.check import Plan, Row
 from comet.kernel.machine import PAGE, Machine, within
-from tests.harness import ROOT
+from tests.harness import ROOT, TIMEOUT
 
 PLAN = Plan(10_000)
 
@@ -458,7 +458,7 @@ def start(*flags: str) -> str:
     assert program.stdout is not None
     assert "comet listens" in program.stdout.readline()
     program.terminate()
-    _, log = program.communicate(timeout=20)
+    _, log = program.communicate(timeout=TIMEOUT)
     assert program.returncode == 0
     return log
 
@@ -479,7 +479,7 @@ def test_a_plain_start_tells_only_what_a_plan_of_its_size_lacks() -> None:
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "comet", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=20)
+    return subprocess.run([sys.executable, "-m", "comet", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT)
 
 
 def test_the_command_on_this_machine() -> None:
@@ -561,9 +561,9 @@ def test_it_needs_the_standard_library_alone() -> None:
 
 def test_it_is_fast() -> None:
     def seconds() -> float:
-        began = time.perf_counter()
+        began = time.thread_time()  # without the time for which others had the core
         check.rows(Plan(1_000_000, hibernate=False))
-        return time.perf_counter() - began
+        return time.thread_time() - began
 
     assert min(seconds() for _ in range(5)) < 0.3
 

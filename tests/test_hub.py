@@ -17,7 +17,7 @@ from comet.hub import Hub
 from comet.message import Gap, Message, Position, Publication, Since, parse_cursor
 from comet.stats import Stats
 from comet.subscriber import Subscriber, Wish
-from tests.harness import wait_until
+from tests.harness import TIMEOUT, wait_until
 
 
 class Backplane(MemoryBackplane):
@@ -504,7 +504,7 @@ def test_joining_and_leaving_during_a_delivery_disturbs_nobody(world: World) -> 
     for number in range(total):
         world.publish("a", str(number))
         gevent.sleep(0)
-    gevent.joinall(greenlets, timeout=20, raise_error=True)
+    gevent.joinall(greenlets, timeout=TIMEOUT, raise_error=True)
     assert got == [list(range(total))] * clients
     world.assert_empty("a")
 

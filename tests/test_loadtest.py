@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import ROOT
+from tests.harness import ROOT, TIMEOUT
 
 pytest.importorskip("igraph", reason="loadtest/requirements.txt is not installed")
 
 
 def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=3 * TIMEOUT, check=False)
 
 
 def make(out: Path, *arguments: str) -> str:

@@ -4,7 +4,7 @@ import signal
 import subprocess
 import sys
 
-from tests.harness import ROOT
+from tests.harness import ROOT, TIMEOUT
 
 SIGNALLED = """
 import os, signal
@@ -24,7 +24,7 @@ print(len(loop.wait(60)), flush=True)
 
 def in_a_process_of_its_own(code: str) -> list[str]:
     """What it prints: a loop is one a process, and has its signals."""
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=30, check=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT, check=True)
     return done.stdout.split()
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from comet.kernel.sockets import SILENCE, listen, probe, silent
-from tests.harness import wait_until
+from tests.harness import TIMEOUT, wait_until
 
 
 @pytest.fixture
@@ -74,13 +74,13 @@ poll = select.poll()
 poll.register(connection, select.POLLIN)
 began = time.monotonic()
 ended = []
-while not ended and time.monotonic() - began < 10:
+while not ended and time.monotonic() - began < 50:
     probe(connection.fileno())
     ended = poll.poll(1000)
 seconds = time.monotonic() - began
 assert ended, "nobody noticed"
 assert connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == errno.ETIMEDOUT
-assert 2 < seconds < 6, seconds
+assert 2 < seconds < 20, seconds
 print("ended")
 """
 
@@ -91,6 +91,6 @@ def test_a_peer_that_does_not_answer_is_found() -> None:
         pytest.skip("no network namespace can be made here")
     root = Path(__file__).parents[1]
     done = subprocess.run(
-        ["unshare", "--net", sys.executable, "-c", DEAD], cwd=root, capture_output=True, text=True, timeout=60, check=False
+        ["unshare", "--net", sys.executable, "-c", DEAD], cwd=root, capture_output=True, text=True, timeout=3 * TIMEOUT, check=False
     )
     assert done.stdout == "ended\n", done.stderr

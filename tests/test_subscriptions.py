@@ -18,7 +18,7 @@ from comet import database, subscriptions
 from comet.database import Unusable, key, open_reader, open_writer, prepare
 from comet.errors import Refusal
 from comet.subscriptions import Subscriptions
-from tests.harness import ROOT
+from tests.harness import ROOT, TIMEOUT
 
 LARGEST = (1 << 63) - 1
 
@@ -210,7 +210,9 @@ def test_many_processes_may_open_it_at_the_same_moment(tmp_path: Path) -> None:
         "    for child in children:\n"
         "        assert not os.waitpid(child, 0)[1]\n"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=3 * TIMEOUT, check=False
+    )
     assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -283,7 +285,12 @@ def test_a_file_that_can_not_be_used_is_refused_and_left_alone(folder: Path, spo
         assert str(why.value).endswith(".")
     assert (path.read_bytes() if path.is_file() else b"") == before
     started = subprocess.run(
-        [sys.executable, "app.py", "--port", "0", "--data", str(folder)], cwd=ROOT, capture_output=True, text=True, timeout=20, check=False
+        [sys.executable, "app.py", "--port", "0", "--data", str(folder)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=3 * TIMEOUT,
+        check=False,
     )
     assert started.returncode == 1
     assert said in started.stderr
@@ -295,7 +302,7 @@ def test_workers_refuse_to_start_with_it_too(folder: Path) -> None:
     newer(folder)
     started = subprocess.run(
         [sys.executable, "app.py", "--port", "0", "--workers", "2", "--data", str(folder)],
-        cwd=ROOT, capture_output=True, text=True, timeout=20, check=False,
+        cwd=ROOT, capture_output=True, text=True, timeout=3 * TIMEOUT, check=False,
     )  # fmt: skip
     assert started.returncode == 1
     assert started.stderr.count("newer comet") == 1
@@ -337,7 +344,7 @@ def load(folder: Path, text: str | bytes) -> "subprocess.CompletedProcess[str]":
     source.write_bytes(text if isinstance(text, bytes) else text.encode())
     return subprocess.run(
         [sys.executable, "-m", "comet", "load-friends", str(source), "--data", str(folder)],
-        cwd=ROOT, capture_output=True, text=True, timeout=60, check=False,
+        cwd=ROOT, capture_output=True, text=True, timeout=3 * TIMEOUT, check=False,
     )  # fmt: skip
 
 
@@ -384,7 +391,7 @@ def test_a_bad_line_is_named_and_nothing_is_loaded(folder: Path, text: str | byt
 def test_a_load_without_its_file_or_into_a_foreign_database_says_so(folder: Path) -> None:
     ended = subprocess.run(
         [sys.executable, "-m", "comet", "load-friends", "/no/such/file", "--data", str(folder)],
-        cwd=ROOT, capture_output=True, text=True, timeout=20, check=False,
+        cwd=ROOT, capture_output=True, text=True, timeout=3 * TIMEOUT, check=False,
     )  # fmt: skip
     assert (ended.returncode, "No such file" in ended.stderr) == (1, True)
     foreign(folder)
@@ -412,6 +419,6 @@ def test_a_load_that_was_killed_ends_in_the_same_state_when_it_is_run_again(fold
         prepare(folder, whole=True)
         assert set(before) <= set(rows(folder))
     assert kills
-    assert subprocess.run(command, cwd=ROOT, capture_output=True, timeout=60, check=False).returncode == 0
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, timeout=3 * TIMEOUT, check=False).returncode == 0
     assert len(rows(folder)) == 300_000 + len(before)
     assert sorted(path.name for path in folder.iterdir()) == ["edges", database.NAME]

@@ -14,13 +14,13 @@ from comet.errors import Refusal
 from comet.framing import POLL, TEXT
 from comet.hub import Hub
 from comet.message import Position, Publication, Receipt
-from comet.server import short
+from comet.server import short, transport
 from comet.server.connection import Connection
 from comet.server.wsgi import MOST_ACCEPTED, CometServer
 from comet.settings import Settings
 from comet.stats import Stats
 from comet.subscriber import Subscriber, Wish
-from tests.harness import Client, wait_until
+from tests.harness import TIMEOUT, Client, wait_until
 
 
 class Nobody:
@@ -65,7 +65,7 @@ def test_a_newcomer_is_served_while_those_who_are_in_never_cease(server: CometSe
     for _ in range(10 * MOST_ACCEPTED):
         server._crew.run(again)
     try:
-        with gevent.Timeout(10):
+        with gevent.Timeout(TIMEOUT):
             for _ in range(20):
                 with Client(server.server_port) as client:
                     assert client.request("GET", "/").body == b"ok"
@@ -292,6 +292,7 @@ def test_an_event_source_whose_channel_cannot_be_joined_is_told_when_to_come_bac
 
 
 def test_a_first_request_whose_channel_cannot_be_joined_is_told_why(server: CometServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transport, "LINGER_SECONDS", 2 * TIMEOUT)
     asking = Asking(server, monkeypatch)
     with Client(server.server_port) as client:
         client.ask("GET", "/test/1")
@@ -300,7 +301,7 @@ def test_a_first_request_whose_channel_cannot_be_joined_is_told_why(server: Come
         gevent.get_hub().loop.run_callback(asking.failed, Refusal("backplane-away", "Nobody answers."))
         answer = client.read()
         assert (answer.status, answer.json["error"]) == (503, "backplane-away")
-        wait_until(lambda: not server.stats.connections, timeout=0.5)  # it does not wait for the client
+        wait_until(lambda: not server.stats.connections)  # it does not wait for the client
         assert client.at_end()
     assert server.stats.refused == {"backplane-away": 1}
     assert not server.awake

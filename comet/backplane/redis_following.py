@@ -146,7 +146,9 @@ class Following:
 
     def _ask_join(self, channel: str, state: _Channel, since: Since, time: int = 0, vouched: Seen = NOWHERE) -> Sequence[Any]:
         state.told = state.count
-        arguments = (random.getrandbits(EPOCH_BITS), self.lease.dead, self.lease.node, state.count, *place(since), PAGE, time, *vouched)
+        lease = self.lease
+        gone = f"{lease.dead} {lease.former}"
+        arguments = (random.getrandbits(EPOCH_BITS), gone, lease.node, state.count, *place(since), PAGE, time, *vouched)
         return self._scripts.join.command(self._names.both(channel), arguments)
 
     def _have(self, link: Link, channel: str, state: _Channel) -> None:
@@ -222,7 +224,7 @@ class Following:
     def _ask_hold(self, channel: str, state: _Channel) -> None:
         def make() -> Sequence[Any]:
             state.told = state.count
-            return self._scripts.hold.command(self._names.both(channel), (self.lease.node, state.count, state.epoch))
+            return self._scripts.hold.command(self._names.both(channel), (self.lease.node, state.count, state.epoch, self.lease.former))
 
         state.told = state.count
         self._calls.ask(self._names.log(channel), make, partial(self._held, channel, state))

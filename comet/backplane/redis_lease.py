@@ -21,6 +21,9 @@ LEASE: Final = 10.0
 KEEP: Final = 4 * HOLD
 """Seconds that it is remembered who has died: longer than any log can have its counts."""
 
+FORMER: Final = 4
+"""Former ids of its own that a worker remembers, at most: each has `LEASE` seconds until Redis calls it dead."""
+
 log = logging.getLogger("comet.backplane")
 
 
@@ -37,6 +40,8 @@ class Lease:
         self.node = _name()
         self.dead = ""
         """Ids of workers that have died, lately."""
+        self.former = ""
+        """Former ids of this worker that Redis does not call dead yet: whatever is counted under the present one replaces their counts."""
         self._given = -math.inf
         """When the last sign that was acknowledged was given, or before: the others may count from then on."""
         self._under_way: tuple[str, float] | None = None
@@ -74,7 +79,8 @@ class Lease:
         return self._scripts.heartbeat.command((self._key,), arguments)
 
     def _come_back(self) -> None:
-        self.node = _name()  # the counts under the old one are gone, or will be
+        self.former = " ".join([*self.former.split(), self.node][-FORMER:])
+        self.node = _name()
         self._given = -math.inf
         self._came_back()
 
@@ -86,12 +92,14 @@ class Lease:
         was, dead = reply
         if was == b"dead":  # to the others, though not to itself: the clock of Redis' machine was set
             self._come_back()
+            self.beat()  # before the counts: those of an id that never gave a sign are nobody's to take off
             return
         if was == b"new" and self._given > 0:
             log.warning("Redis has lost what it knew: every channel begins anew")
             self._emptied()
         self._given = given
         self.dead = dead.decode() if time.monotonic() - self._since > LEASE else ""
+        self.former = " ".join(node for node in self.former.split() if node not in self.dead)
 
 
 def _name() -> str:

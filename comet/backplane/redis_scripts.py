@@ -266,7 +266,7 @@ local K, L = KEYS[1], KEYS[2]
 local e, o, s = known(K)
 if e ~= ARGV[3] then return -1 end
 insist(K)
-count(K, L, s, ARGV[1], tonumber(ARGV[2]))
+bury(K, L, count(K, L, s, ARGV[1], tonumber(ARGV[2])), ARGV[4])
 return o
 """
 
@@ -305,11 +305,12 @@ _HEARTBEAT: Final = """
 local ms = now()
 redis.call('PEXPIRE', KEYS[1], ARGV[3])  -- first, as `insist`: of a Redis that is full nobody is dead
 local before = redis.call('ZSCORE', KEYS[1], ARGV[1])
-redis.call('ZADD', KEYS[1], ms - ARGV[4], ARGV[1])
+local gone = before and ms - before > tonumber(ARGV[2])  -- it stays so, for all: it comes back under another id
+if not gone then redis.call('ZADD', KEYS[1], ms - ARGV[4], ARGV[1]) end
 local dead = redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', text(ms - ARGV[2]))
 redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', text(ms - ARGV[3]))
 if not before then redis.call('PEXPIRE', KEYS[1], ARGV[3]) end
-return {before and (ms - before > tonumber(ARGV[2]) and 'dead' or 'alive') or 'new', table.concat(dead, ' ')}
+return {gone and 'dead' or before and 'alive' or 'new', table.concat(dead, ' ')}
 """
 
 

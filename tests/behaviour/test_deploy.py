@@ -25,7 +25,7 @@ MILLION = check.Plan(1_000_000, 8000, workers=2)
 def test_verify_finds_nothing_wrong() -> None:
     """Everything that is asked of a deployment, on a machine that systemd has booted: see tests/deployment."""
     done = subprocess.run(
-        [DEPLOY / "verify"], cwd=ROOT, env={**os.environ, "PYTHON": sys.executable}, capture_output=True, text=True, timeout=450
+        [DEPLOY / "verify"], cwd=ROOT, env={**os.environ, "PYTHON": sys.executable}, capture_output=True, text=True, timeout=600
     )
     if done.returncode == 3:
         pytest.skip(done.stdout)

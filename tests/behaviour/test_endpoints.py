@@ -18,7 +18,7 @@ from gevent import socket
 
 from handlers.params import LAST_EVENT_IDS
 from tests.conftest import Start
-from tests.harness import TIMEOUT, Client, Response, Server, wait_until
+from tests.harness import AMPLE, TIMEOUT, Client, Response, Server, wait_until
 
 ID = re.compile(r"[0-9a-f]{1,12}-[0-9]+")
 
@@ -220,7 +220,7 @@ def test_poll_answers_empty_after_its_timeout_and_not_before(server: Server) -> 
     began = time.monotonic()
     answer = poll(server, "poll-timeout", "timeout=0.4")
     passed = time.monotonic() - began
-    assert 0.35 < passed < 5, passed
+    assert 0.35 < passed < AMPLE, passed
     assert (answer["gap"], answer["messages"]) == (False, [])
 
 
@@ -243,7 +243,7 @@ def test_poll_without_timeout_takes_the_setting(start: Start) -> None:
     server = start("--poll-timeout", "0.2")
     began = time.monotonic()
     assert server.request("GET", "/poll/a").json["messages"] == []
-    assert 0.15 < time.monotonic() - began < 5
+    assert 0.15 < time.monotonic() - began < AMPLE
 
 
 def test_a_waiting_poll_is_answered_by_the_next_message(server: Server) -> None:
@@ -263,8 +263,8 @@ def test_a_waiting_poll_is_answered_by_the_next_message(server: Server) -> None:
 def test_poll_with_a_cursor_answers_everything_after_it_at_once(server: Server) -> None:
     ids = [server.publish("poll-since", f"m{number}") for number in range(5)]
     began = time.monotonic()
-    answer = poll(server, "poll-since", f"since={ids[1]}&timeout=20")
-    assert time.monotonic() - began < 5
+    answer = poll(server, "poll-since", f"since={ids[1]}&timeout=60")
+    assert time.monotonic() - began < AMPLE
     assert data_of(answer) == ["m2", "m3", "m4"]
     assert [message["type"] for message in answer["messages"]] == ["message"] * 3
     assert answer["cursor"] == ids[4]
@@ -538,12 +538,15 @@ def test_a_heartbeat_is_at_most_two_seconds_late(start: Start) -> None:
 
 def test_messages_take_the_place_of_heartbeats(start: Start) -> None:
     server = start("--heartbeat", "1")
+    silences = 0
     with Stream(server, "busy") as stream:
         for number in range(30):
+            began = time.monotonic()
+            gevent.sleep(0.05)
             server.publish("busy", str(number))
             assert stream.next()["data"] == str(number)
-            gevent.sleep(0.05)
-        assert stream.heartbeats == 0
+            silences += time.monotonic() - began > 0.9  # of a machine with other work
+        assert stream.heartbeats <= silences
 
 
 # -- publishing

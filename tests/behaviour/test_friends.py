@@ -12,7 +12,7 @@ import pytest
 from comet import database
 from tests.behaviour.test_endpoints import error, info
 from tests.conftest import Start, only_asleep
-from tests.harness import Client, Server, wait_until
+from tests.harness import TIMEOUT, Client, Server, wait_until
 
 LIMITED = (
     "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (3 << 20, 3 << 20)); sys.argv[0] = 'app.py';"
@@ -178,8 +178,10 @@ def test_a_bulk_may_be_larger_than_any_other_body_and_takes_no_memory(start: Sta
                 client.send(b"%x\r\n%b\r\n" % (len(part), part))
             client.send(b"0\r\n\r\n")
         else:
-            client.send(f"{head}Content-Length: {len(lines)}\r\n\r\n".encode() + lines)
-        client.sock.settimeout(60)
+            client.send(f"{head}Content-Length: {len(lines)}\r\n\r\n".encode())
+            for at in range(0, len(lines), 100_000):  # each piece has its time
+                client.send(lines[at : at + 100_000])
+        client.sock.settimeout(3 * TIMEOUT)
         assert client.read().json == {"added": 500_000, "present": 0, "bad": 0, "errors": []}
     assert server.memory() - before < 60 << 20, "50,000 rows and SQLite's pages"
     assert server.request("GET", f"/users/{10**9}/followers").json["count"] == 71429

@@ -17,7 +17,7 @@ from gevent.lock import BoundedSemaphore
 from comet.errors import Refusal
 from comet.server.http import ChunkedBody, Head, split_head
 from tests.conftest import Start
-from tests.harness import wait_until
+from tests.harness import TIMEOUT, wait_until
 
 SEED = 20081103
 REQUESTS = 100_000
@@ -127,7 +127,7 @@ def test_a_hundred_thousand_mutated_requests_leave_the_server_well(start: Start)
         sent += count
         slots.acquire()
         greenlets.append(gevent.spawn(one, data, source.getrandbits(32)))
-    gevent.joinall(greenlets, raise_error=True, timeout=60)
+    gevent.joinall(greenlets, raise_error=True, timeout=2 * TIMEOUT)
     assert all(greenlet.ready() for greenlet in greenlets), "a connection hangs"
     assert got > 1_000_000
 

@@ -9,6 +9,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -143,7 +144,8 @@ def test_signs_of_life_come_as_often_as_is_asked(begin: Begin, listener: socket.
     while len(times) < 6:
         if service.heard.recv(4096) == b"WATCHDOG=1":
             times.append(time.monotonic())
-    assert times[-1] - times[0] < 5 * 0.6
+    pauses = sorted(after - before for before, after in pairwise(times))
+    assert pauses[2] < 0.6, pauses  # one or the other may be late where the machine has other work
     os.kill(service.process.pid, signal.SIGSTOP)
     service.heard.settimeout(0.2)
     with pytest.raises(TimeoutError):  # what was under way comes, then nothing

@@ -198,7 +198,7 @@ def test_a_poll_whose_client_went_is_freed_when_its_time_is_up(other: Other) -> 
     client.send(b"GET /poll/gone?timeout=0.5 HTTP/1.0\r\nHost: test\r\n\r\n")
     wait_until(lambda: other.subscribers("gone") == 1)
     client.close()
-    wait_until(lambda: other.subscribers("gone") == 0, 5)
+    wait_until(lambda: other.subscribers("gone") == 0)
 
 
 @pytest.mark.parametrize(
@@ -228,7 +228,7 @@ def test_streams_are_plain_iterables_and_freed_at_a_heartbeat_after_the_client_w
         for _ in range(3):
             client.read_until(heartbeat)
         assert time.monotonic() - began > 2 * HEARTBEAT
-    wait_until(lambda: other.subscribers(channel) == 0, 5)
+    wait_until(lambda: other.subscribers(channel) == 0)
 
 
 def test_a_test_client_is_freed_at_the_next_write_after_it_went(other: Other) -> None:

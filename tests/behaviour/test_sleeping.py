@@ -19,12 +19,12 @@ import pytest
 from gevent import socket
 
 from tests.conftest import Start, only_asleep
-from tests.harness import TIMEOUT, Client, Response, Server, wait_until
+from tests.harness import AMPLE, TIMEOUT, Client, Response, Server, wait_until
 
 FULL = bool(os.environ.get("COMET_FULL"))
 STREAMS = ("test", "stream", "events")
 MANY = ("--max-per-address", "15000")
-LATE = 60.0 if not FULL else 600.0
+LATE = 2 * TIMEOUT if not FULL else 600.0
 """Seconds after which a whole scenario has failed."""
 
 OPEN: list[Client] = []
@@ -631,11 +631,15 @@ def test_a_descriptor_that_is_used_again_at_once_brings_nobody_anothers_bytes(st
     """The kernel gives the lowest free number, so each new connection has one that was just closed."""
     seconds = 30.0 if FULL else 4.0
     server = start("--send-buffer", "8192", *MANY)
-    deadline = time.monotonic() + seconds
+    began = time.monotonic()
     numbers = iter(range(10**9))
     living: dict[str, float] = {}
     wrong: list[str] = []
     lives: Counter[str] = Counter()
+
+    def going_on() -> bool:
+        """Until its time is up and enough has happened."""
+        return time.monotonic() - began < seconds or lives["with messages"] <= 200
 
     def check(name: str, text: bytes) -> None:
         """Each message is its client's name, over and over: a byte of another's shows."""
@@ -645,7 +649,7 @@ def test_a_descriptor_that_is_used_again_at_once_brings_nobody_anothers_bytes(st
 
     def client(seed: int) -> None:
         rng = random.Random(seed)
-        while time.monotonic() < deadline:
+        while going_on():
             name = f"id-{next(numbers)}"
             kind = rng.choice(["poll", *STREAMS])
             one = (Narrow if rng.random() < 0.2 else Client)(server.port)
@@ -677,7 +681,7 @@ def test_a_descriptor_that_is_used_again_at_once_brings_nobody_anothers_bytes(st
     def publisher(seed: int) -> None:
         rng = random.Random(seed)
         with server.client() as connection:
-            while time.monotonic() < deadline:
+            while going_on():
                 targets = rng.sample(sorted(living), min(50, len(living))) if living else []
                 lines = [
                     json.dumps({"channel": f"user:{name}", "data": f"{name}|" * rng.choice([3, 3, 3000])}).encode() + b"\n"
@@ -702,7 +706,7 @@ def test_a_poll_is_answered_when_its_time_is_up(server: Server) -> None:
     for timeout in (0.3, 1.0, 2.0):
         began = time.monotonic()
         answer = client.request("GET", f"/poll/up?since={cursor}&timeout={timeout}")
-        assert timeout - 0.05 <= time.monotonic() - began < timeout + 2.0
+        assert timeout - 0.05 <= time.monotonic() - began < AMPLE
         assert answer.json == {"cursor": cursor, "gap": False, "messages": []}
         assert "connection" not in answer.headers
     server.assert_healthy()
@@ -716,7 +720,7 @@ def test_silent_streams_have_heartbeats(start: Start, kind: str) -> None:
     for reader in readers:
         while reader.heartbeats < 3:
             reader.read()
-    assert 2.5 <= time.monotonic() - began < 9
+    assert 2.5 <= time.monotonic() - began < AMPLE
     server.publish("user:beats", "message")
     assert [reader.until(1) for reader in readers] == [["message"]] * 10
     server.assert_healthy()
@@ -757,7 +761,7 @@ def test_an_idle_connection_is_closed_in_time(start: Start, path: str) -> None:
         assert client.request("GET", path).status == 200
     began = time.monotonic()
     assert client.at_end()
-    assert 1.4 <= time.monotonic() - began < 4
+    assert 1.4 <= time.monotonic() - began < AMPLE
     assert closed(server) == ({} if path == "/healthz" else {"answered": 3})
 
 
@@ -817,7 +821,7 @@ def test_a_stream_whose_socket_is_full_when_its_channel_is_deleted_ends_properly
 
 
 def test_a_drain_answers_and_ends_all_who_sleep(start: Start) -> None:
-    server = start("--grace", "8")
+    server = start("--grace", "60")
     cursor = server.request("GET", "/poll/a?timeout=0").json["cursor"]
     polls, again, idle = ([connect(server) for _ in range(20)] for _ in range(3))
     for poll in polls:
@@ -841,13 +845,13 @@ def test_a_drain_answers_and_ends_all_who_sleep(start: Start) -> None:
         assert reader.client.at_end()
     assert all(client.at_end() for client in idle)
     assert server.process.wait(TIMEOUT) == 0
-    assert time.monotonic() - began < 4
+    assert time.monotonic() - began < AMPLE
     assert "cut off" not in server.log.read_text()
 
 
 @pytest.mark.parametrize("kind", ["poll", *STREAMS])
 def test_a_drain_while_something_is_being_written_waits_for_that_and_no_longer(start: Start, kind: str) -> None:
-    server = start("--grace", "15", "--send-buffer", "4608")
+    server = start("--grace", "60", "--send-buffer", "4608")
     client = subscribe(server, kind, "a", Narrow)
     settled(server, 1)
     for number in range(1 if kind == "poll" else 3):
@@ -863,13 +867,13 @@ def test_a_drain_while_something_is_being_written_waits_for_that_and_no_longer(s
         assert reader.ended
     assert client.at_end()
     assert server.process.wait(TIMEOUT) == 0
-    assert time.monotonic() - began < 6
+    assert time.monotonic() - began < AMPLE
     assert "cut off" not in server.log.read_text()
 
 
 @pytest.mark.parametrize("what", ["acknowledged", "early request"])
 def test_a_drain_loses_nothing_that_was_asked_or_acknowledged(start: Start, what: str) -> None:
-    server = start("--grace", "8")
+    server = start("--grace", "60")
     cursor = server.request("GET", "/poll/a?timeout=0").json["cursor"]
     clients = [connect(server) for _ in range(40)]
     for client in clients:
@@ -887,7 +891,7 @@ def test_a_drain_loses_nothing_that_was_asked_or_acknowledged(start: Start, what
         answer = client.read()
         assert [message["data"] for message in answer.json["messages"]] == (["message"] if what == "acknowledged" else [])
     assert server.process.wait(TIMEOUT) == 0
-    assert time.monotonic() - began < 4
+    assert time.monotonic() - began < AMPLE
 
 
 # -- what an answer carries

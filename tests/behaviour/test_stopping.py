@@ -18,7 +18,7 @@ from gevent import socket
 from gevent import subprocess as green
 
 from tests.conftest import Start
-from tests.harness import HALF_A_POST, HAS_IPV6, ROOT, TIMEOUT, Client, Server, wait_until
+from tests.harness import AMPLE, HALF_A_POST, HAS_IPV6, ROOT, TIMEOUT, Client, Server, wait_until
 
 BOTH = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
 
@@ -65,8 +65,8 @@ def clients() -> Iterator[list[Client]]:
 
 @pytest.fixture
 def many(start: Start, clients: list[Client]) -> Iterator[Server]:
-    """A server with ten seconds of grace; a test that needs more than two of them has failed."""
-    yield start("--grace", "10")
+    """A server with a minute of grace; a test that needs more than `AMPLE` of it has failed."""
+    yield start("--grace", "60")
     for client in clients:
         client.close()
 
@@ -90,7 +90,7 @@ def test_waiting_polls_are_answered_with_their_cursor(many: Server, clients: lis
         assert answer.headers["connection"] == "close"
         assert client.at_end()
     ended = stopping.wait()
-    assert (ended.status, ended.seconds < 2) == (0, True), ended
+    assert (ended.status, ended.seconds < AMPLE) == (0, True), ended
 
 
 @BOTH
@@ -111,7 +111,7 @@ def test_streams_end_with_a_proper_last_chunk_and_the_server_closes(many: Server
         assert client.read_chunk() == b"", "the last chunk"
         assert client.at_end()
     seconds = time.monotonic() - began
-    assert seconds < 2, f"the connections stayed open for {seconds:.1f} s after their last chunk"
+    assert seconds < AMPLE, f"the connections stayed open for {seconds:.1f} s after their last chunk"
     assert stopping.wait().status == 0
 
 
@@ -140,17 +140,17 @@ def test_idle_connections_are_closed(many: Server, clients: list[Client], number
     assert fresh.at_end()
     assert used.at_end()
     ended = stopping.wait()
-    assert (ended.status, ended.seconds < 2) == (0, True), ended
+    assert (ended.status, ended.seconds < AMPLE) == (0, True), ended
 
 
 def test_a_server_without_clients_stops_at_once(start: Start) -> None:
     ended = Stopping(start()).wait()
     assert ended.status == 0
-    assert ended.seconds < 2
+    assert ended.seconds < AMPLE
 
 
 def test_new_connections_are_refused_while_it_stops(start: Start) -> None:
-    server = start("--grace", "5")
+    server = start("--grace", "60")
     with server.client() as under_way:
         under_way.send(HALF_A_POST)
         wait_until(lambda: server.stats()["requests"] >= 2 and server.stats()["connections"] == 2)
@@ -163,7 +163,7 @@ def test_new_connections_are_refused_while_it_stops(start: Start) -> None:
                 return True
             return False
 
-        wait_until(refused, 2)
+        wait_until(refused, AMPLE)
         under_way.send(b"dy")
         answer = under_way.read()
         assert answer.status == 201
@@ -173,7 +173,7 @@ def test_new_connections_are_refused_while_it_stops(start: Start) -> None:
 
 
 def test_a_request_under_way_is_finished(start: Start) -> None:
-    server = start("--grace", "5")
+    server = start("--grace", "60")
     with server.client() as body, server.client() as head, server.client() as batch:
         body.send(b"POST /publish/a HTTP/1.1\r\nHost: test\r\nContent-Length: 4\r\n\r\n")
         head.send(b"GET /channels/a HTTP/1.1\r\nHost:")
@@ -192,12 +192,12 @@ def test_a_request_under_way_is_finished(start: Start) -> None:
         for client in (body, head, batch):
             assert client.at_end()
     ended = stopping.wait()
-    assert (ended.status, ended.seconds < 2) == (0, True)
+    assert (ended.status, ended.seconds < AMPLE) == (0, True)
 
 
 def test_who_was_just_answered_may_ask_once_more(start: Start) -> None:
     """Its next request may have been on its way."""
-    server = start("--grace", "5")
+    server = start("--grace", "60")
     with server.client() as polls, server.client() as publishes, server.client() as idles:
         cursor = polls.request("GET", "/poll/a?timeout=0").json["cursor"]
         for client in (publishes, idles):
@@ -215,7 +215,7 @@ def test_who_was_just_answered_may_ask_once_more(start: Start) -> None:
             assert client.at_end()
         assert idles.at_end()
     ended = stopping.wait()
-    assert (ended.status, ended.seconds < 2) == (0, True)
+    assert (ended.status, ended.seconds < AMPLE) == (0, True)
 
 
 @pytest.mark.parametrize("more", ["", "X-Plain: no\r\nOrigin: http://test\r\n"], ids=["short way", "bottle's"])
@@ -230,7 +230,7 @@ def test_who_was_just_answered_may_ask_once_more(start: Start) -> None:
     ],
 )
 def test_a_subscriber_that_comes_while_it_stops_gets_what_is_kept_and_ends(start: Start, path: str, ends: bytes, more: str) -> None:
-    server = start("--grace", "5")
+    server = start("--grace", "60")
     server.publish("a", "kept")
     with server.client() as late:
         late.request("GET", "/healthz")  # a connection that was just answered
@@ -246,7 +246,7 @@ def test_a_subscriber_that_comes_while_it_stops_gets_what_is_kept_and_ends(start
 
 
 def test_who_asks_whether_it_is_ready_while_it_stops_is_refused(start: Start) -> None:
-    server = start("--grace", "5")
+    server = start("--grace", "60")
     with server.client() as asks:
         asks.send(b"GET /readyz HTTP/1.1\r\nHost:")
         wait_until(lambda: server.stats()["connections"] == 2)
@@ -279,7 +279,7 @@ def test_a_stuck_client_does_not_keep_it_beyond_the_grace_time(start: Start) -> 
         assert other.read_chunk() == b""
         ended = stopping.wait()
     assert ended.status == 0
-    assert 0.8 < ended.seconds < 4, ended
+    assert 0.8 < ended.seconds < AMPLE, ended
     assert re.search(r"cut off after [0-9.]+ s: 1$", ended.log, re.MULTILINE), ended.log
 
 
@@ -291,7 +291,7 @@ def test_a_request_that_never_ends_does_not_keep_it_beyond_the_grace_time(start:
         ended = Stopping(server).wait()
         assert client.at_end()
     assert ended.status == 0
-    assert ended.seconds < 4, ended
+    assert ended.seconds < AMPLE, ended
 
 
 @BOTH
@@ -304,7 +304,7 @@ def test_a_second_signal_stops_at_once(tmp_path: Path, number: int) -> None:
         assert server.process.poll() is None
         ended = Stopping(server, number).wait()
     assert ended.status == 1
-    assert ended.seconds < 2
+    assert ended.seconds < AMPLE
     assert "second signal" in ended.log
 
 

@@ -25,7 +25,7 @@ from comet.fanout import MANY
 from comet.kernel.processes import FIRST
 from comet.permit import PATIENCE
 from comet.policy import MOST_DEATHS
-from tests.harness import HALF_A_POST, ROOT, TIMEOUT, Client, Events, Server, wait_until
+from tests.harness import AMPLE, HALF_A_POST, ROOT, TIMEOUT, Client, Events, Server, wait_until
 
 AnyClient = TypeVar("AnyClient", bound=Client)
 
@@ -314,7 +314,7 @@ def test_generation_and_workers_killed_at_once_come_back(begin: Begin) -> None:
 
 
 def test_who_shows_no_sign_of_life_is_killed_and_replaced(begin: Begin) -> None:
-    service = begin("--workers", "2", "--hang-limit", "2")
+    service = begin("--workers", "2", "--hang-limit", "6")
     before, router = service.workers(), service.router()
     os.kill(before[1], signal.SIGSTOP)
     os.kill(router, signal.SIGSTOP)
@@ -322,11 +322,11 @@ def test_who_shows_no_sign_of_life_is_killed_and_replaced(begin: Begin) -> None:
     wait_until(lambda: service.by_role("router") and service.router() != router)
     assert service.workers()[0] == before[0]
     service.counted("hung", 2)
-    assert f"worker 1 (process {before[1]}) showed no sign of life for 2 s: killing it" in service.log.read_text()
+    assert f"worker 1 (process {before[1]}) showed no sign of life for 6 s: killing it" in service.log.read_text()
 
 
 def test_a_generation_that_does_not_obey_is_killed_too(begin: Begin) -> None:
-    service = begin("--workers", "2", "--hang-limit", "2", "--grace", "1")
+    service = begin("--workers", "2", "--hang-limit", "6", "--grace", "1")
     before, forker = service.workers(), service.generation()
     os.kill(forker, signal.SIGSTOP)
     os.kill(before[1], signal.SIGSTOP)
@@ -336,12 +336,12 @@ def test_a_generation_that_does_not_obey_is_killed_too(begin: Begin) -> None:
 
 
 def test_a_supervisor_that_was_stopped_blames_nobody(begin: Begin) -> None:
-    service = begin("--workers", "2", "--hang-limit", "3")
+    service = begin("--workers", "2", "--hang-limit", "6")
     before = service.workers()
     everybody = alive(service.mark)
     for pid in everybody:
         os.kill(pid, signal.SIGSTOP)
-    gevent.sleep(6)  # as when a machine sleeps
+    gevent.sleep(7)  # as when a machine sleeps
     for pid in [service.process.pid, *everybody]:
         os.kill(pid, signal.SIGCONT)
         gevent.sleep(0.05)
@@ -526,7 +526,7 @@ def test_a_signal_drains_and_leaves_nothing(begin: Begin, number: int) -> None:
 
 
 def test_many_streams_are_closed_spread_over_the_grace_time_and_get_what_is_published(begin: Begin) -> None:
-    service = begin("--workers", "1", "--grace", "3")
+    service = begin("--workers", "1", "--grace", "4")
     events = [service.holds(service.events("a")) for _ in range(300)]
     with service.client() as publisher:
         service.request("GET", "/healthz")
@@ -536,7 +536,8 @@ def test_many_streams_are_closed_spread_over_the_grace_time_and_get_what_is_publ
         service.process.send_signal(signal.SIGTERM)
         wait_until(lambda: "stopping: 301" in service.log.read_text())
         publisher.send(b"dy")
-        assert publisher.read().status == 201
+        published = publisher.read()
+        assert published.status == 201
     got = 0
     ended = []
     for one in events:
@@ -545,8 +546,8 @@ def test_many_streams_are_closed_spread_over_the_grace_time_and_get_what_is_publ
                 got += one.next().data == "body"
         except EOFError:
             ended.append(time.monotonic() - began)
-    assert got >= 250, "those that were still there"
-    assert 0.5 < max(ended) < 3
+    assert got == published.json["subscribers"] > 0, "those that were still there"
+    assert 0.5 < max(ended) < AMPLE  # properly, so not by the end of the grace time
     assert ended[100] < max(ended) - 0.2
     assert service.ended() == 0
 
@@ -573,7 +574,7 @@ def test_a_second_signal_ends_everything_at_once(begin: Begin) -> None:
         wait_until(lambda: sum(document["requests"] for document in service.by_role("worker")) == 1)
         service.process.send_signal(signal.SIGTERM)
         wait_until(lambda: "stopping" in service.log.read_text())
-        assert service.end(signal.SIGTERM, 3) == 1
+        assert service.end(signal.SIGTERM, AMPLE) == 1
 
 
 def test_who_does_not_drain_in_time_is_killed(begin: Begin) -> None:
@@ -581,7 +582,7 @@ def test_who_does_not_drain_in_time_is_killed(begin: Begin) -> None:
     os.kill(service.workers()[0], signal.SIGSTOP)
     began = time.monotonic()
     assert service.end(signal.SIGTERM) == 0
-    assert 2 < time.monotonic() - began < 8
+    assert 2 < time.monotonic() - began < AMPLE
 
 
 def test_a_signal_while_it_starts_or_reloads_leaves_nothing(begin: Begin) -> None:

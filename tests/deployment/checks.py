@@ -173,7 +173,7 @@ def it_is_reloaded(on: Deployed) -> str:
     main = on.main()
     with on.swarm() as swarm:
         on.run("systemctl reload comet")
-        wait_until(lambda: not before & {one["pid"] for one in on.workers()}, 30)
+        wait_until(lambda: not before & {one["pid"] for one in on.workers()})
         assert on.shown("ActiveState") == "active" and on.main() == main
         report = swarm.report("settle")
     return told(report, gaps=0)
@@ -186,7 +186,7 @@ def a_reload_that_fails_leaves_it_as_it_was(on: Deployed) -> str:
     wait_until(lambda: "the last reload failed" in on.shown("StatusText"))
     assert {one["pid"] for one in on.workers()} == before and on.shown("ActiveState") == "active"
     on.run("cp /tmp/hub.py /opt/comet/comet/hub.py && systemctl reload comet")
-    wait_until(lambda: not before & {one["pid"] for one in on.workers()}, 30)
+    wait_until(lambda: not before & {one["pid"] for one in on.workers()})
     assert "failed" not in on.shown("StatusText")
     return "systemctl status says so, and the next one goes well"
 
@@ -197,7 +197,7 @@ def an_update_is_a_reload(on: Deployed) -> str:
     with on.swarm() as swarm:
         said = on.run("/root/new/deploy/install.sh").stdout
         assert "reload comet.service" in said and "virtual environment" not in said, said
-        wait_until(lambda: not before & {one["pid"] for one in on.workers()}, 30)
+        wait_until(lambda: not before & {one["pid"] for one in on.workers()})
         assert on.main() == main
         report = swarm.report("settle")
     return told(report, gaps=0)
@@ -219,7 +219,7 @@ def the_main_process_is_killed(on: Deployed) -> str:
     main, restarts = on.main(), int(on.shown("NRestarts"))
     with on.swarm() as swarm:
         on.run(f"kill -9 {main}")
-        wait_until(lambda: on.main() not in (0, main), 30)
+        wait_until(lambda: on.main() not in (0, main))
         on.active()
         time.sleep(2)
         report = swarm.report("settle")
@@ -238,7 +238,7 @@ def a_stuck_main_process_is_restarted(on: Deployed) -> str:
     assert restarts == 0, "it was restarted although it lives"
     began = time.monotonic()
     on.run(f"kill -STOP {main}")
-    wait_until(lambda: on.main() not in (0, main), 30)
+    wait_until(lambda: on.main() not in (0, main))
     on.active()
     took = time.monotonic() - began
     assert "Watchdog timeout" in on.run("journalctl --no-pager -u comet").stdout
@@ -324,7 +324,7 @@ def it_stops(on: Deployed) -> str:
         took = time.monotonic() - began
         report = swarm.report("left")
     assert (on.shown("ActiveState"), on.shown("Result"), on.shown("ExecMainStatus")) == ("inactive", "success", "0")
-    assert took < 30
+    assert took < 60
     # a publisher's request may cross the end of its connection; it was not acknowledged, and is its to repeat
     assert all(ending == "clean" or ending.startswith("Publisher: ") for ending in report.endings) and report.lost == 0, report
     assert not on.run("pgrep -f '[/]opt/comet/app.py'; ls /run/comet", check=False).stdout

@@ -54,7 +54,7 @@ class Deployed:
 
     def active(self) -> None:
         """Wait until it is ready."""
-        wait_until(lambda: self.shown("ActiveState") == "active", 30)
+        wait_until(lambda: self.shown("ActiveState") == "active")
 
     @contextmanager
     def settings(self, *lines: str) -> Iterator[None]:

@@ -107,7 +107,7 @@ class Machine:
             ],
             stdin=subprocess.DEVNULL, stdout=self._log, stderr=subprocess.STDOUT,
         )  # fmt: skip
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 240
         while not self._is_up():
             if time.monotonic() > deadline or self._process.poll() is not None:
                 raise RuntimeError(f"systemd did not boot: {(self._folder / 'boot.log').read_text()}")
@@ -125,7 +125,7 @@ class Machine:
             return False
         return self.run("systemctl is-system-running", check=False).stdout.strip() in ("running", "degraded")
 
-    def run(self, command: str, check: bool = True, timeout: float = 60.0) -> subprocess.CompletedProcess[str]:
+    def run(self, command: str, check: bool = True, timeout: float = 240.0) -> subprocess.CompletedProcess[str]:
         """A line of shell in there, as root, in the folder of the code. Raises RuntimeError if it fails and `check` is."""
         done = subprocess.run(
             self.inside(["sh", "-c", f"cd {HERE} && {command}"]), capture_output=True, text=True, timeout=timeout, check=False

@@ -16,7 +16,7 @@ from loadtest.counting import Counts
 from loadtest.swarm import Swarm, Target
 from loadtest.verify import FEED, body, number
 from loadtest.wire import BOTH, STREAM, TEST, Endpoint
-from tests.harness import HAS_IPV6, wait_until
+from tests.harness import HAS_IPV6, TIMEOUT, wait_until
 
 HEAD = b"HTTP/1.1 200 OK\r\nComet-Cursor: ab-0\r\nTransfer-Encoding: chunked\r\n\r\n"
 
@@ -252,4 +252,4 @@ def test_an_error_of_its_own_ends_it_loudly(play: Play, monkeypatch: pytest.Monk
     monkeypatch.setattr(swarm, "_batch", fail)
     play.sockets[0].sendall(line(1))
     with pytest.raises(ZeroDivisionError):
-        play.greenlet.get(timeout=10)
+        play.greenlet.get(timeout=TIMEOUT)
