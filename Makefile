@@ -1,5 +1,7 @@
 # make run    start the server on 127.0.0.1:8000 (flags: make run ARGS="--port 9000")
 # make test   run the tests
+# make test-clients  install seventeen clients that others wrote into .clients/ (npm, PyPI, Go, Maven; Chromium has to be there), and
+#             kill and stop the service under them
 # make chaos  kill, stop, reload and fill up what there is, under load, and count what clients get: thirteen minutes
 # make lint   ruff and mypy
 # make bench  what a client costs and how fast it is served, beside baselines, in one run of about eight minutes
@@ -13,13 +15,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test chaos lint bench friends million soak clean
+.PHONY: run test test-clients chaos lint bench friends million soak clean
 
 run: $(VENV)/.run
 	@exec $(BIN)/python app.py $(ARGS)
 
 test: $(VENV)/.load
 	$(BIN)/python -m pytest -n 4 --dist worksteal $(ARGS)
+
+test-clients:
+	$(PYTHON) -m tests.clients.install
+	.clients/python/bin/python -m pytest -n 0 tests/clients $(ARGS)
 
 chaos: $(VENV)/.run
 	COMET_CHAOS=full $(BIN)/python -m pytest -s tests/behaviour/test_chaos.py tests/behaviour/test_machines.py $(ARGS)
@@ -42,7 +48,7 @@ lint: $(VENV)/.lint
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .clients .pytest_cache .mypy_cache .ruff_cache
 
 $(VENV)/bin/pip:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "comet needs Python 3.11 or newer")'

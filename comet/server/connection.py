@@ -369,8 +369,14 @@ class Connection(Transport, WSGIHandler):
         parked = self.parked
         assert parked is not None
         self.server.parking.watch(self.descriptor, parked)
-        self.result = list(parked) if parked.one_shot else parked
+        self.result = list(parked) if parked.one_shot else self._stream_plainly(parked)
         super().process_result()
+
+    def _stream_plainly(self, parked: Sleeper) -> Iterable[bytes]:
+        """What `parked` gets. pywsgi writes the last chunk behind it, unless the stream is to end without one."""
+        yield from parked
+        if self.server.draining and parked.framing.abort:
+            self.response_use_chunked = False
 
     def _attend(self) -> None:
         """Answer with the headers that the application gave, and what its subscriber gets."""

@@ -12,9 +12,16 @@ from selenium.webdriver.chrome.service import Service
 from tests.clients.pages import Pages
 
 FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --disable-dev-shm-usage"
-).split()
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--disable-dev-shm-usage",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
 """No window, no root's sandbox, and nothing but what the pages ask for: it must speak to this machine alone."""
 
 

@@ -25,7 +25,15 @@ NODE = CACHE / "node"
 GO = CACHE / "go" / "bin"
 JAVA = CACHE / "java" / "target"
 
-NEEDED = {"node": "nodejs", "npm": "npm", "go": "golang", "mvn": "maven", "java": "default-jre", "chromium": "chromium", "chromedriver": "chromium-driver"}
+NEEDED = {
+    "node": "nodejs",
+    "npm": "npm",
+    "go": "golang",
+    "mvn": "maven",
+    "javac": "default-jdk-headless",
+    "chromium": "chromium",
+    "chromedriver": "chromium-driver",
+}
 """Command -> Debian's package."""
 
 
@@ -35,7 +43,7 @@ def main() -> int:
     if missing:
         print(f"tests/clients needs {', '.join(missing)}.", file=sys.stderr)
         return 1
-    node_programs = [path for path in DRIVERS.glob("*/main.mjs")]
+    node_programs = list(DRIVERS.glob("*/main.mjs"))
     go_programs = [DRIVERS / "go.mod", DRIVERS / "go.sum", *DRIVERS.glob("*/main.go")]
     java_program = DRIVERS / "okhttp-eventsource"
     _part("python", [ROOT / "requirements.txt", ROOT / "deploy" / "requirements.txt", DRIVERS / "requirements.txt"], _install_python)
@@ -59,7 +67,7 @@ def _part(name: str, manifests: Sequence[Path], install: Callable[[], None]) -> 
 
 def _install_python() -> None:
     _run(sys.executable, "-m", "venv", PYTHON.parent.parent)
-    pip = [PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    pip: list[str | Path] = [PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     _run(*pip, "-r", ROOT / "requirements.txt", "-r", DRIVERS / "requirements.txt")
     _run(*pip, "--target", SSECLIENT, "--upgrade", "--no-deps", "sseclient==0.0.27")
     _run(*pip, "six==1.17.0")  # which sseclient needs

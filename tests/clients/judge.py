@@ -3,20 +3,21 @@
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, NotRequired, TypedDict
 
-Line = TypedDict(
-    "Line",
-    {
-        "event": str,
-        "id": NotRequired[str | None],
-        "data": NotRequired[str | None],
-        "name": NotRequired[str],
-        "status": NotRequired[int],
-        "error": NotRequired[str],
-        "code": NotRequired[int],
-    },
-)
-"""One thing that a driver has printed. `event` is message, gap, other (an event of another name), open, error (it goes on by itself, or
-exits), refused (a status other than 200) or end (it has given up); or what the test itself has done: restart."""
+
+class Line(TypedDict):
+    """One thing that a driver has printed.
+
+    `event` is message, gap, other (an event of another `name`), open, error (it goes on by itself, or exits), refused (a `status` other
+    than 200) or end (it has given up); or what the test itself has done: restart.
+    """
+
+    event: str
+    id: NotRequired[str | None]
+    data: NotRequired[str | None]
+    name: NotRequired[str]
+    status: NotRequired[int]
+    error: NotRequired[str]
+    code: NotRequired[int]
 
 
 class Verdict(NamedTuple):

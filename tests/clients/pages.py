@@ -24,7 +24,7 @@ class Pages:
 
 
 class _Handler(BaseHTTPRequestHandler):
-    def do_GET(self) -> None:  # noqa: N802 - http.server's name
+    def do_GET(self) -> None:
         path = self.path.partition("?")[0]
         root, _, rest = path.lstrip("/").partition("/")
         folder = {"drivers": DRIVERS, "modules": NODE / "node_modules"}.get(root)

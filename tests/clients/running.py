@@ -36,7 +36,10 @@ class Running:
     @property
     def newest(self) -> int:
         """The number of the last message that it has reported, 0 if there is none."""
-        return next((int(line["data"] or 0) for line in reversed(self.lines) if line["event"] == "message" and (line.get("data") or "").isdigit()), 0)
+        return next(
+            (int(line["data"] or 0) for line in reversed(self.lines) if line["event"] == "message" and (line.get("data") or "").isdigit()),
+            0,
+        )
 
     @property
     def count(self) -> int:
@@ -90,8 +93,9 @@ class Program(Running):
 
     def _listen(self, process: "subprocess.Popen[bytes]") -> None:
         assert process.stdout is not None
-        for text in process.stdout:
-            self._said.put(json.loads(text))
+        with process.stdout:
+            for text in process.stdout:
+                self._said.put(json.loads(text))
 
     def ended(self) -> bool:
         assert self._process is not None and self._listener is not None
@@ -106,10 +110,6 @@ class Program(Running):
         if self._process is not None:
             self._process.kill()
             self._process.wait()
-            if self._listener is not None:
-                self._listener.join()
-            assert self._process.stdout is not None
-            self._process.stdout.close()
             self.ended()
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import time
 from pathlib import Path
 
 from tests.behaviour.test_supervisor import Service, alive
@@ -10,6 +11,9 @@ from tests.harness import wait_until
 
 READY = 60.0
 """Seconds for a worker to be replaced, on a machine with other work."""
+
+AWAY = 2.0
+"""Seconds that a service is away between its end and its start: a client that comes back after `--retry` finds nobody, at least once."""
 
 
 class Restartable:
@@ -44,6 +48,7 @@ class Restartable:
         """SIGTERM, the end in order, and a new service."""
         assert self.running.end(signal.SIGTERM, READY) == 0, self.running.log.read_text()
         assert "Traceback" not in self.running.log.read_text(), self.running.log.read_text()
+        time.sleep(AWAY)
         self._start()
 
     def kill_and_start(self) -> None:
@@ -53,6 +58,7 @@ class Restartable:
                 os.kill(pid, signal.SIGKILL)
         self.running.process.wait()
         wait_until(lambda: not alive(self.running.mark))
+        time.sleep(AWAY)
         self._start()
 
     def close(self) -> None:

@@ -63,7 +63,7 @@ def fault(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def scenario(fault: str, browser: Chrome, pages: Pages, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scenario]:
     folder = tmp_path_factory.mktemp(fault)
-    service = Restartable(folder, *FLAGS, "--origins", pages.origin, *(["--drain-end", "abort"] if fault == "abort" else []))
+    service = Restartable(folder, *FLAGS, "--origins", pages.origin, *(["--events-end", "abort"] if fault == "abort" else []))
     publisher = Publisher(service.port, CHANNEL)
     crowd = Crowd(list(clients_of(service, browser, pages, folder)))
     try:
@@ -96,6 +96,6 @@ def test_client(known: Known, fault: str, scenario: Scenario) -> None:
     assert verdict.faultless
     assert verdict.last >= scenario.last, "the last ones did not come"
     assert verdict.gaps == (0 if fault == "worker" else 1), "what the service has forgotten is told once"
-    assert not verdict.phantoms or (known.phantoms and fault == "stop")
-    assert verdict.others <= ({"comet"} if known.sees else set())
+    assert verdict.phantoms == ([""] if known.phantom_at_the_end and fault == "stop" else [])
+    assert verdict.others == ({"comet"} if known.reports_comet else set())
     assert (ITSELF if verdict.restarts == 0 else AGAIN) == getattr(known, fault)
