@@ -53,10 +53,10 @@ class Framing:
         raise NotImplementedError
 
     def headers(self, cursor: Cursor | None) -> list[tuple[str, str]]:
-        """The headers of an answer that starts at `cursor`, but for those that frame its body; None leaves
-        out the one that names the cursor."""
+        """Return the headers of an answer that starts at `cursor`, but for those that frame its body. The one that names the cursor
+        is left out if `cursor` is None, or is none of ours."""
         headers = [("Content-Type", self.content_type), ("Cache-Control", "no-store"), ("X-Accel-Buffering", "no")]
-        return [*headers, ("Comet-Cursor", str(cursor))] if self.names_cursor and cursor is not None else headers
+        return [*headers, ("Comet-Cursor", str(cursor))] if self.names_cursor and cursor is not None and cursor.ours else headers
 
     # -- the same on the wire, for HTTP/1.1: what a sleeping client is sent
 
@@ -66,7 +66,7 @@ class Framing:
         if head is None:
             lines = "".join(f"{name}: {value}\r\n" for name, value in self.headers(None))
             head = self._head = b"HTTP/1.1 200 OK\r\n%bTransfer-Encoding: chunked\r\n" % lines.encode()
-        named = b"Comet-Cursor: %b\r\n" % str(cursor).encode() if self.names_cursor else b""
+        named = b"Comet-Cursor: %b\r\n" % str(cursor).encode() if self.names_cursor and cursor.ours else b""
         return b"%b%b%b\r\n%b" % (head, named, date, chunk(self.opening(cursor)))
 
     def wire(self, pieces: Sequence[bytes], date: bytes) -> bytes:
@@ -208,7 +208,10 @@ class ServerSentEvents(Framing):
     """SSE, as the WHATWG HTML standard has it (section 9.2, "Server-sent events").
 
     The opening block carries ``id:`` with no data: a browser remembers it without an event, so that
-    even a client that never got a message resumes where it began. CR and CRLF inside a body arrive as
+    even a client that never got a message resumes where it began. If the client's own cursor is none of ours there is no
+    ``id:``: the client keeps what it came with until it has been told the gap. In every block ``id:`` is the last line: some
+    clients remember it as they read it, before the block is whole, and would skip the message if the connection broke there.
+    CR and CRLF inside a body arrive as
     LF: the format knows only lines. `retry` is milliseconds before a browser reconnects. `abort` leaves out the last chunk
     of a stream that ends because the service stops.
     """
@@ -222,7 +225,8 @@ class ServerSentEvents(Framing):
         self.abort = abort
 
     def opening(self, cursor: Cursor) -> bytes:
-        return b"retry: %d\n: comet\nid: %b\n\n" % (self._retry, str(cursor).encode())
+        named = b"id: %b\n" % str(cursor).encode() if cursor.ours else b""
+        return b"retry: %d\n: comet\n%b\n" % (self._retry, named)
 
     def encode(self, items: Sequence[Item], cursor: Cursor) -> Sequence[bytes]:
         pieces = []
@@ -230,9 +234,9 @@ class ServerSentEvents(Framing):
             cursor.advance(item)
             if isinstance(item, Gap):
                 text = str(cursor).encode()
-                pieces.append(b'id: %b\nevent: gap\ndata: {"gap":true,"cursor":"%b"}\n\n' % (text, text))
+                pieces.append(b'event: gap\ndata: {"gap":true,"cursor":"%b"}\nid: %b\n\n' % (text, text))
             else:
-                pieces.append(b"id: %b\n%b" % (str(cursor).encode(), _once(item, "sse", _make_event)))
+                pieces.append(b"%bid: %b\n\n" % (_once(item, "sse", _make_event), str(cursor).encode()))
         return pieces
 
     def end(self, cursor: Cursor, date: bytes, closing: bool) -> bytes:
@@ -245,9 +249,9 @@ class ServerSentEvents(Framing):
 
 
 def _make_event(message: Message) -> bytes:
-    """What follows the ``id:`` line."""
+    """Return the lines of an event that stand before its ``id:``."""
     lines = message.data.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
-    return b"event: %b\ndata: %b\n\n" % (message.type.encode(), b"\ndata: ".join(lines))
+    return b"event: %b\ndata: %b\n" % (message.type.encode(), b"\ndata: ".join(lines))
 
 
 class Lines(Framing):

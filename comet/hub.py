@@ -45,7 +45,7 @@ class Hub:
     ) -> None:
         self.backlog = backlog
         self.draining = False
-        """Set by `drain`: new subscribers are refused."""
+        """Set by `drain`: a new subscriber gets what is kept, and ends."""
         self._backplane = backplane
         self._stats = stats
         self._fanout = Fanout(schedule, permit=permit)
@@ -63,12 +63,12 @@ class Hub:
     # -- subscribing
 
     def subscribe(self, wish: Wish) -> Subscriber:
-        """A new subscriber that has everything after `since`, and will have everything to come.
+        """Return a new subscriber that has everything after `since`, and will have everything to come; once `drain` was called
+        it has what is kept, and ends.
 
-        Raises Refusal ``draining`` once `drain` was called.
+        Whoever was answered a moment ago may have asked again before the answer could say that the server stops: to be refused
+        would end a browser's EventSource for good. Raises Refusal where the backplane does.
         """
-        if self.draining:
-            raise Refusal("draining", "This server is stopping; connect again, to another one or a little later.")
         channels, since, framing, patience = wish
         subscriber = Subscriber(channels, framing, self, Awake(patience, {}))
         for channel in channels:
@@ -87,7 +87,9 @@ class Hub:
                 self._expel(channel, subscriber)
                 subscriber.end("deleted")
         self._stats.clients[framing.name] += 1
-        subscriber.join(dict(zip(channels, answers, strict=True)))
+        subscriber.begin(dict(zip(channels, answers, strict=True)), since)
+        if self.draining:
+            subscriber.end("shutdown")
         return subscriber
 
     def subscribe_asleep(self, wish: Wish, bed: Host) -> Subscriber | None:
@@ -121,7 +123,7 @@ class Hub:
             self._stats.clients[framing.name] += 1
             self._register(channel, subscriber)
             if missed:
-                subscriber.join({channel: answer})
+                subscriber.begin({channel: answer}, since)
                 if self.draining:
                     subscriber.end("shutdown")
             else:
@@ -302,7 +304,7 @@ class Hub:
     # -- stopping
 
     def drain(self, seconds: float = 0.0) -> None:
-        """Refuse new subscribers and end the present ones: polls are answered with their cursor, at once;
+        """End all subscribers, also those who still come: polls are answered with their cursor, at once;
         streams finish, spread over about `seconds` where they are many, so that their clients don't come
         back all at once. Until then they get what is published."""
         self.draining = True

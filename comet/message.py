@@ -42,6 +42,10 @@ class Position(NamedTuple):
         return f"{self.epoch:x}-{self.offset}"
 
 
+FOREIGN: Final = Position(0, 0)
+"""The place of a client that came with a cursor of another server, or with none that can be read: no log has the epoch 0
+(epochs are 48 random bits), so such a client is told a gap, and then gets everything that is kept."""
+
 OLDEST: Final = "oldest"
 """Where a subscriber starts to get everything that is kept."""
 
@@ -148,6 +152,11 @@ class Cursor:
             self.positions = dict(zip(self.positions, item.positions, strict=True))
         else:
             self.positions[item.channel] = item.position
+
+    @property
+    def ours(self) -> bool:
+        """Whether each position is one that comet has given out. If not, an answer must not name this cursor as its start."""
+        return FOREIGN not in self.positions.values()
 
     def __str__(self) -> str:
         return ".".join(map(str, self.positions.values()))

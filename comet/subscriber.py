@@ -23,7 +23,7 @@ from gevent.event import Event
 
 from comet.framing import Batch, Framing, portions
 from comet.history import Joined
-from comet.message import Cursor, Gap, Item, Message, Position, Since
+from comet.message import FOREIGN, Cursor, Gap, Item, Message, Position, Since
 
 FRAMING = 100
 """Bytes a message is counted in a backlog beside its data: about what its framing adds. What waits is
@@ -90,16 +90,24 @@ class Subscriber:
             self.places = self.cursor
         self._names = [name for name in self.channels if name != channel]
 
+    def begin(self, answers: Mapping[str, Joined], since: Sequence[Since]) -> None:
+        """Start where the first answers, one a channel, say; then `join`. `since` is what the client came with, for each channel.
+
+        If something is gone, the client stands at `since` until it has been told the gap: a cursor from behind the gap would let
+        it resume past what it was never told of.
+        """
+        starts = [answer.position for answer in answers.values()]
+        if any(answer.gap for answer in answers.values()):
+            starts = [place if isinstance(place, Position) else FOREIGN for place in since]
+        if len(starts) == 1 and self.places is None:
+            self.epoch, self.offset = starts[0]
+        else:
+            self.places = Cursor(list(answers), starts)
+        self.join(answers)
+
     def join(self, answers: Mapping[str, Joined]) -> None:
         """Queue the replay, one answer a channel, then what was held meanwhile."""
-        awake = self.awake
-        if not awake.offered:
-            starts = [answer.position for answer in answers.values()]
-            if len(starts) == 1 and self.places is None:
-                self.epoch, self.offset = starts[0]
-            else:
-                self.places = Cursor(list(answers), starts)
-        awake.join(self, answers)
+        self.awake.join(self, answers)
 
     def deliver(self, batch: Batch) -> None:
         """Messages of one of its channels."""

@@ -52,7 +52,7 @@ class Endpoint(NamedTuple):
 
 TEST = Endpoint("/test", "/test/{id}", b"")
 STREAM = Endpoint("/stream", "/stream/user:{id}", b'"data":"', b'{"id":"', b'"')
-EVENTS = Endpoint("/events", "/events/user:{id}", b"\ndata: ", b"id: ", b"\n")
+EVENTS = Endpoint("/events", "/events/user:{id}", b"\ndata: ", b"\nid: ", b"\n")
 EVERYONE = Endpoint("/test/everyone", "/test/everyone", b"")
 """All on one channel."""
 BOTH = Endpoint("/stream of two", "/stream/user:{id},user:everyone", b'"data":"')

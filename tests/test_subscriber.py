@@ -8,7 +8,7 @@ import pytest
 
 from comet.framing import LINES, POLL, PORTION, TEXT, Batch, Framing, ServerSentEvents
 from comet.history import History, Joined
-from comet.message import Gap, Item, Message, Position
+from comet.message import Gap, Item, Message, Position, Since
 from comet.subscriber import FRAMING, Awake, Subscriber
 from tests.harness import TIMEOUT, wait_until
 
@@ -31,9 +31,13 @@ class Client:
     def resync(self, subscriber: Subscriber) -> None:
         self.resyncs.append(subscriber)
 
-    def join(self, answers: Sequence[Joined]) -> None:
-        """What the hub does with a backplane's answers, one a channel."""
-        self.subscriber.join(dict(zip(self.subscriber.awake.offered or self.subscriber.channels, answers, strict=True)))
+    def join(self, answers: Sequence[Joined], *since: Since) -> None:
+        """What the hub does with a backplane's answers, one a channel; `since` is what the client came with."""
+        subscriber = self.subscriber
+        if subscriber.awake.offered:
+            subscriber.join(dict(zip(subscriber.awake.offered, answers, strict=True)))
+        else:
+            subscriber.begin(dict(zip(subscriber.channels, answers, strict=True)), since or [None] * len(answers))
 
     def offer(self, *messages: Message) -> None:
         """What the hub delivers."""

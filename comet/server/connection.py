@@ -451,7 +451,11 @@ class Connection(Transport, WSGIHandler):
                 self.send(parked.framing.end(parked.cursor, server.date(), server.draining))
                 self.close_connection = server.draining
                 return
-            for data in parked.wires(items, server.date()):
+            date = server.date()
+            if parked.one_shot and server.draining:
+                date += b"Connection: close\r\n"
+                self.close_connection = True
+            for data in parked.wires(items, date):
                 self.send(data)
             if parked.one_shot:
                 return

@@ -187,7 +187,7 @@ def test_a_poll_whose_client_went_is_freed_when_its_time_is_up(other: Other) -> 
     ("path", "opening", "line"),
     [
         ("/stream/{}", b"\n", b'{{"id":"{id}","channel":"{channel}","type":"message","data":"{data}"}}\n'),
-        ("/events/{}", b"retry: 2000\n: comet\nid: ", b"id: {id}\nevent: message\ndata: {data}\n\n"),
+        ("/events/{}", b"retry: 2000\n: comet\nid: ", b"event: message\ndata: {data}\nid: {id}\n\n"),
     ],
 )
 def test_streams_are_plain_iterables_and_freed_at_a_heartbeat_after_the_client_went(

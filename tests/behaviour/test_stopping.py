@@ -237,10 +237,14 @@ def test_who_was_just_answered_may_ask_once_more(start: Start) -> None:
         for client in (publishes, idles):
             assert client.request("GET", "/healthz").status == 200
         stopping = Stopping(server).begun()
-        refused = polls.request("GET", f"/poll/a?since={cursor}")
         published = publishes.request("POST", "/publish/a", b"last")
-        assert (refused.status, refused.json["error"], published.status) == (503, "draining", 201)
-        for client, answer in ((polls, refused), (publishes, published)):
+        polled = polls.request("GET", f"/poll/a?since={cursor}")
+        assert (published.status, polled.status) == (201, 200)
+        assert polled.json == {
+            "cursor": published.json["id"], "gap": False,
+            "messages": [{"id": published.json["id"], "channel": "a", "type": "message", "data": "last"}],
+        }  # fmt: skip
+        for client, answer in ((polls, polled), (publishes, published)):
             assert answer.headers["connection"] == "close"
             assert client.at_end()
         assert idles.at_end()
@@ -248,20 +252,45 @@ def test_who_was_just_answered_may_ask_once_more(start: Start) -> None:
     assert (ended.status, ended.seconds < 2) == (0, True)
 
 
-def test_a_subscriber_that_comes_while_it_stops_is_refused_with_a_reason(start: Start) -> None:
+@pytest.mark.parametrize("more", ["", "X-Plain: no\r\nOrigin: http://test\r\n"], ids=["short way", "bottle's"])
+@pytest.mark.parametrize(
+    ("path", "ends"),
+    [
+        ("/events/a?since=oldest", rb"retry: 2000\n.*\ndata: kept\nid: [0-9a-f]+-1\n\nretry: [0-9]+\n.*\n"),
+        ("/stream/a?since=oldest", rb'\n\{.*"data":"kept"\}\n'),
+        ("/poll/a?since=oldest", rb'\{"cursor":"[0-9a-f]+-1","gap":false,"messages":\[.*"data":"kept"\}\]\}'),
+        ("/poll/b?timeout=20", rb'\{"cursor":"[0-9a-f]+-0","gap":false,"messages":\[\]\}'),
+        ("/test/a", rb"comet welcomes you! Your id: a\n"),
+    ],
+)
+def test_a_subscriber_that_comes_while_it_stops_gets_what_is_kept_and_ends(start: Start, path: str, ends: bytes, more: str) -> None:
     server = start("--grace", "5")
-    with server.client() as late, server.client() as asks:
-        late.send(b"GET /events/a HTTP/1.1\r\nHost:")
+    server.publish("a", "kept")
+    with server.client() as late:
+        late.request("GET", "/healthz")  # a connection that was just answered
+        stopping = Stopping(server).begun()
+        late.send(f"GET {path} HTTP/1.1\r\nHost: test\r\n{more}\r\n".encode())
+        answer = late.read()
+        assert answer.status == 200
+        assert re.fullmatch(ends, answer.body, re.DOTALL), answer.body
+        assert late.at_end()
+        if path.startswith("/poll"):
+            assert answer.headers["connection"] == "close"
+    assert stopping.wait().status == 0
+
+
+def test_who_asks_whether_it_is_ready_while_it_stops_is_refused(start: Start) -> None:
+    server = start("--grace", "5")
+    with server.client() as asks:
         asks.send(b"GET /readyz HTTP/1.1\r\nHost:")
-        wait_until(lambda: server.stats()["connections"] == 3)
+        wait_until(lambda: server.stats()["connections"] == 2)
         gevent.sleep(0.05)  # the bytes must have been read, which nothing shows
         stopping = Stopping(server).begun()
-        for client in (late, asks):
-            client.send(b" test\r\n\r\n")
-            answer = client.read()
-            assert (answer.status, answer.json["error"]) == (503, "draining")
-            assert int(answer.headers["retry-after"]) >= 1
-            assert client.at_end()
+        asks.send(b" test\r\n\r\n")
+        answer = asks.read()
+        assert (answer.status, answer.json["error"]) == (503, "draining")
+        assert int(answer.headers["retry-after"]) >= 1
+        assert asks.at_end()
     assert stopping.wait().status == 0
 
 

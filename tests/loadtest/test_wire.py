@@ -47,8 +47,8 @@ def test_where_a_message_and_its_id_are() -> None:
     assert STREAM.text(line) == b'17 99 ~"}\n'
     assert STREAM.id(line) == b"ab-4"
     assert STREAM.text(b"\n") is None
-    event = b"id: ab-4\nevent: message\ndata: 17 99 ~\n\n"
-    assert EVENTS.text(event) == b"17 99 ~\n\n"
+    event = b"event: message\ndata: 17 99 ~\nid: ab-4\n\n"
+    assert EVENTS.text(event) == b"17 99 ~\nid: ab-4\n\n"
     assert EVENTS.id(event) == b"ab-4"
 
 
