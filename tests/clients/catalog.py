@@ -12,7 +12,9 @@ FAULTS = {
     "worker": "a worker is killed",
     "stop": "stop and start",
     "kill": "the service is killed",
-    "abort": "stop and start, `--events-end abort`",
+    "refused": "workers are killed, their successors refuse",
+    "abort": "stop and start with `--events-end abort`",
+    "refused_abort": "refused with `--events-end abort`",
 }
 
 
@@ -24,7 +26,9 @@ class Known(NamedTuple):
     worker: str
     stop: str
     kill: str
+    refused: str
     abort: str
+    refused_abort: str
     cursor: str
     """How it says where it was."""
     note: str
@@ -41,67 +45,67 @@ POLL = "Waits and asks again with the same cursor: the loop is yours (tests/clie
 
 CLIENTS: Sequence[Known] = (
     Known(
-        "native-eventsource", "browser", ITSELF, ITSELF, ITSELF, ITSELF,
+        "native-eventsource", "browser", ITSELF, ITSELF, ITSELF, ITSELF, ITSELF, ITSELF,
         "Last-Event-ID", "Resumes before its first message too.", page=True,
     ),
     Known(
-        "eventsource", "Node.js", ITSELF, ITSELF, ITSELF, ITSELF,
+        "eventsource", "Node.js", ITSELF, ITSELF, ITSELF, ITSELF, ITSELF, ITSELF,
         "Last-Event-ID", "Knows its place from its first message on.",
     ),
     Known(
-        "event-source-polyfill", "browser", ITSELF, ITSELF, ITSELF, ITSELF,
+        "event-source-polyfill", "browser", ITSELF, ITSELF, ITSELF, ITSELF, ITSELF, ITSELF,
         "`?lastEventId=`", "Knows its place from its first message on. Drops a stream that is silent for 45 s: keep `--heartbeat` below.", page=True,
     ),
     Known(
-        "eventsource-client", "Node.js", ITSELF, ITSELF, ITSELF, ITSELF,
+        "eventsource-client", "Node.js", ITSELF, ITSELF, ITSELF, ITSELF, ITSELF, ITSELF,
         "Last-Event-ID", "Knows its place from its first message on.",
     ),
     Known(
-        "reconnecting-eventsource", "browser", ITSELF, ITSELF, ITSELF, ITSELF,
+        "reconnecting-eventsource", "browser", ITSELF, ITSELF, ITSELF, ITSELF, ITSELF, ITSELF,
         "Last-Event-ID; `?lastEventId=`", "Use `addEventListener(\"message\", …)`: of what comes to `onmessage` alone it keeps no id "
         "for a new EventSource.", page=True,
     ),
     Known(
-        "fetch-event-source", "browser", ITSELF, AGAIN, ITSELF, ITSELF,
-        "Last-Event-ID", "Stops at an orderly end, unless `onclose` throws (the second example of its README) or `--events-end abort` is set.",
+        "fetch-event-source", "browser", ITSELF, AGAIN, ITSELF, AGAIN, ITSELF, ITSELF,
+        "Last-Event-ID", "Stops at an orderly end, of a refusal too, unless `onclose` throws (the second example of its README) or `--events-end abort` is set.",
         reports_comet=True, page=True,
     ),
     Known(
-        "httpx-sse", "Python", AGAIN, AGAIN, AGAIN, AGAIN,
+        "httpx-sse", "Python", AGAIN, AGAIN, AGAIN, AGAIN, AGAIN, AGAIN,
         "Last-Event-ID", "Does not reconnect: a loop of yours passes `sse.id` in the header. Catch `httpx.TransportError`, not `ReadError` alone.",
         reports_comet=True,
     ),
     Known(
-        "sseclient", "Python", ITSELF, AGAIN, AGAIN, AGAIN,
+        "sseclient", "Python", ITSELF, AGAIN, AGAIN, ITSELF, AGAIN, ITSELF,
         "Last-Event-ID", "Tries once, after `retry:`: an exception if nobody is there then. A loop of yours passes `last_id`. It reads the chunks' "
         "framing as text, and so takes the last chunk for an empty message.", reports_comet=True, phantom_at_the_end=True,
     ),
     Known(
-        "sseclient-py", "Python", AGAIN, AGAIN, AGAIN, AGAIN,
-        "Last-Event-ID", "Does not reconnect: a loop of yours passes `event.id` in the header.",
+        "sseclient-py", "Python", AGAIN, AGAIN, AGAIN, AGAIN, AGAIN, AGAIN,
+        "Last-Event-ID", "Does not reconnect: a loop of yours passes `event.id` in the header. Knows its place from its first message on.",
     ),
     Known(
-        "requests-sse", "Python", ITSELF, ITSELF, ITSELF, ITSELF,
+        "requests-sse", "Python", ITSELF, ITSELF, ITSELF, ITSELF, ITSELF, ITSELF,
         "Last-Event-ID", "Waits twice as long before each of five tries (`max_connect_retry`), beginning with twice `retry:`; then an exception.",
     ),
     Known(
-        "go-sse", "Go", ITSELF, ITSELF, ITSELF, ITSELF,
+        "go-sse", "Go", ITSELF, ITSELF, ITSELF, ITSELF, ITSELF, ITSELF,
         "Last-Event-ID", "Its README's `SubscribeMessages` is for events without a name: comet's have one, so `SubscribeEvent(\"message\", …)` and "
         "`(\"gap\", …)`, or `SubscribeToAll`.", reports_comet=True,
     ),
     Known(
-        "r3labs-sse", "Go", ITSELF, AGAIN, ITSELF, ITSELF,
-        "Last-Event-ID", "Stops at an orderly end without an error, unless `--events-end abort` is set. Gives up when a connection breaks that is older than "
+        "r3labs-sse", "Go", ITSELF, AGAIN, ITSELF, AGAIN, ITSELF, ITSELF,
+        "Last-Event-ID", "Stops at an orderly end, of a refusal too, without an error, unless `--events-end abort` is set. Gives up when a connection breaks that is older than "
         "15 minutes, unless `ReconnectStrategy` is a `backoff.ExponentialBackOff` with `MaxElapsedTime: 0`.", reports_comet=True,
     ),
     Known(
-        "okhttp-eventsource", "Java", ITSELF, ITSELF, ITSELF, ITSELF,
-        "Last-Event-ID", "`BackgroundEventSource`; an `EventSource` alone throws unless its error strategy says to go on.",
+        "okhttp-eventsource", "Java", ITSELF, ITSELF, ITSELF, ITSELF, ITSELF, ITSELF,
+        "Last-Event-ID", "Knows its place from its first message on. Use `BackgroundEventSource`: an `EventSource` alone throws unless its error strategy says to go on.",
     ),
-    Known("fetch", "Node.js", ITSELF, ITSELF, ITSELF, ITSELF, "`?since=`", POLL, "poll"),
-    Known("axios", "Node.js", ITSELF, ITSELF, ITSELF, ITSELF, "`?since=`", POLL, "poll"),
-    Known("requests", "Python", ITSELF, ITSELF, ITSELF, ITSELF, "`?since=`", POLL, "poll"),
-    Known("aiohttp", "Python", ITSELF, ITSELF, ITSELF, ITSELF, "`?since=`", POLL, "poll"),
+    Known("fetch", "Node.js", ITSELF, ITSELF, ITSELF, ITSELF, ITSELF, ITSELF, "`?since=`", POLL, "poll"),
+    Known("axios", "Node.js", ITSELF, ITSELF, ITSELF, ITSELF, ITSELF, ITSELF, "`?since=`", POLL, "poll"),
+    Known("requests", "Python", ITSELF, ITSELF, ITSELF, ITSELF, ITSELF, ITSELF, "`?since=`", POLL, "poll"),
+    Known("aiohttp", "Python", ITSELF, ITSELF, ITSELF, ITSELF, ITSELF, ITSELF, "`?since=`", POLL, "poll"),
 )  # fmt: skip
 """Thirteen of server-sent events and four that poll, of npm, PyPI, Go and Maven; versions are in drivers/."""
 

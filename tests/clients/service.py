@@ -12,6 +12,9 @@ from tests.harness import wait_until
 READY = 60.0
 """Seconds for a worker to be replaced, on a machine with other work."""
 
+REFUSES = 8.0
+"""Seconds that a service refuses everybody: each client comes at least once meanwhile."""
+
 AWAY = 2.0
 """Seconds that a service is away between its end and its start: a client that comes back after `--retry` finds nobody, at least once."""
 
@@ -34,7 +37,7 @@ class Restartable:
     def _start(self) -> None:
         log = self._folder / f"service-{len(self._services)}.log"
         flags = ["--port", str(self.port)] if self.port else []  # the last one of a flag counts
-        self._services.append(Service(log, "--workers", "2", *self._flags, *flags))
+        self._services.append(Service(log, "--workers", "2", "--backplane-timeout", "1", *self._flags, *flags))
         self.port = self.running.port
         wait_until(lambda: len(self.running.workers()) == 2, READY)
 
@@ -60,6 +63,24 @@ class Restartable:
         wait_until(lambda: not alive(self.running.mark))
         time.sleep(AWAY)
         self._start()
+
+    def kill_workers(self) -> None:
+        """Kill both at once, and do not wait for their successors."""
+        for pid in self.running.workers().values():
+            os.kill(pid, signal.SIGKILL)
+
+    def kill_workers_and_refuse(self) -> None:
+        """Kill both workers; for a while their successors refuse whoever comes (``backplane-away``), as the router is frozen."""
+        router, workers = self.running.router(), self.running.workers()
+        os.kill(router, signal.SIGSTOP)
+        try:
+            self.kill_workers()
+            time.sleep(REFUSES)
+        finally:
+            os.kill(router, signal.SIGCONT)
+        wait_until(lambda: not set(self.running.workers().values()) & set(workers.values()), READY)
+        assert self.running.stats()["refused"]["backplane-away"] > 0, "nobody came meanwhile"
+        assert self.running.router() == router, "it was replaced: what was kept is forgotten"
 
     def close(self) -> None:
         """Whatever happened."""
