@@ -164,7 +164,7 @@ def serve(settings: Settings, listener: socket.socket, data: Path, place: Place 
     backplane = _backplane(settings, place)
     if backplane is None:
         return 1
-    hub = Hub(backplane, stats, settings.backlog, Soon(), _permit(place))
+    hub = Hub(backplane, stats, settings.backlog, Soon(), _permit(place), settings.busy_backlog)
     own = _own(place, stats, hub, capacity)
     said = _alone(own, hub) if place is None else partial(_together, place, own, hub if settings.backplane else None)
     subscriptions = _subscriptions(settings, data)

@@ -25,6 +25,7 @@ STATUS: dict[str, int] = {
     "bad-parameter": 400,
     "bad-line": 400,
     "bad-follow": 400,
+    "bad-content-encoding": 415,
     "bad-expectation": 417,
     "http-version": 505,
     # who may
@@ -52,6 +53,7 @@ STATUS: dict[str, int] = {
 
 
 HEADERS: dict[str, dict[str, str]] = {
+    "bad-content-encoding": {"Accept-Encoding": "identity"},
     "unauthorized": {"WWW-Authenticate": "Bearer"},
     "address-full": {"Retry-After": "5"},
     "worker-full": {"Retry-After": "5"},

@@ -33,9 +33,9 @@ MANY = 512
 HOLD = 0.25
 """Seconds that a permit is kept at most: about 17,000 deliveries, all clients of a full worker."""
 
-MAX_PENDING = 16 << 20
-"""Bytes (as `Message.cost` counts) that wait for a channel's next sweep. Beyond it all but the newest
-are let go: subscribers notice the skip and read them from history, or are told a gap."""
+MAX_PENDING = 80 << 20
+"""Bytes (as `Message.cost` counts) that wait for a channel's next sweep: the largest batch that the default settings let in, 8 MiB
+in 50,000 lines. Beyond it all but the newest are let go: subscribers notice the skip and read them from history, or are told a gap."""
 
 AT_ONCE = 64
 """Channels whose messages are handed out where they arrive, in one turn of the loop: most have a subscriber or none."""

@@ -9,7 +9,7 @@ clients are sent, down to the bytes on the wire.
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 import msgspec
 
@@ -25,6 +25,9 @@ FORM_COST: Final = 300
 AnyItem = TypeVar("AnyItem", bound=Item)
 
 _json = msgspec.json.Encoder().encode
+
+_SEPARATORS: Final = ((b"\xc2\x85", b"\\u0085"), (b"\xe2\x80\xa8", b"\\u2028"), (b"\xe2\x80\xa9", b"\\u2029"))
+"""What `str.splitlines` splits at and msgspec leaves as it is (it escapes all below U+0020), in UTF-8 and as JSON escapes it."""
 
 
 class Framing:
@@ -163,13 +166,26 @@ def _once(message: Message, name: str, make: Callable[[Message], bytes]) -> byte
     return made
 
 
+def json_line(document: Any) -> bytes:
+    """Return `document` as JSON on one line, whatever its reader calls a line.
+
+    Many line readers (`str.splitlines`, so those of requests and httpx; Java's Scanner) end a line at U+0085, U+2028 and U+2029
+    too. JSON allows these unescaped in a string; here they are escaped. In UTF-8 their bytes stand for nothing else.
+    """
+    made = _json(document)
+    if not made.isascii():
+        for raw, escaped in _SEPARATORS:
+            made = made.replace(raw, escaped)
+    return made
+
+
 def message_json(message: Message) -> bytes:
     """``{"id", "channel", "type", "data"}``, the message as an object in poll, stream and history."""
     return _once(message, "json", _make_json)
 
 
 def _make_json(message: Message) -> bytes:
-    return _json({"id": message.id, "channel": message.channel, "type": message.type, "data": message.data.decode()})
+    return json_line({"id": message.id, "channel": message.channel, "type": message.type, "data": message.data.decode()})
 
 
 class Text(Framing):

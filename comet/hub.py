@@ -32,8 +32,12 @@ AT_ONCE = 100
 
 
 class Hub:
-    """`backlog` is the bytes of messages that may wait for one client; `schedule` runs a function soon,
-    of which several may wait, and `permit` is asked before a sweep of many (see `Fanout`, `Feeds`)."""
+    """The subscribers of this process, by channel.
+
+    `backlog` is the bytes of messages that may wait for one client, `busy_backlog`, if it is more, for one that keeps taking.
+    `schedule` runs a function soon, of which several may be pending, and `permit` is asked before a sweep of many (see `Fanout`,
+    `Feeds`).
+    """
 
     def __init__(
         self,
@@ -42,8 +46,10 @@ class Hub:
         backlog: int,
         schedule: Callable[[Callable[[], None]], None],
         permit: Permit | None = None,
+        busy_backlog: int = 0,
     ) -> None:
         self.backlog = backlog
+        self.busy_backlog = max(backlog, busy_backlog)
         self.draining = False
         """Set by `drain`: a new subscriber gets what is kept, and ends."""
         self._backplane = backplane

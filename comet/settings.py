@@ -1,6 +1,6 @@
 """Every knob, in one frozen dataclass: its unit, its default and the reason for it.
 
-A leaf. Values come from flags (``--max-body 1000``) and, below them, from the environment
+Values come from flags (``--max-body 1000``) and, below them, from the environment
 (``COMET_MAX_BODY=1000``). `--help` is made from this file, so it can't be out of date.
 """
 
@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from comet.origins import Origins
 
 AUTO = -1
 """`Settings.workers` for a number that fits."""
@@ -26,7 +28,11 @@ def _knob(default: Any, unit: str, reason: str, least: float = 0, most: float | 
 class Settings:
     """See `--help`: every field is a flag of the same name."""
 
-    host: str = _knob("127.0.0.1", "name or address", "Where to listen. Beyond loopback a publish key is asked for, or --open.")
+    host: str = _knob(
+        "127.0.0.1",
+        "name or address",
+        "Where to listen; an IPv6 address with or without brackets. Beyond loopback a publish key is asked for, or --open.",
+    )
     port: int = _knob(8000, "port", "0 takes a free one and prints it.", most=65535)
     publish_key: str = _knob("", "secret", "Bearer key for POST, PUT, DELETE and /stats. Better in COMET_PUBLISH_KEY: flags show in ps.")
     publish_key_file: str = _knob(
@@ -36,7 +42,10 @@ class Settings:
     )
     open: bool = _knob(False, "switch", "Allow listening beyond loopback without a publish key.")
     origins: str = _knob(
-        "", "origins, comma-separated", "Web origins whose pages may read and publish (CORS), such as https://example.org; * is all."
+        "",
+        "origins, comma-separated",
+        "Web origins whose pages may read and publish (CORS), with credentials, such as https://example.org: scheme, host and perhaps "
+        "port. * is all, without credentials.",
     )
     workers: int = _knob(
         0,
@@ -92,6 +101,12 @@ class Settings:
     send_buffer: int = _knob(
         16384, "bytes", "Kernel buffer a connection for what a client has not read (0: the kernel's own sizing).", most=1 << 26
     )
+    busy_send_buffer: int = _knob(
+        65536,
+        "bytes",
+        "The same while a client takes more than --send-buffer holds, in a replay or a busy stream (0: as --send-buffer).",
+        most=1 << 26,
+    )
 
     max_connections: int = _knob(0, "connections", "The process's limit; 0 takes what its limit on open files allows.")
     max_per_address: int = _knob(
@@ -115,7 +130,17 @@ class Settings:
     )
     send_timeout: float = _knob(30.0, "seconds", "A client that takes nothing for so long is closed; it resumes by its cursor.", least=0.1)
     backlog: int = _knob(
-        1 << 20, "bytes", "Messages that may wait for one client; beyond it is closed and resumes by its cursor.", least=1024
+        1 << 20,
+        "bytes",
+        "Messages that may wait for one client that has taken nothing for five seconds; beyond it is closed and resumes by its cursor.",
+        least=1024,
+    )
+    busy_backlog: int = _knob(
+        16 << 20,
+        "bytes",
+        "The same for a client that keeps taking: a whole batch (--max-batch) and what its framing adds. Waiting messages are shared "
+        "by all who wait for them.",
+        least=1024,
     )
 
     log: str = _knob("plain", "plain or json", "json is an object a line, tracebacks included.")
@@ -162,6 +187,10 @@ def objection(settings: Settings, hosts: Sequence[str] = ()) -> str | None:
         networks(settings.trusted_proxies)
     except ValueError as error:
         return f"--trusted-proxies are addresses and networks, separated by commas: {error}."
+    try:
+        Origins(settings.origins)
+    except ValueError as error:
+        return f"--origins: {error}"
     for host in hosts or (settings.host,):
         loopback = host in ("localhost", "::1") or host.startswith("127.")
         if not settings.publish_key and not settings.open and not loopback:
@@ -217,7 +246,19 @@ def parse(arguments: Sequence[str], environ: Mapping[str, str] = os.environ) -> 
             parser.add_argument(flag, type=convert, nargs="?", const=True, metavar="on|off", default=default, help=text)
         else:
             parser.add_argument(flag, type=convert, metavar="TEXT" if kind is str else "N", default=default, help=text)
-    return Settings(**vars(parser.parse_args(arguments)))
+    parsed = parser.parse_args(arguments)
+    try:
+        parsed.host = _host(parsed.host)
+    except argparse.ArgumentTypeError as error:
+        parser.error(f"--host: {error}")
+    return Settings(**vars(parsed))
+
+
+def _host(text: str) -> str:
+    """A name or an address to listen on; an IPv6 address without the brackets that it has in a URL."""
+    if text.startswith(("unix:", "/")):
+        raise argparse.ArgumentTypeError(f"{text!r} is a Unix socket, which is not supported yet: name a host or an address")
+    return text[1:-1] if text.startswith("[") and text.endswith("]") else text
 
 
 def _of_variable(parser: argparse.ArgumentParser, name: str, text: str, convert: Callable[[str], Any]) -> Any:

@@ -17,6 +17,7 @@ missed something: the subscriber holds again and asks its hub for the same kind 
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from time import monotonic
 from typing import NamedTuple, Protocol
 
 from gevent.event import Event
@@ -24,6 +25,10 @@ from gevent.event import Event
 from comet.framing import Batch, Framing, portions
 from comet.history import Joined
 from comet.message import FOREIGN, Cursor, Gap, Item, Message, Position, Since
+
+TAKING = 5.0
+"""Seconds since a client took something last, within which it keeps taking. Three hundred readers of one burst on a busy machine each
+wait for seconds for their turn."""
 
 FRAMING = 100
 """Bytes a message is counted in a backlog beside its data: about what its framing adds. What waits is
@@ -41,10 +46,14 @@ class Wish(NamedTuple):
 
 
 class Home(Protocol):
-    """The hub, as far as a subscriber knows it. `backlog` is the bytes of messages that may wait for one
-    client (see `FRAMING`; a replay is not counted, since history bounds it)."""
+    """The hub, as far as a subscriber knows it.
+
+    `backlog` is the bytes of messages that may wait for one client, `busy_backlog` those that may wait for one that keeps taking
+    (see `FRAMING`; a replay is not counted, since history bounds it).
+    """
 
     backlog: int
+    busy_backlog: int
 
     def leave(self, subscriber: "Subscriber", reason: str) -> None: ...
     def resync(self, subscriber: "Subscriber") -> None: ...
@@ -205,6 +214,11 @@ class Subscriber:
         finally:
             self.close()
 
+    def took(self) -> None:
+        """Note that the client's connection has taken some of what is being sent."""
+        if isinstance(self.host, Awake):
+            self.host.took = monotonic()
+
     def close(self, reason: str | None = None) -> None:
         """Leave the hub, for good; the reason it was ended for comes first. WSGI calls this however an
         answer ends; a second call does nothing."""
@@ -218,14 +232,16 @@ class Subscriber:
 class Awake:
     """What waits for a client that has a greenlet. `patience` is how many seconds a silence lasts before
     a heartbeat (a stream) or an empty answer (a poll), None for ever; `offered` is where the queue
-    ends, by channel; `reason` is None until it is ended."""
+    ends, by channel; `reason` is None until it is ended; `took` is when the client took something last, in seconds of the
+    monotonic clock."""
 
-    __slots__ = ("_bytes", "_held", "_queue", "_skipped", "offered", "patience", "ready", "reason", "waker")
+    __slots__ = ("_bytes", "_held", "_queue", "_skipped", "offered", "patience", "ready", "reason", "took", "waker")
 
     def __init__(self, patience: float | None, offered: dict[str, Position]) -> None:
         self.patience = patience
         self.offered = offered
         self.reason: str | None = None
+        self.took = monotonic()
         self._bytes = 0
         self.ready: bytes | None = None
         """Bytes to be sent before all that can be taken, as a batch has made them for others like this one:
@@ -307,7 +323,8 @@ class Awake:
 
     def _fits(self, subscriber: Subscriber, message: Message) -> bool:
         self._bytes += _size(message)
-        if self._bytes <= subscriber.home.backlog:
+        home = subscriber.home
+        if self._bytes <= home.backlog or (self._bytes <= home.busy_backlog and monotonic() - self.took <= TAKING):
             return True
         self._queue.clear()
         self.end(subscriber, "backlog-bytes")
@@ -338,6 +355,7 @@ class Awake:
             event.wait(timeout)
             self.waker = None
         items, self._queue = self._queue, []
+        self.took = monotonic()
         self._bytes = sum(map(_size, self._held or ()))
         return items if items or self.reason is None else None
 

@@ -11,16 +11,17 @@ from typing import Any, Final, NamedTuple
 from bottle import Bottle, HTTPError, HTTPResponse, request, response
 
 from comet.errors import Refusal
+from comet.origins import Origins
 from comet.subscriber import Wish
 from handlers import channels, health, metabrew, page, poll, publish, stream, users
-from handlers.params import NO_STORE, Asked, Context, allowed_origin, answer, check_origin, check_publish_key, encode, origin, refuse, wait
+from handlers.params import NO_STORE, Asked, Context, answer, check_origin, check_publish_key, encode, headers_of, origin, refuse, wait
 
 Handler = Callable[..., Any]
 
 
 class Route(NamedTuple):
     """One row. `secret`: needs the publish key although it is a GET. `waits`: its handler only reads an
-    `Asked` into a `Wish`, and the hub subscribes; it has no HEAD, since that would subscribe. `brief`: its
+    `Asked` into a `Wish`, and the hub subscribes; to HEAD it answers the headers alone, and nobody does. `brief`: its
     handler takes no more than an `Asked`, and answers a document."""
 
     method: str
@@ -74,21 +75,22 @@ _DETAILS = {
 
 def mount(application: Bottle, context: Context) -> None:
     """Put the URL table on `application`."""
+    origins = Origins(context.settings.origins)
     methods: dict[str, set[str]] = {}
     for route in ROUTES:
         names = methods.setdefault(route.path, {"OPTIONS"})
         names.add(route.method)
-        if route.method == "GET" and not route.waits:
+        if route.method == "GET":
             names.add("HEAD")  # bottle runs the GET and drops the body
         short = {"waiter": route.handler} if route.waits else {"brief": route.handler} if route.brief else {}
-        application.route(route.path, route.method, _guarded(route, context), **short)
+        application.route(route.path, route.method, _guarded(route, context, origins), **short)
     for path, names in methods.items():
         allow = ", ".join(sorted(names))
         application.route(path, "OPTIONS", _options(allow))
         application.route(path, sorted(METHODS - names), _wrong_method(allow, context))
     application.default_error_handler = lambda error: _error(error, context)
-    if context.settings.origins:
-        application.add_hook("after_request", lambda: _allow_origin(context))
+    if origins:
+        application.add_hook("after_request", lambda: _tell_browser(origins))
 
 
 def reader(application: Bottle, context: Context) -> Callable[[str, Mapping[str, str], str | None], Wish | None]:
@@ -112,10 +114,11 @@ def caller(application: Bottle, context: Context) -> Callable[[str, str, bytes],
     answers; None where bottle has to."""
     look_up = _short(application, "POST", "brief")
     settings = context.settings
+    plain = not Origins(settings.origins)  # else there are headers to add
 
     def call(path: str, authorization: str, body: bytes) -> Callable[[], Reply] | None:
         found = look_up(path)
-        if found is None or len(body) > settings.max_body or settings.origins:
+        if found is None or len(body) > settings.max_body or not plain:
             return None
         handler, arguments = found
 
@@ -157,7 +160,7 @@ def _short(application: Bottle, method: str, kind: str) -> Callable[[str], tuple
     return look_up
 
 
-def _guarded(route: Route, context: Context) -> Handler:
+def _guarded(route: Route, context: Context, origins: Origins) -> Handler:
     """The route's handler behind its checks; what it refuses becomes an answer."""
     writes = route.method != "GET"
     needs_key = writes or route.secret
@@ -166,11 +169,12 @@ def _guarded(route: Route, context: Context) -> Handler:
     def call(**arguments: str) -> Any:
         try:
             if writes:
-                check_origin(context.settings)
+                check_origin(origins)
             if needs_key:
                 check_publish_key(context.settings, request.headers.get("Authorization", ""))
             if route.waits:
-                return wait(context.hub.subscribe(handler(context, Asked.now(), **arguments)))
+                wish: Wish = handler(context, Asked.now(), **arguments)
+                return headers_of(wish.framing) if request.method == "HEAD" else wait(context.hub.subscribe(wish))
             if route.brief:
                 return answer(handler(context, Asked.now(), **arguments))
             return handler(context, **arguments)
@@ -210,16 +214,7 @@ def _error(error: HTTPError, context: Context) -> bytes:
     return body
 
 
-def _allow_origin(context: Context) -> None:
-    """CORS headers on every answer to a page of an allowed origin, a refusal included."""
-    origin = request.headers.get("Origin")
-    allowed = None if origin is None else allowed_origin(context.settings, origin)
-    response.add_header("Vary", "Origin")
-    if allowed is None:
-        return
-    response.set_header("Access-Control-Allow-Origin", allowed)
-    response.set_header("Access-Control-Expose-Headers", "Comet-Cursor, Retry-After, X-Request-ID")
-    if request.method == "OPTIONS":
-        response.set_header("Access-Control-Allow-Methods", "GET, POST, PUT, DELETE")
-        response.set_header("Access-Control-Allow-Headers", "Authorization, Content-Type, Idempotency-Key, Last-Event-ID")
-        response.set_header("Access-Control-Max-Age", "600")
+def _tell_browser(origins: Origins) -> None:
+    """Set the CORS headers of every answer, a refusal included."""
+    for name, value in origins.headers(request.headers.get("Origin", ""), preflight=request.method == "OPTIONS"):
+        response.set_header(name, value)

@@ -9,14 +9,15 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import msgspec
 from bottle import HTTPResponse, request, response
 
 from comet import log as logs
 from comet.errors import Refusal
+from comet.framing import Framing, json_line
 from comet.hub import Hub
 from comet.log import Origin
 from comet.message import Since, parse_cursor
+from comet.origins import Origins
 from comet.settings import Settings
 from comet.stats import Stats
 from comet.subscriber import Subscriber
@@ -67,8 +68,8 @@ class Context(NamedTuple):
 
 
 def encode(document: Any) -> bytes:
-    """A JSON document, on one line."""
-    return msgspec.json.encode(document) + b"\n"
+    """A JSON document and a newline, on one line (`json_line`)."""
+    return json_line(document) + b"\n"
 
 
 def answer(document: Any, status: int = 200) -> HTTPResponse:
@@ -111,6 +112,14 @@ def wait(subscriber: Subscriber) -> Iterable[bytes]:
     return subscriber if park is None else park(subscriber)
 
 
+def headers_of(framing: Framing) -> Iterable[bytes]:
+    """The answer to a HEAD of a request that would wait: the headers of its answer, without where it starts, since nothing is
+    subscribed to."""
+    for name, value in framing.headers(None):
+        response.set_header(name, value)
+    return iter((b"\n",))  # which bottle drops; of an answer that is empty it would say a length, 0
+
+
 def since(asked: Asked, channels: Sequence[str]) -> Sequence[Since]:
     """Where the client wants to start: Last-Event-ID wins over ?since=, because an EventSource that
     reconnects sends its first URL again. Neither: now. Raises Refusal ``bad-cursor``."""
@@ -129,9 +138,18 @@ def number(asked: Asked, name: str, default: float, most: float) -> float:
     return value
 
 
+def check_content_encoding() -> None:
+    """Raises Refusal ``bad-content-encoding`` if the request's body is compressed, or else not what it stands for. Whoever reads
+    a body asks this first: such bytes may be valid text by chance, and a small body may decode to a very large one."""
+    codings = {one.strip().lower() for one in request.headers.get("Content-Encoding", "").split(",")}
+    if codings - {"", "identity"}:
+        raise Refusal("bad-content-encoding", "A body is taken as it is: send it without Content-Encoding (or as 'identity').")
+
+
 def body(most: int) -> bytes:
-    """The request's body, at most `most` bytes. Raises Refusal ``body-too-large``, before reading it
+    """The request's body, at most `most` bytes. Raises Refusal ``bad-content-encoding``, and ``body-too-large`` before reading it
     where its length is known."""
+    check_content_encoding()
     too_large = Refusal("body-too-large", f"A body here has at most {most} bytes; send less, or in parts.")
     if request.content_length > most:
         raise too_large
@@ -145,7 +163,8 @@ def body(most: int) -> bytes:
 
 def pieces(size: int) -> Iterator[bytes]:
     """The request's body of any length, as it comes, in pieces of at most `size` bytes. Each piece has the time
-    that a body has, since who sends much is kept waiting by who takes it."""
+    that a body has, since who sends much is kept waiting by who takes it. Raises Refusal ``bad-content-encoding``."""
+    check_content_encoding()
     environ = request.environ
     left = None if environ.get("wsgi.input_terminated") else max(0, request.content_length)
     again = environ.get("comet.more_time", lambda: None)
@@ -192,15 +211,9 @@ def check_publish_key(settings: Settings, authorization: str) -> None:
         raise Refusal("unauthorized", "This needs the publish key: send it as 'Authorization: Bearer KEY'.")
 
 
-def check_origin(settings: Settings) -> None:
+def check_origin(origins: Origins) -> None:
     """Raises Refusal ``origin-refused`` for a page of an origin that may not write here: a browser
     would send a simple POST to any address its user can reach, loopback included."""
     origin = request.headers.get("Origin")
-    if origin is not None and allowed_origin(settings, origin) is None and origin.partition("://")[2] != request.headers.get("Host"):
+    if origin is not None and not origins.allow(origin) and origin.partition("://")[2] != request.headers.get("Host"):
         raise Refusal("origin-refused", f"Pages of {origin[:200]} may not publish here; --origins names those that may.")
-
-
-def allowed_origin(settings: Settings, origin: str) -> str | None:
-    """What Access-Control-Allow-Origin says to `origin`; None when --origins does not have it."""
-    allowed = [one.strip() for one in settings.origins.split(",")]
-    return "*" if "*" in allowed else origin if origin in allowed else None

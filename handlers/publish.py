@@ -8,7 +8,7 @@ from bottle import HTTPResponse, request
 from comet.errors import Refusal
 from comet.message import DEFAULT_TYPE, Publication, Receipt, check_channel, check_type
 from comet.turn import give_way
-from handlers.params import Context, answer, answer_bytes, body, check_key, idempotency_key, text_body
+from handlers.params import Context, answer, answer_bytes, body, check_key, encode, idempotency_key, text_body
 
 SLICE = 200
 """Lines of a batch that are published before other greenlets have a turn."""
@@ -27,7 +27,6 @@ class Line(msgspec.Struct, forbid_unknown_fields=True):
 
 
 _decode = msgspec.json.Decoder(Line).decode
-_encode = msgspec.json.Encoder().encode
 
 
 def one(context: Context, channel: str) -> HTTPResponse:
@@ -68,7 +67,7 @@ def _publish(context: Context, lines: list[bytes]) -> list[bytes]:
         result = one if isinstance(one, Refusal) else next(answers)
         if isinstance(result, Refusal):
             context.stats.refused[result.slug] += 1
-        results.append(_encode(_document(result)) + b"\n")
+        results.append(encode(_document(result)))
     return results
 
 

@@ -25,7 +25,7 @@ class Connection:
 
     def __init__(self, target: Target, client: int, timeout: float = 60.0) -> None:
         self._target = target
-        self._sock = socket.socket()
+        self._sock = socket.socket(target.family)
         self._data = b""
         try:
             self._sock.settimeout(timeout)

@@ -20,7 +20,7 @@ from weakref import WeakKeyDictionary
 import gevent
 from locust import runners
 from locust.env import Environment
-from locust.runners import MasterRunner, Runner, WorkerRunner
+from locust.runners import LocalRunner, MasterRunner, Runner, WorkerRunner
 
 from comet.kernel import limits
 from comet.kernel.processes import die_with_parent, give_way
@@ -357,5 +357,10 @@ def set_up(environment: Environment, runner: Runner, **_: Any) -> None:
                 log.info("a load process can't have SCHED_BATCH: %s", error)
     if not isinstance(runner, WorkerRunner):
         Master(environment, runner)
-    if not isinstance(runner, MasterRunner):
+    if isinstance(runner, LocalRunner):
+        try:
+            Worker(environment, runner)
+        except (ValueError, OSError) as error:  # which Locust would log, and go on without
+            raise SystemExit(str(error)) from None
+    elif not isinstance(runner, MasterRunner):
         Worker(environment, runner)

@@ -1,5 +1,7 @@
 """What a load test is asked to do: Locust's own flags and these. Neighbours: `loadtest.locustfile`, `loadtest.control`."""
 
+import ipaddress
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -94,12 +96,23 @@ def sequels(text: str) -> list[str]:
 
 
 def target(host: str | None, sources: str) -> Target:
-    """Of Locust's --host. Raises ValueError."""
-    parts = urlsplit(host if host and "//" in host else f"//{host or '127.0.0.1:8000'}")
+    """Of Locust's --host and of --sources. Raises ValueError, and OSError where the host has no address."""
+    text = host or "127.0.0.1:8000"
+    if text.startswith("unix:"):
+        raise ValueError(f"--host {text}: a Unix socket is not supported yet, name a host and a port")
+    try:
+        parts = urlsplit(text if "//" in text else f"//{text}")
+        port = parts.port or 80
+    except ValueError as error:
+        raise ValueError(f"--host {text}: {error}; it is a URL such as http://server:8000 or http://[::1]:8000") from None
     if parts.scheme not in ("", "http") or parts.path.strip("/") or parts.query:
-        raise ValueError(f"--host {host}: load tests speak plain HTTP, to the root of a server")
+        raise ValueError(f"--host {text}: load tests speak plain HTTP, to the root of a server")
     name = parts.hostname or "127.0.0.1"
-    return Target(resolve(name), parts.port or 80, tuple(filter(None, sources.split(","))), called=name)
+    found = Target(resolve(name), port, tuple(filter(None, (one.strip().strip("[]") for one in sources.split(",")))), called=name)
+    for source in found.sources:
+        if ipaddress.ip_address(source).version != (6 if found.family == socket.AF_INET6 else 4):
+            raise ValueError(f"--sources {source}: the server is at {found.host}, and addresses to connect from are of its kind")
+    return found
 
 
 def masks(those: Sequence[Endpoint]) -> tuple[list[bool], list[bool]]:

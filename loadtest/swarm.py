@@ -79,7 +79,7 @@ _AT_ONCE = frozenset((0, errno.EINPROGRESS))
 @dataclass(frozen=True)
 class Target:
     """Where clients connect to, and from which addresses. None given: on loopback 127.1.0.1 and on, `per_address` clients
-    each; else what the system chooses."""
+    each; else what the system chooses. IPv6 has one loopback address, ::1, for all clients."""
 
     host: str
     port: int
@@ -91,7 +91,13 @@ class Target:
     @cached_property
     def name(self) -> str:
         """For the Host header."""
-        return f"{self.called or self.host}:{self.port}"
+        host = self.called or self.host
+        return f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}"
+
+    @cached_property
+    def family(self) -> socket.AddressFamily:
+        """AF_INET6 or AF_INET, as `host` is."""
+        return socket.AF_INET6 if ":" in self.host else socket.AF_INET
 
     def source(self, client: int) -> str:
         """The address of the client with this number in the whole test; "" where the system may choose."""
@@ -231,11 +237,11 @@ class Swarm:
 
     def _socket(self, client: int) -> _socket.socket:
         """One that is bound to the client's address. Raises OSError."""
-        sock = _socket.socket(_socket.AF_INET, _socket.SOCK_STREAM | _socket.SOCK_NONBLOCK)
+        sock = _socket.socket(self.target.family, _socket.SOCK_STREAM | _socket.SOCK_NONBLOCK)
         source = self.target.source(self._users[client])
         try:
             if source:
-                sock.setsockopt(_socket.IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, 1)
+                sock.setsockopt(_socket.IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, 1)  # in force for IPv6 too
                 sock.bind((source, 0))
         except OSError:
             sock.close()
@@ -452,5 +458,7 @@ def _name(error: OSError) -> str:
 
 
 def resolve(host: str) -> str:
-    """An IPv4 address of a host."""
-    return socket.gethostbyname(host)
+    """Return an address of `host`, a name or an address: IPv4 where it has one, else IPv6. Raises OSError, and ValueError for
+    what can't be a name. May block."""
+    found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    return str(min(found, key=lambda one: one[0] != socket.AF_INET)[4][0])

@@ -28,6 +28,19 @@ HALF_A_POST = b"POST /publish/a HTTP/1.1\r\nHost: test\r\nContent-Length: 4\r\n\
 """A publication on channel a of which ``dy`` is still to come."""
 
 
+def _has_ipv6() -> bool:
+    with socket.socket(socket.AF_INET6) as probe:
+        try:
+            probe.bind(("::1", 0))
+        except OSError:
+            return False
+    return True
+
+
+HAS_IPV6 = _has_ipv6()
+"""Whether this machine has IPv6 on loopback: some containers do not."""
+
+
 def wait_until(condition: Callable[[], Any], timeout: float = TIMEOUT) -> Any:
     """The first true answer of `condition`; AssertionError after `timeout` seconds."""
     deadline = time.monotonic() + timeout

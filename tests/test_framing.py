@@ -1,12 +1,14 @@
 """Bytes of each framing, read back by parsers of our own."""
 
 import json
+import random
+import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import pytest
 
-from comet.framing import LINES, POLL, PORTION, TEXT, Batch, Framing, ServerSentEvents, Text, batch_json, message_json, portions
+from comet.framing import LINES, POLL, PORTION, TEXT, Batch, Framing, ServerSentEvents, Text, batch_json, json_line, message_json, portions
 from comet.history import History
 from comet.message import Cursor, Gap, Item, Message, Position, parse_cursor
 
@@ -141,6 +143,32 @@ def test_every_body_survives_as_json_on_one_line() -> None:
     several = LINES.encode(messages, at(Position(0xABC, 0), Position(7, 7)))
     assert [json.loads(piece) for piece in several] == [{**document(message), "cursor": f"{message.id}.7-7"} for message in messages]
     assert all(piece.count(b"\n") == 1 and piece.endswith(b"}\n") for piece in several)
+
+
+SEPARATORS = [chr(point) for point in range(sys.maxunicode + 1) if len(f"a{chr(point)}b".splitlines()) > 1]
+"""Every character at which Python's line readers end a line, those of requests and httpx among them."""
+
+
+def test_line_readers_split_at_what_this_file_thinks_they_do() -> None:
+    assert [ord(one) for one in SEPARATORS] == [10, 11, 12, 13, 0x1C, 0x1D, 0x1E, 0x85, 0x2028, 0x2029]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_reader_finds_a_line_end_within_a_line(seed: int) -> None:
+    rng = random.Random(seed)
+    # among them what has a separator's bytes in part: U+00C2, U+2027, U+202A, U+0145 (its second byte is 85), U+1F4A8
+    others = ["a", "\\", '"', "\u2027", "\u202a", "\xc2", "\u0145", "\U0001f4a8", "\x84", "\x86", "\x7f", "\ufeff"]
+    bodies = SEPARATORS + ["".join(rng.choices(SEPARATORS + others, k=rng.randrange(1, 40))) for _ in range(50)]
+    messages = log("a", 1, *bodies)
+    expected = [document(message) for message in messages]
+    start = Position(1, 0)
+    for cursor in (at(start), at(start, Position(7, 7))):
+        lines = joined(LINES, messages, cursor).decode().splitlines()
+        assert [{name: json.loads(line)[name] for name in expected[0]} for line in lines] == expected
+    (answer,) = POLL.encode(messages, at(start))
+    for one in (answer, batch_json("1-1", False, messages), json_line({"messages": expected})):
+        (line,) = one.decode().splitlines()
+        assert json.loads(line)["messages"] == expected
 
 
 def test_a_line_says_a_gap_and_heartbeats_are_empty_lines() -> None:

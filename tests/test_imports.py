@@ -11,7 +11,7 @@ import pytest
 from tests.harness import ROOT
 
 SPOKEN = {"comet.errors", "comet.message"}
-SERVER = {"comet.errors", "comet.log", "comet.settings", "comet.stats", "comet.kernel", "comet.server", "comet.turn"}
+SERVER = {"comet.errors", "comet.log", "comet.origins", "comet.settings", "comet.stats", "comet.kernel", "comet.server", "comet.turn"}
 HUB = {*SPOKEN, "comet.backplane", "comet.fanout", "comet.framing", "comet.history", "comet.stats", "comet.subscriber", "comet.turn"}
 PROCESSES = {"comet.board", "comet.kernel", "comet.settings"}
 REDIS = {
@@ -20,7 +20,7 @@ REDIS = {
 }  # fmt: skip
 HANDLER = {
     "comet.hub", "comet.message", "comet.framing", "comet.subscriber", "comet.stats", "comet.settings", "comet.errors", "comet.turn",
-    "comet.subscriptions", "comet.subscriptions_redis", "comet.log", "handlers.params",
+    "comet.subscriptions", "comet.subscriptions_redis", "comet.log", "comet.origins", "handlers.params",
 }  # fmt: skip
 """A handler speaks to the hub; it knows neither the backplane nor the server."""
 
@@ -37,7 +37,8 @@ ALLOWED: dict[str, set[str]] = {
     "comet.systemd": {"comet.kernel.stock"},
     "comet.database": set(),
     "comet.errors": set(),
-    "comet.settings": set(),
+    "comet.origins": set(),
+    "comet.settings": {"comet.origins"},
     "comet.stats": set(),
     "comet.turn": set(),
     "comet.permit": {"comet.turn"},

@@ -250,3 +250,13 @@ def test_without_anything_due_nothing_is_walked(parking: Parking, monkeypatch: p
     parking.take(descriptor)
     os.close(descriptor)
     client.close()
+
+
+def test_a_wait_beyond_ten_seconds_takes_no_appointment(parking: Parking) -> None:
+    for patience, appointments in ((None, 0), (module.SHORT + 1, 0), (module.SHORT, 1), (0.1, 1)):
+        client, descriptor = pair()
+        parking.sleep(descriptor, "", Sleeper(Framing(b":\n")), patience)  # type: ignore[arg-type]
+        assert len(parking._appointments) == appointments
+        parking.take(descriptor)
+        os.close(descriptor)
+        client.close()

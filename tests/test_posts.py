@@ -33,7 +33,7 @@ def strictly(data: bytes) -> Asked | None:
         return None
     if head is None or head.length != len(buffer) or (head.method, head.version) != ("POST", "HTTP/1.1") or not head.keep_alive:
         return None
-    if head.query or head.expects_continue or {"origin", "idempotency-key"} & set(head.headers):
+    if head.query or head.expects_continue or {"origin", "idempotency-key", "content-encoding"} & set(head.headers):
         return None
     return head.path, head.headers.get("authorization", ""), bytes(buffer)
 
@@ -79,6 +79,8 @@ OTHERS = {
     "an expectation": PLAIN.replace(b"Host: x", b"Host: x\r\nExpect: 100-continue"),
     "an origin": PLAIN.replace(b"Host: x", b"Host: x\r\nOrigin: https://x"),
     "an idempotency key": PLAIN.replace(b"Host: x", b"Host: x\r\nIdempotency-Key: k"),
+    "a coding": PLAIN.replace(b"Host: x", b"Host: x\r\nContent-Encoding: gzip"),
+    "a coding in capitals": PLAIN.replace(b"Host: x", b"Host: x\r\nCONTENT-ENCODING: identity"),
     "a close": PLAIN.replace(b"Host: x", b"Host: x\r\nConnection: close"),
     "no host": PLAIN.replace(b"Host: x", b"A: b"),
     "a fold": PLAIN.replace(b"Host: x", b"Host: x\r\nA: b\r\n c"),
@@ -117,7 +119,7 @@ LINES = [
 HEADERS = [
     b"Host: x", b"Host: a b", b"Content-Length: 0", b"Content-Length: 3", b"Content-Length: 03", b"content-length:3", b"Transfer-Encoding: chunked",
     b"Connection: close", b"Connection: upgrade", b"Upgrade: h2c", b"Origin: x", b"Expect: 100-continue", b"Authorization: Bearer k", b" folded",
-    b"Idempotency-Key: k", b"no colon", b"X: \xff", b"X: a\x00b", b"X:y\rz", b"POST /x HTTP/1.1",
+    b"Idempotency-Key: k", b"Content-Encoding: br", b"no colon", b"X: \xff", b"X: a\x00b", b"X:y\rz", b"POST /x HTTP/1.1",
 ]  # fmt: skip
 BODIES = [b"", b"abc", b"abcd", b"\r\n\r\n", b"POST /send/7 HTTP/1.1\r\nHost: x\r\n\r\n"]
 

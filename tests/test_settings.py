@@ -67,11 +67,31 @@ def test_workers_may_be_left_to_the_service() -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "host"), [("[::1]", "::1"), ("::1", "::1"), ("[::]", "::"), ("localhost", "localhost"), ("[::1", "[::1"), ("", "")]
+)
+def test_an_ipv6_address_may_have_the_brackets_of_a_url(text: str, host: str) -> None:
+    assert parse(["--host", text], {}).host == parse([], {"COMET_HOST": text}).host == host
+
+
+@pytest.mark.parametrize("text", ["unix:/run/comet.sock", "unix:comet.sock", "unix:", "/run/comet.sock"])
+def test_a_unix_socket_is_not_supported_yet_and_that_is_said(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, environ in ((["--host", text], {}), ([], {"COMET_HOST": text})):
+        with pytest.raises(SystemExit) as ended:
+            parse(arguments, environ)
+        assert ended.value.code == 2
+        sentence = capsys.readouterr().err.splitlines()[-1]
+        assert sentence.startswith("app.py: error: --host: ")
+        assert "not supported yet" in sentence
+
+
+@pytest.mark.parametrize(
     ("flags", "safe"),
     [
         ([], True),
         (["--host", "localhost"], True),
         (["--host", "::1"], True),
+        (["--host", "[::1]"], True),
+        (["--host", "[::]"], False),
         (["--host", "0.0.0.0"], False),
         (["--host", ""], False),
         (["--host", "0.0.0.0", "--open"], True),

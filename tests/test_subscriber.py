@@ -9,7 +9,7 @@ import pytest
 from comet.framing import LINES, POLL, PORTION, TEXT, Batch, Framing, ServerSentEvents
 from comet.history import History, Joined
 from comet.message import Gap, Item, Message, Position, Since
-from comet.subscriber import FRAMING, Awake, Subscriber
+from comet.subscriber import FRAMING, TAKING, Awake, Subscriber
 from tests.harness import TIMEOUT, wait_until
 
 EPOCH = 5
@@ -19,10 +19,13 @@ NOW = Position(EPOCH, 0)
 class Client:
     """A subscriber, and the home that it asks."""
 
-    def __init__(self, *channels: str, framing: Framing = LINES, patience: float | None = None, backlog: int = 1 << 20) -> None:
+    def __init__(
+        self, *channels: str, framing: Framing = LINES, patience: float | None = None, backlog: int = 1 << 20, busy_backlog: int = 0
+    ) -> None:
         self.resyncs: list[Subscriber] = []
         self.closes: list[tuple[Subscriber, str]] = []
         self.backlog = backlog
+        self.busy_backlog = busy_backlog or backlog
         self.subscriber = Subscriber(channels or ("a",), framing, self, Awake(patience, {}))
 
     def leave(self, subscriber: Subscriber, reason: str) -> None:
@@ -246,6 +249,29 @@ def test_a_client_that_takes_nothing_is_closed_when_its_backlog_is_full() -> Non
     client.offer(messages[4])
     assert client.take(0) is None
     assert str(client.subscriber.cursor) == "5-0"  # it resumes where it stood
+
+
+def test_a_client_that_keeps_taking_may_have_more_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("comet.subscriber.monotonic", lambda: now[0])
+    client, messages = Client(backlog=3 * (FRAMING + 1), busy_backlog=6 * (FRAMING + 1)).join_now(), log(8)
+    client.offer(*messages[:5])
+    now[0] += TAKING + 1
+    client.subscriber.took()  # its connection has taken some of what is being sent
+    client.offer(messages[5])
+    assert client.reason is None
+    client.offer(messages[6])
+    assert client.reason == "backlog-bytes"
+
+
+def test_a_client_that_took_something_long_ago_may_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("comet.subscriber.monotonic", lambda: now[0])
+    client, messages = Client(backlog=3 * (FRAMING + 1), busy_backlog=6 * (FRAMING + 1)).join_now(), log(8)
+    client.offer(*messages[:3])
+    now[0] += TAKING + 1
+    client.offer(messages[3])
+    assert client.reason == "backlog-bytes"
 
 
 def test_a_client_that_takes_has_its_backlog_back() -> None:

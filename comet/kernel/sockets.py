@@ -7,6 +7,7 @@ import ctypes
 import os
 import select
 import socket
+from typing import Any
 
 from comet.kernel.limits import BACKLOG
 from comet.kernel.stock import stock
@@ -57,13 +58,23 @@ def _raise() -> None:
     raise OSError(number, os.strerror(number))
 
 
+def _look_up(host: str, port: int) -> tuple[int, int, int, str, tuple[Any, ...]]:
+    """The address to listen on, as getaddrinfo has it. Raises OSError, also for what can't be a name: met in gevent's thread pool that
+    would be a traceback in the log."""
+    try:
+        host.encode("idna")
+    except UnicodeError as error:
+        raise OSError(f"that is no name of a host ({error})") from None
+    return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+
+
 def listen(host: str, port: int, send_buffer: int = 0, unacknowledged: float = 0.0, reuse_port: bool = False) -> socket.socket:
     """A listening TCP socket on `host` (a name or an address, IPv4 or IPv6) and `port` (0: any).
 
     `send_buffer` and `unacknowledged`: see `tune`. With `reuse_port` others of this user may listen on the same
     port, and the kernel spreads connections over them. Raises OSError.
     """
-    family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    family, kind, proto, _, address = _look_up(host, port)
     listener = socket.socket(family, kind, proto)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -99,7 +110,7 @@ def listen_together(host: str, port: int, count: int, send_buffer: int = 0, unac
     connections. A port that somebody listens on already is refused, although SO_REUSEPORT would let a
     second service of the same user take half of its connections. Raises OSError."""
     if port:
-        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        family, kind, proto, _, address = _look_up(host, port)
         with socket.socket(family, kind, proto) as alone:
             alone.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             alone.bind(address)

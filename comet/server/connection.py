@@ -27,9 +27,10 @@ from gevent.pywsgi import WSGIHandler
 from comet import log as logs
 from comet.errors import Refusal
 from comet.log import Origin, Roll
+from comet.origins import Origins
 from comet.server.blocks import Lifted
 from comet.server.body import RequestBody
-from comet.server.http import Head, split_head
+from comet.server.http import Head, origin_in, split_head
 from comet.server.parking import Sleeper
 from comet.server.posts import Call, Posts
 from comet.server.proxies import Behind, Proxies, Proxy
@@ -42,6 +43,9 @@ _NO_BODY = io.BytesIO()
 _ID = re.compile(r"[A-Za-z0-9._:+/=@-]{1,128}")
 """An X-Request-ID that goes on into logs and answers."""
 
+DOOR_SECONDS = 1.0
+"""How long the head of a request that will be refused at the door is waited for."""
+
 log = logging.getLogger("comet.server")
 
 
@@ -53,6 +57,7 @@ class Owner(Host, Protocol):
     posts: Posts | LongWay
     proxies: Proxies | None
     roll: Roll | None
+    origins: Origins
     hibernate: bool
     draining: bool
     closing: bool
@@ -92,6 +97,8 @@ class Connection(Transport, WSGIHandler):
         """Whose answer is under way, when it is a subscriber's."""
         self.command = self.path = ""
         self._address = self._request_id = ""
+        self._web_origin = ""
+        """The Origin header of the request that was read last, as far as it was read."""
 
     # -- the connection
 
@@ -135,6 +142,7 @@ class Connection(Transport, WSGIHandler):
             try:
                 head = self.asked or self._read_head(self.fresh)
             except Refusal as refusal:
+                self._web_origin = origin_in(self.buffer)  # refused before it was taken off there
                 self.answer_refusal(refusal)
                 return True
             self.fresh = False
@@ -213,6 +221,8 @@ class Connection(Transport, WSGIHandler):
     def turn_away(self, refusal: Refusal) -> None:
         """Answer a connection that is not let in, and close it."""
         try:
+            self._read_head_at_door()
+            self._web_origin = origin_in(self.buffer)
             self.answer_refusal(refusal)
             self.linger()
         except OSError:
@@ -220,6 +230,21 @@ class Connection(Transport, WSGIHandler):
         finally:
             self.close()
             self.server.refusing -= 1
+
+    def _read_head_at_door(self) -> None:
+        """Read the head of a request that will not be served, because the form of the refusal depends on its headers.
+
+        Reads for at most `DOOR_SECONDS` and `--max-header` bytes; what has come by then is in the buffer. May block.
+        """
+        deadline = time.monotonic() + DOOR_SECONDS
+        try:
+            while b"\r\n\r\n" not in self.buffer and len(self.buffer) <= self.server.settings.max_header:
+                data = self.receive(deadline - time.monotonic())
+                if not data:
+                    return
+                self.buffer += data
+        except OSError:
+            pass  # its second is over, or it is gone: then the answer, which is counted, fails as well
 
     def refuse(self, refusal: Refusal) -> None:
         """Answer one that was let in and whose whole request was read elsewhere, and close it."""
@@ -244,7 +269,7 @@ class Connection(Transport, WSGIHandler):
             "Cache-Control: no-store",
             "Connection: close",
             f"X-Request-ID: {origin.request}",
-            *(f"{name}: {value}" for name, value in refusal.headers.items()),
+            *(f"{name}: {value}" for name, value in (*refusal.headers.items(), *self.server.origins.headers(self._web_origin))),
         ]
         self.send("\r\n".join(lines).encode() + b"\r\n\r\n" + body)
 
@@ -254,6 +279,7 @@ class Connection(Transport, WSGIHandler):
         """Run the application for one request and write what it answers."""
         self.server.stats.requests += 1
         self.command, self.path, self.request_version = head.method, head.target, head.version
+        self._web_origin = head.headers.get("origin", "")
         self.close_connection = not head.keep_alive
         self.status = None
         self.result = None
@@ -317,6 +343,11 @@ class Connection(Transport, WSGIHandler):
                 except OSError:
                     pass  # the client has gone as well, and who was to wait for it has to be released
 
+    def progress(self) -> None:
+        super().progress()
+        if self.parked is not None:
+            self.parked.took()
+
     def abandon(self, reason: str) -> None:
         """The answer can't be finished: end whoever waited behind it, and the connection. Before the subscriber is closed,
         which counts the reason."""
@@ -341,7 +372,7 @@ class Connection(Transport, WSGIHandler):
                 self.close_connection = True  # a stream's connection ends with it: its client may not be reading
             self.parked.close()
         self.parked = None
-        self._request_id = self._address = self.command = self.path = ""  # the next one is another's
+        self._request_id = self._address = self._web_origin = self.command = self.path = ""  # the next one is another's
         if self.server.proxies is not None and self.descriptor >= 0:
             self.network = self.server.rested(self.network)
 
@@ -487,6 +518,8 @@ class Connection(Transport, WSGIHandler):
 
     def finalize_headers(self) -> None:
         super().finalize_headers()
+        if self.command == "HEAD" and self.provided_content_length is None:  # pywsgi has measured what was left out
+            self.response_headers = [pair for pair in self.response_headers if pair[0] != b"Content-Length"]
         unframed = self.provided_content_length is None and not self.response_use_chunked and not hasattr(self.result, "__len__")
         if self.server.draining or (unframed and self.code not in (204, 304)) or self._body_is_left:
             self.close_connection = True

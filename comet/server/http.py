@@ -34,6 +34,7 @@ _BARE = re.compile(rb"\r(?!\n|\Z)|(?<!\r)\n|\x00")
 _FOLD = re.compile(rb"\n[ \t]")
 _HOST = re.compile(rb"[A-Za-z0-9._~%!$&'()*+,;=:\[\]-]*")
 _SIZE = re.compile(rb"[0-9A-Fa-f]+")
+_ORIGIN = re.compile(rb"\r\norigin:[ \t]*([!-~]*)[ \t]*\r\n", re.IGNORECASE)
 _ABSOLUTE = re.compile(rb"[hH][tT][tT][pP][sS]?://([^/?#]*)")
 
 
@@ -78,6 +79,14 @@ def split_head(buffer: bytearray, limit: int) -> Head | None:
     head = _parse(block)
     del buffer[: end + 4]
     return head
+
+
+def origin_in(data: bytes | bytearray) -> str:
+    """Return the Origin header in `data`, a head that was refused or is not all there; "" for none. Only for the answer to a
+    refusal, which tells the same to everybody: `split_head` is what judges a request."""
+    end = data.find(b"\r\n\r\n")
+    found = _ORIGIN.search(data, 0, len(data) if end < 0 else end + 2)
+    return found[1].decode() if found else ""
 
 
 def _request_line(line: bytes) -> tuple[str, bytes, str]:

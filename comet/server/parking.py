@@ -15,7 +15,8 @@ event loop watches the epoll. What can happen to a sleeper:
 Deadlines are a number a descriptor, and none needs a timer. Of each block of descriptors a bound is kept that
 none of its deadlines is before; a look at the bounds once a second finds the blocks with something due, and
 they are walked one by one over that second, so a million heartbeats never fire together. A process of which
-nobody has something due wakes once a second for it, and looks at twenty numbers.
+nobody has something due wakes once a second for it, and looks at twenty numbers. That is up to two seconds late, which is
+much for a wait of `SHORT` or less: those stand in `comet.server.appointments` instead, and one timer rings for the first.
 
 A descriptor has one owner. `take` unlinks it before a greenlet may have it, `_close` before it is
 closed; the close itself waits until the events at hand are done (`_bury`), so that the kernel can't
@@ -36,6 +37,7 @@ from gevent import get_hub, monkey
 from greenlet import getcurrent
 
 from comet.kernel.sockets import SILENCE, epoll, probe, silent
+from comet.server.appointments import Appointments
 
 _EVENTS = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET  # EPOLLHUP and EPOLLERR are always told
 _GONE = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
@@ -46,6 +48,9 @@ REQUEST_SIZE = 4096
 
 BLOCK = 1024
 """Descriptors that share a bound on their deadlines, and are walked together."""
+
+SHORT = 10.0
+"""Seconds of a wait that ends on time."""
 
 LOOK_SECONDS = 1.0
 """Between two looks for blocks with something due: a deadline is kept to this, and as much again while they are walked."""
@@ -90,6 +95,7 @@ class Sleeper(Protocol):
     def sleep(self, bed: Any, descriptor: int) -> None: ...
     def deliver(self, batch: Any) -> None: ...
     def gap(self, places: Any) -> Any: ...
+    def took(self) -> None: ...
     def end(self, reason: str) -> None: ...
     def close(self, reason: str | None = None) -> None: ...
     def __iter__(self) -> Iterator[bytes]: ...
@@ -146,6 +152,7 @@ class Parking:
         self._loop = self._hub.loop
         self._watcher = self._loop.io(self._epoll.fileno(), _READ, priority=self._loop.MAXPRI)
         self._watcher.start(self._notice)
+        self._appointments = Appointments(self._keep, self._loop)
         self._looker = self._loop.timer(LOOK_SECONDS, LOOK_SECONDS)
         self._looker.start(self._look_for_due)
         self._walker = self._loop.timer(WALK_SECONDS, WALK_SECONDS)
@@ -157,14 +164,14 @@ class Parking:
         asked for a sign of life, as a sleeper's is."""
         self._put(descriptor, subscriber, "")
         if subscriber.awake.patience is None:
-            self._set_deadline(descriptor, self._after(descriptor, None))
+            self._wait_for(descriptor, None)
 
     def wait(self, descriptor: int, awake: Any) -> bytes:
         """Block the greenlet of a watched subscriber until it has something to take, has ended, or its
         patience is over: its deadline stands in the table like a sleeper's, and costs no timer. Answers
         what is to be sent first."""
         if awake.patience is not None or self._deadlines[descriptor] == NEVER:  # a silence goes on
-            self._set_deadline(descriptor, self._after(descriptor, awake.patience))
+            self._wait_for(descriptor, awake.patience)
         awake.waker = partial(self._loop.run_callback, getcurrent().switch)
         awake.ready = b""
         self._hub.switch()
@@ -176,13 +183,13 @@ class Parking:
         """A subscriber with nothing waiting sleeps here from now on; it owns the descriptor."""
         self._put(descriptor, subscriber, network)
         subscriber.sleep(self, descriptor)
-        self._set_deadline(descriptor, self._after(descriptor, patience))
+        self._wait_for(descriptor, patience)
 
     def put(self, descriptor: int, subscriber: Sleeper, network: str, patience: float | None) -> None:
         """As `sleep`, for a subscriber whose host this has been from its start."""
         self._put(descriptor, subscriber, network)
         subscriber.descriptor = descriptor
-        self._set_deadline(descriptor, self._after(descriptor, patience))
+        self._wait_for(descriptor, patience)
 
     def idle(self, descriptor: int, network: str) -> None:
         """A kept-alive connection waits here for its next request."""
@@ -194,7 +201,7 @@ class Parking:
         subscriber.descriptor = descriptor
         self._owners[descriptor] = subscriber
         self._networks[descriptor] = network
-        self._set_deadline(descriptor, self._after(descriptor, patience))
+        self._wait_for(descriptor, patience)
 
     def _put(self, descriptor: int, owner: Sleeper | _Idle, network: str) -> None:
         owners = self._owners
@@ -215,12 +222,30 @@ class Parking:
         if deadline < self._soonest[descriptor // BLOCK]:
             self._soonest[descriptor // BLOCK] = deadline
 
-    def _after(self, descriptor: int, patience: float | None) -> int:
-        """The end of so many seconds; of a silence, if there is no end: any shorter one at first, so that those who came in the same
-        minute are looked at all through the next silences, not together."""
+    def _wait_for(self, descriptor: int, patience: float | None) -> None:
+        """Set the deadline so many seconds ahead; without an end, at the end of a silence: any shorter one at first, so that those
+        who came in the same minute are looked at all through the next silences, not together."""
         if patience is None:
-            return self._silence(descriptor, random.random() * SILENCE)
-        return _milliseconds() + int(patience * 1000)
+            self._set_deadline(descriptor, self._silence(descriptor, random.random() * SILENCE))
+        elif patience <= SHORT:
+            deadline = self._deadlines[descriptor] = _milliseconds() + int(patience * 1000)
+            self._appointments.make(descriptor, deadline)
+        else:
+            self._set_deadline(descriptor, _milliseconds() + int(patience * 1000))
+
+    def _keep(self, descriptor: int) -> None:
+        """Do what was to be done at this time, or take note of when it is now: a delivery puts the next heartbeat off."""
+        owner = self._owners[descriptor]
+        if owner is None:
+            return
+        now = self._now = _milliseconds()
+        if self._deadlines[descriptor] <= now:
+            self._do_due(descriptor, owner)
+        deadline = self._deadlines[descriptor]
+        if deadline <= now + SHORT * 1000:
+            self._appointments.make(descriptor, deadline)
+        else:
+            self._set_deadline(descriptor, deadline)
 
     def _silence(self, descriptor: int, seconds: float) -> int:
         """The end of one that lasts so long, or up to a grain less."""
@@ -341,7 +366,7 @@ class Parking:
     def _rouse(self, subscriber: Sleeper, rest: bytes | memoryview) -> None:
         """Wake a sleeper in a greenlet, to be sent `rest` first."""
         descriptor = subscriber.descriptor
-        if len(rest) > subscriber.home.backlog:
+        if len(rest) > subscriber.home.busy_backlog:  # until now it has taken everything
             self._close(descriptor, "backlog-bytes")
             return
         patience: float | None = None
@@ -437,15 +462,18 @@ class Parking:
             for descriptor, deadline in enumerate(deadlines[start:stop], start):
                 owner = owners[descriptor]
                 if deadline <= now and owner is not None:
-                    try:
-                        self._due(descriptor, owner)
-                    except Exception:  # the others are due as well
-                        log.exception("a deadline of a sleeping connection failed")
-                        self._give_up(descriptor, owner)
+                    self._do_due(descriptor, owner)
             self._soonest[block] = min(deadlines[start:stop])
         del self._due_blocks[: self._at_once]
         if not self._due_blocks:
             self._walker.stop()
+
+    def _do_due(self, descriptor: int, owner: Sleeper | _Idle) -> None:
+        try:
+            self._due(descriptor, owner)
+        except Exception:  # the others are due as well
+            log.exception("a deadline of a sleeping connection failed")
+            self._give_up(descriptor, owner)
 
     def _due(self, descriptor: int, owner: Sleeper | _Idle) -> None:
         if isinstance(owner, _Idle):
@@ -484,6 +512,7 @@ class Parking:
 
     def close(self) -> None:
         """Stop for good; nobody sleeps or is watched any more."""
+        self._appointments.close()
         for watcher in (self._watcher, self._looker, self._walker):
             watcher.stop()
             watcher.close()

@@ -3,7 +3,7 @@
 Neighbour: `comet.server.short`, which does so for requests that wait. As there, a header block that the
 strict parser has accepted once is remembered (`comet.server.blocks`), with the length of body that it
 announces, and what is not plain takes the long way, which decides: a body that is large, chunked or still to come, an escape or a
-query in the target, an Origin, an Idempotency-Key (a block of its own each), anything new.
+query in the target, an Origin, an Idempotency-Key (a block of its own each), a Content-Encoding, anything new.
 """
 
 import re
@@ -15,6 +15,9 @@ from comet.server.blocks import MAX_REQUEST, judge
 
 MAX_BLOCKS = 1000
 """Header blocks remembered."""
+
+_NOT_PLAIN = frozenset({"idempotency-key", "content-encoding"})
+"""Headers that a handler looks at and that are not remembered."""
 
 _LINE = re.compile(rb"POST (/[A-Za-z0-9_.:@/-]*) HTTP/1\.1")
 
@@ -69,7 +72,7 @@ class Posts:
     def _learn(self, block: bytes) -> _Block | None:
         """Have a block parsed for the first time; None if it is not plain."""
         head = judge("POST", block + b"\r\n\r\n", self._limit, self._stand_ins)
-        if head is None or head.length is None or "idempotency-key" in head.headers:
+        if head is None or head.length is None or not _NOT_PLAIN.isdisjoint(head.headers):
             return None
         if len(self._blocks) >= MAX_BLOCKS:
             self._blocks.clear()

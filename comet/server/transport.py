@@ -43,6 +43,8 @@ class Transport:
         self.server = server
         self.buffer = bytearray()
         self._has_read = False
+        self._widened = False
+        """Its kernel buffer is `Settings.busy_send_buffer`."""
 
     @property
     def socket(self) -> Any:
@@ -76,14 +78,21 @@ class Transport:
             if sent < len(data):
                 self.socket.settimeout(self.server.settings.send_timeout)
                 view = memoryview(data)[sent:]
-                while view:
-                    view = view[self.socket.send(view) :]
+                while view := view[self.socket.send(view) :]:
+                    self.progress()
         except TimeoutError:
             self.abandon("backlog-time")
             raise
         except OSError:
             self.abandon("lost")
             raise
+
+    def progress(self) -> None:
+        """The client has taken some of what is being sent, and more waits: let the kernel hold more for it. Of a small buffer
+        a replay is sent at a fiftieth of the speed: each acknowledgement lets a packet go."""
+        if not self._widened and self.server.settings.busy_send_buffer > self.server.settings.send_buffer > 0:
+            self._widened = True
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self.server.settings.busy_send_buffer)
 
     def abandon(self, reason: str) -> None:
         """Nothing more can be sent, for this reason: `send` says so before it raises, for whoever has something to end."""
@@ -102,6 +111,9 @@ class Transport:
 
     def detach(self) -> int:
         """Let go of the descriptor, which another has."""
+        if self._widened:
+            self._widened = False
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self.server.settings.send_buffer)
         descriptor, self.descriptor = self.descriptor, -1
         if self._waiting_socket is not None:
             self._waiting_socket.detach()  # never dropped: that would close the number under its next owner

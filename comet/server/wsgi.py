@@ -21,6 +21,7 @@ from gevent.pywsgi import WSGIServer, format_date_time
 
 from comet.errors import Refusal
 from comet.log import Roll
+from comet.origins import Origins
 from comet.server.blocks import MAX_REQUEST, STAND_INS, Lifted, lift
 from comet.server.connection import Connection
 from comet.server.crew import Crew
@@ -82,6 +83,7 @@ class CometServer(WSGIServer):
         self.closing = False
         """Who waits for a request is closed."""
         self.roll = roll
+        self.origins = Origins(settings.origins)
         self.proxies = Proxies(networks(settings.trusted_proxies)) if settings.trusted_proxies else None
         self.parking = Parking(self, settings.idle_timeout, settings.heartbeat, self.date, self.proxies is not None)
         self.awake: set[Connection] = set()

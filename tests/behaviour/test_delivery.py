@@ -657,7 +657,7 @@ def test_joining_while_a_publisher_runs_leaves_no_seam(shared: Start, kind: str,
 
 
 def test_a_slow_reader_delays_neither_the_others_nor_the_publisher(start: Start) -> None:
-    server = start("--backlog", "300000", "--history-size", "5000")
+    server = start("--backlog", "300000", "--busy-backlog", "300000", "--history-size", "5000")
     publisher = Publisher(server)
     slow = Reader(server, "stream", ["wide"])
     slow.client = connection(server)

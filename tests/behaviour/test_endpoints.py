@@ -4,8 +4,10 @@ One server serves the module; each test has channels of its own, so that none se
 messages. Tests that need other settings, or true counters, start a server of their own.
 """
 
+import gzip
 import json
 import re
+import statistics
 import time
 from typing import Any
 
@@ -218,6 +220,21 @@ def test_poll_answers_empty_after_its_timeout_and_not_before(server: Server) -> 
     passed = time.monotonic() - began
     assert 0.35 < passed < 5, passed
     assert (answer["gap"], answer["messages"]) == (False, [])
+
+
+def test_short_polls_end_on_time(server: Server) -> None:
+    """Within 100 ms, beside what a busy machine adds to any request; each is asked at another moment of the server's second."""
+    late, plain = [], []
+    with server.client() as client:
+        for timeout in (0.05, 0.3, 1, 0.17, 1.5, 0.4, 0.71):
+            began = time.monotonic()
+            client.request("GET", "/healthz")
+            plain.append(time.monotonic() - began)
+            began = time.monotonic()
+            assert client.request("GET", f"/poll/poll-late?timeout={timeout}").json["messages"] == []
+            late.append(time.monotonic() - began - timeout)
+    assert min(late) >= 0
+    assert statistics.median(late) < 0.1 + 10 * statistics.median(plain), (late, plain)
 
 
 def test_poll_without_timeout_takes_the_setting(start: Start) -> None:
@@ -596,6 +613,25 @@ def test_a_bad_line_of_a_batch_fails_alone(server: Server) -> None:
     assert error(server.request("GET", "/channels/bad")) == (404, "no-channel")
 
 
+def test_what_python_calls_a_line_end_ends_no_line(server: Server) -> None:
+    bodies = [f"a{one}b" for one in "\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"]
+    with Stream(server, "line-ends") as live:
+        for body in bodies:
+            server.publish("line-ends", body)
+        lines: list[str] = []
+        while len(lines) < len(bodies):
+            lines += live.read_chunk().decode().splitlines()
+        assert [json.loads(line)["data"] for line in lines] == bodies
+    for path in ("/poll/line-ends?since=oldest", "/channels/line-ends/history"):
+        (line,) = server.request("GET", path).body.decode().splitlines()
+        assert [message["data"] for message in json.loads(line)["messages"]] == bodies, path
+    # a refusal repeats an unknown name
+    wrong = [json.dumps({"channel": "a", "data": "", body: ""}, ensure_ascii=False).encode() for body in bodies]
+    answers = server.request("POST", "/publish", b"\n".join(wrong)).body.decode().splitlines()
+    assert [json.loads(line)["error"] for line in answers] == ["bad-line"] * len(bodies)
+    assert "\u2028" in json.loads(answers[6])["detail"]
+
+
 def test_surrogate_pairs_in_a_batch_are_one_character(server: Server) -> None:
     batch(server, b'{"channel": "pairs", "data": "\\ud83e\\udd8a"}')
     assert data_of(poll(server, "pairs", "since=oldest")) == ["🦊"]
@@ -753,16 +789,105 @@ def test_head_answers_without_a_body_and_never_subscribes(server: Server) -> Non
         with server.client() as client:
             assert client.request("HEAD", path).status == 200, path
             assert client.request("GET", "/healthz").json["status"] == "alive", "bytes of a body were left"
-    for path in ("/poll/headed", "/events/headed", "/stream/headed", "/test/headed"):
-        with server.client() as client:
-            assert client.request("HEAD", path).status == 405, path
     assert info(server, "headed")["subscribers"] == 0
+
+
+KINDS = {
+    "/poll/unheard": "application/json",
+    "/events/unheard": "text/event-stream; charset=utf-8",
+    "/stream/unheard": "application/x-ndjson; charset=utf-8",
+    "/test/unheard": "text/plain; charset=utf-8",
+}
+"""Content-Type of what waits."""
+
+
+@pytest.mark.parametrize("path", KINDS)
+def test_head_of_what_waits_has_the_headers_and_no_subscriber(start: Start, path: str) -> None:
+    server = start("--origins", "https://a.example")
+    channel = path[1:].replace("test/", "user:").rpartition("/")[2]
+    with server.client() as client:
+        for headers in ({}, {"Origin": "https://a.example"}, {"Last-Event-ID": "oldest"}):
+            for _ in range(2):  # on a fresh connection, and on one that is kept
+                head = client.request("HEAD", path, headers=headers)
+                assert head.status == 200
+                assert head.headers["content-type"] == KINDS[path]
+                assert (head.headers["cache-control"], head.headers["x-accel-buffering"]) == ("no-store", "no")
+                assert not {"content-length", "transfer-encoding", "comet-cursor", "connection"} & set(head.headers)
+                assert ("access-control-allow-origin" in head.headers) is ("Origin" in headers)
+                assert client.request("GET", "/healthz").json["status"] == "alive", "bytes of a body were left"
+        wrong = ["!", *(["?since=x"] if "test" not in path else []), *(["?timeout=x"] if "poll" in path else [])]
+        for end in wrong:
+            assert client.request("HEAD", path + end).status == client.request("GET", path + end).status == 400, end
+        stats = client.request("GET", "/stats").json
+        assert (sum(stats["clients"].values()), stats["closed"], stats["channels"]) == (0, {}, 0)
+        assert error(client.request("GET", f"/channels/{channel}")) == (404, "no-channel")
+    with server.client() as client:  # its connection may close as it is
+        client.send(f"HEAD {path} HTTP/1.0\r\n\r\n".encode())
+        head = client.read_head()
+        assert (head.status, head.headers["content-type"]) == (200, KINDS[path])
+        assert client.at_end()
+
+
+@pytest.mark.parametrize("path", KINDS)
+def test_what_waits_says_its_content_type_on_every_way(server: Server, path: str) -> None:
+    target = path + ("?timeout=0" if "poll" in path else "")
+    for request in (
+        f"GET {target} HTTP/1.1\r\nHost: h\r\n\r\n",
+        f"GET {target} HTTP/1.0\r\n\r\n",
+        f"GET {target} HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n",
+        f"GET {target.replace('un', 'u%6e')} HTTP/1.1\r\nHost: h\r\n\r\n",  # what is escaped is read by another parser
+        f"GET {target} HTTP/1.1\r\nHost: h\r\nOrigin: https://a.example\r\n\r\n",
+    ):
+        for before in (b"", b"GET /healthz HTTP/1.1\r\nHost: h\r\n\r\n"):
+            with server.client() as client:
+                if before:
+                    client.send(before)
+                    client.read()
+                client.send(request.encode())
+                assert client.read_head().headers["content-type"] == KINDS[path], request
+
+
+CODINGS = ["gzip", "br", "deflate", "zstd", "GZIP", "x-gzip", "identity, gzip", "gzip,", "unknown", "*"]
+
+
+@pytest.mark.parametrize("compressed", [True, False], ids=["compressed", "plain"])
+def test_a_body_with_a_content_encoding_is_refused_and_not_published(server: Server, compressed: bool) -> None:
+    text = {
+        "/publish/coded": b"hello",
+        "/publish": b'{"channel":"coded","data":"hello"}\n',
+        "/send/coded": b"hello",
+        "/follows": b"coded-a coded-b\n",
+    }
+    with server.events("user:coded") as feed, server.client() as kept:
+        for path, body in text.items():
+            assert kept.request("GET", "/healthz").status == 200
+            for coding in CODINGS:
+                data = gzip.compress(body) if compressed else body
+                answer = server.request("POST", path, data, {"Content-Encoding": coding})
+                assert error(answer) == (415, "bad-content-encoding"), (path, coding)
+                assert answer.headers["accept-encoding"] == "identity"
+                # the same on a connection that is kept, whose requests are read another way, and with an empty body
+                with server.client() as client:
+                    assert client.request("POST", "/send/other", b"hello").status == 200
+                    answer = client.request("POST", path, data, {"Content-Encoding": coding})
+                    assert error(answer) == (415, "bad-content-encoding"), (path, coding)
+        assert server.request("POST", "/publish/coded", b"", {"Content-Encoding": "gzip"}).status == 415
+        assert error(server.request("GET", "/channels/coded")) == (404, "no-channel")
+        assert server.request("GET", "/users/coded-a/following").json["count"] == 0
+        for coding in ("identity", "Identity", "", "identity, identity"):  # what says nothing is no refusal
+            for path in ("/publish/coded-not", "/send/coded"):
+                assert kept.request("POST", path, b"hello", {"Content-Encoding": coding}).status in (200, 201), (path, coding)
+        for _ in range(4):
+            assert feed.next().data == "hello"
+        with server.client() as client:  # the body is not asked for
+            client.ask("POST", "/publish/coded", headers={"Content-Length": "5", "Expect": "100-continue", "Content-Encoding": "gzip"})
+            assert client.read_until(b"\r\n").startswith(b"HTTP/1.1 415 ")
 
 
 def test_wrong_methods_and_paths_are_told(server: Server) -> None:
     for method, path, allow in (
-        ("POST", "/poll/a", "GET, OPTIONS"),
-        ("DELETE", "/events/a", "GET, OPTIONS"),
+        ("POST", "/poll/a", "GET, HEAD, OPTIONS"),
+        ("DELETE", "/events/a", "GET, HEAD, OPTIONS"),
         ("PUT", "/publish/a", "OPTIONS, POST"),
         ("GET", "/publish/a", "OPTIONS, POST"),
         ("GET", "/send/a", "OPTIONS, POST"),
@@ -889,12 +1014,17 @@ def test_an_allowed_origin_may_read_and_publish(start: Start) -> None:
         assert preflight.headers["access-control-allow-origin"] == origin
         assert "POST" in preflight.headers["access-control-allow-methods"]
         allowed = preflight.headers["access-control-allow-headers"].lower()
-        assert all(name in allowed for name in ("authorization", "content-type", "idempotency-key", "last-event-id"))
+        assert set(allowed.split(", ")) == {
+            "authorization", "cache-control", "content-type", "idempotency-key", "last-event-id", "x-requested-with",
+        }  # fmt: skip
+        assert preflight.headers["access-control-allow-credentials"] == "true"
         assert int(preflight.headers["access-control-max-age"]) > 0
         answer = server.request("POST", "/publish/x", b"hello", given)
         assert answer.status == 201
         assert answer.headers["access-control-allow-origin"] == origin
-        assert "origin" in answer.headers["vary"].lower()
+        assert answer.headers["access-control-allow-credentials"] == "true"
+        assert "access-control-allow-headers" not in answer.headers, "that is a preflight's"
+        assert answer.headers["vary"] == "Origin"
         refused = server.request("POST", "/publish/x?type=gap", b"hello", given)
         assert (refused.status, refused.headers["access-control-allow-origin"]) == (400, origin)
         missing = server.request("GET", "/nowhere", headers=given)
@@ -904,11 +1034,14 @@ def test_an_allowed_origin_may_read_and_publish(start: Start) -> None:
                 client.ask("GET", path, headers=given)
                 head = client.read_head()
                 assert head.headers["access-control-allow-origin"] == origin, path
-                assert "comet-cursor" in head.headers["access-control-expose-headers"].lower()
+                assert head.headers["access-control-allow-credentials"] == "true", path
+                assert head.headers["access-control-expose-headers"] == "Comet-Cursor, Retry-After, X-Request-ID"
+                assert head.headers["vary"] == "Origin"
     other = {"Origin": "https://a.example.evil"}
     assert error(server.request("POST", "/publish/x", b"", other)) == (403, "origin-refused")
     preflight = server.request("OPTIONS", "/publish/x", headers=other)
-    assert "access-control-allow-origin" not in preflight.headers
+    assert not [name for name in preflight.headers if name.startswith("access-control")]
+    assert preflight.headers["vary"] == "Origin"
     assert "vary" in server.request("GET", "/healthz").headers, "a cache must not give one origin's answer to another"
 
 
@@ -916,6 +1049,14 @@ def test_a_star_allows_every_origin(start: Start) -> None:
     server = start("--origins", "*")
     answer = server.request("POST", "/publish/x", b"hello", {"Origin": "https://anyone.example"})
     assert (answer.status, answer.headers["access-control-allow-origin"]) == (201, "*")
+    assert "access-control-allow-credentials" not in answer.headers, "a browser refuses them together"
+
+
+def test_an_origin_may_be_written_in_other_forms_than_a_browser_sends(start: Start) -> None:
+    server = start("--origins", "HTTPS://A.example:443/, http://[0::1]:8080")
+    for origin in ("https://a.example", "http://[::1]:8080"):
+        answer = server.request("POST", "/publish/x", b"hello", {"Origin": origin})
+        assert (answer.status, answer.headers["access-control-allow-origin"]) == (201, origin)
 
 
 def test_answers_of_the_module_server_have_no_cors_headers(server: Server) -> None:

@@ -160,6 +160,24 @@ def test_publish_history_and_refusals_work(other: Other) -> None:
     assert other.request("GET", "/channels/plain")[0] == 404
 
 
+@pytest.mark.parametrize("path", ["/poll/headed", "/events/headed", "/stream/headed", "/test/headed"])
+def test_head_of_what_waits_subscribes_nobody(other: Other, path: str) -> None:
+    before = other.stats()["clients"]
+    status, headers, client = other.open("HEAD", path)
+    with client:
+        assert (status, headers["cache-control"]) == (200, "no-store")
+        assert client.at_end(), client.buffer
+    assert other.stats()["clients"] == before
+    assert other.request("GET", "/channels/headed")[0] == 404
+
+
+def test_a_body_with_a_content_encoding_is_refused(other: Other) -> None:
+    with Client(other.port) as client:
+        client.send(b"POST /publish/coded HTTP/1.0\r\nHost: test\r\nContent-Encoding: gzip\r\nContent-Length: 5\r\n\r\nhello")
+        assert client.read_until(b"\r\n").split(b" ")[1] == b"415"
+    assert other.request("GET", "/channels/coded")[0] == 404
+
+
 def test_poll_waits_and_answers(other: Other) -> None:
     status, empty = other.request("GET", "/poll/waits?timeout=0")
     assert (status, empty["messages"]) == (200, [])

@@ -258,9 +258,9 @@ def test_what_is_published_while_a_large_answer_leaves_comes_with_the_next_poll(
 @pytest.mark.parametrize("kind", STREAMS)
 def test_a_burst_beyond_what_may_wait_is_read_from_history_and_complete(start: Start, kind: str) -> None:
     """More than a channel may have pending in one publish: its many subscribers notice the skip."""
-    server = start("--backlog", str(64 << 20))
-    readers = [Reader(subscribe(server, kind, "all"), kind) for _ in range(40)]
-    sent = ["first", *(big(number, 60_000) for number in range(110)), "between", "last"]
+    server = start("--backlog", str(64 << 20), "--max-batch", str(64 << 20))
+    readers = [Reader(subscribe(server, kind, "all"), kind) for _ in range(20)]
+    sent = ["first", *(big(number, 60_000) for number in range(480)), "between", "last"]
     server.publish("user:all", sent[0])
     publish_batch(server, "user:all", sent[1:-2])
     server.publish("user:all", sent[-2])
@@ -271,6 +271,36 @@ def test_a_burst_beyond_what_may_wait_is_read_from_history_and_complete(start: S
         assert [body[:20] for body in reader.until(len(sent))] == [body[:20] for body in sent]
     server.assert_healthy()
     assert closed(server) == {}
+
+
+@pytest.mark.parametrize("workers", [(), ("--workers", "2")], ids=["one process", "two workers"])
+@pytest.mark.parametrize("kind", STREAMS)
+def test_a_batch_closes_nobody_who_keeps_reading(start: Start, kind: str, workers: Sequence[str]) -> None:
+    """5 MB of one request: five times `--backlog`, and five times what history keeps."""
+    server = start(*workers)
+    readers = [Reader(subscribe(server, kind, "all"), kind) for _ in range(20)]
+    sent = [big(number, 1000) for number in range(5000)]
+    greenlets = [gevent.spawn(reader.until, len(sent)) for reader in readers]
+    publish_batch(server, "user:all", sent)
+    gevent.joinall(greenlets, timeout=LATE, raise_error=True)
+    for reader in readers:
+        assert reader.got == sent
+    assert closed(server) == {}
+
+
+@pytest.mark.parametrize("kind", ["stream", "events"])
+def test_a_replay_is_not_held_up_by_a_sleepers_small_buffer(start: Start, kind: str) -> None:
+    seconds: list[float] = []
+    for flags in ((), ("--busy-send-buffer", "0")):
+        server = start("--max-batch", str(64 << 20), *flags)
+        sent = [big(number, 8000) for number in range(1000)]
+        publish_batch(server, "user:all", sent)
+        reader = Reader(connect(server), kind)
+        begun = time.monotonic()
+        reader.client.ask("GET", f"/{kind}/user:all?since=oldest")
+        reader.client.read_until(sent[-1].encode())
+        seconds.append(time.monotonic() - begun)
+    assert seconds[0] < seconds[1] / 2, seconds
 
 
 # -- who does not read at all
@@ -305,7 +335,10 @@ def test_stuck_clients_are_closed_while_the_others_get_everything_and_memory_ret
     server.assert_healthy()
 
 
-@pytest.mark.parametrize(("flags", "reason"), [(("--backlog", "100000"), "backlog-bytes"), (("--backlog", "50000000"), "backlog-time")])
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [(("--backlog", "100000", "--busy-backlog", "100000"), "backlog-bytes"), (("--backlog", "50000000"), "backlog-time")],
+)
 @pytest.mark.parametrize("kind", STREAMS)
 def test_a_stuck_client_is_closed_with_the_reason_and_resumes(start: Start, kind: str, flags: Sequence[str], reason: str) -> None:
     server = start("--send-timeout", "1", *flags)

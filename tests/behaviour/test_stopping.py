@@ -18,7 +18,7 @@ from gevent import socket
 from gevent import subprocess as green
 
 from tests.conftest import Start
-from tests.harness import HALF_A_POST, ROOT, TIMEOUT, Client, Server, wait_until
+from tests.harness import HALF_A_POST, HAS_IPV6, ROOT, TIMEOUT, Client, Server, wait_until
 
 BOTH = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
 
@@ -367,11 +367,32 @@ def test_a_port_in_use_is_told_in_a_sentence(server: Server) -> None:
 def test_a_host_that_is_not_ours_is_told_in_a_sentence() -> None:
     done = run("--port", "0", "--host", "192.0.2.1")
     assert done.returncode == 2, "not loopback, and no key"
-    for host in ("192.0.2.1", "no-such-host.invalid"):
+    for host in ("192.0.2.1", "no-such-host.invalid", "a" * 70, "a..b", "[::1"):
         done = run("--port", "0", "--host", host, "--open")
         assert done.returncode == 1, host
         assert f"can't listen on {host}" in done.stderr
         assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.skipif(not HAS_IPV6, reason="no IPv6 here")
+@pytest.mark.parametrize("flags", [(), ("--workers", "2")], ids=["alone", "workers"])
+def test_an_ipv6_address_may_be_written_as_in_a_url(start: Start, flags: tuple[str, ...]) -> None:
+    server = start("--host", "[::1]", *flags)
+    assert server.url == f"[::1]:{server.port}"
+    with Client(server.port, "::1") as client:
+        assert client.request("POST", "/publish/a", b"x").status == 201
+
+
+def test_a_bad_origin_or_a_unix_socket_is_told_with_status_2() -> None:
+    for flags, told in (
+        (("--origins", "https://*.example"), "wildcard"),
+        (("--origins", "a.example", "--workers", "2"), "such as https://example.org"),
+        (("--host", "unix:/run/comet.sock"), "not supported yet"),
+    ):
+        done = run("--port", "0", *flags)
+        assert (done.returncode, done.stdout) == (2, ""), flags
+        assert told in done.stderr
+        assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", ""])

@@ -2,6 +2,7 @@
 
 import socket as stdlib
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from functools import partial
 from typing import Any
 
@@ -10,11 +11,12 @@ import pytest
 from gevent import socket
 from gevent.server import StreamServer
 
+from loadtest.client import Connection
 from loadtest.counting import Counts
 from loadtest.swarm import Swarm, Target
 from loadtest.verify import FEED, body, number
 from loadtest.wire import BOTH, STREAM, TEST, Endpoint
-from tests.harness import wait_until
+from tests.harness import HAS_IPV6, wait_until
 
 HEAD = b"HTTP/1.1 200 OK\r\nComet-Cursor: ab-0\r\nTransfer-Encoding: chunked\r\n\r\n"
 
@@ -35,11 +37,13 @@ def stream_message(count: int, offset: int, epoch: str = "ab") -> bytes:
 class Play:
     """A server whose `answer` is called for each connection with its socket and what it was asked; and a swarm on it."""
 
-    def __init__(self) -> None:
+    def __init__(self, host: str = "127.0.0.1") -> None:
+        self.host = host
         self.requests: list[str] = []
+        self.hosts: set[str] = set()
         self.sockets: list[Any] = []
         self.answer: Callable[[Any], None] = lambda sock: sock.sendall(HEAD + chunk(b"welcome\n"))
-        self.server = StreamServer(("127.0.0.1", 0), self._serve)
+        self.server = StreamServer((host, 0), self._serve)
         self.server.start()
         self.counts = Counts(clock=lambda: 1_000_000)
         self.swarm: Swarm | None = None
@@ -50,12 +54,13 @@ class Play:
         while b"\r\n\r\n" not in data:
             data += sock.recv(4096)
         self.requests.append(data.decode().split(" ")[1])
+        self.hosts.add(data.decode().split("Host: ")[1].split("\r\n")[0])
         self.sockets.append(sock)
         self.answer(sock)
         gevent.sleep(60)  # the handler's end would close it
 
     def start(self, clients: int, endpoint: Endpoint = TEST, sources: tuple[str, ...] = ()) -> Swarm:
-        target = Target("127.0.0.1", self.server.server_port, sources)
+        target = Target(self.host, self.server.server_port, sources)
         self.swarm = Swarm(target, range(clients), [endpoint], self.counts, rate=1e6)
         self.greenlet = gevent.spawn(self.swarm.run)
         return self.swarm
@@ -87,6 +92,27 @@ def test_clients_open_each_as_its_own_user_and_messages_are_counted(play: Play) 
     assert set(play.counts.ledger.sums) == {number(1, 1, FEED)}
     assert play.counts.opening.total == 20
     assert not play.failures()
+
+
+@pytest.mark.skipif(not HAS_IPV6, reason="no IPv6 here")
+@pytest.mark.parametrize("sources", [(), ("::1",)], ids=["the system's", "its own"])
+def test_clients_reach_an_ipv6_address(sources: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loadtest.client.socket", socket)  # as under Locust
+    play = Play("::1")
+    try:
+        play.start(20, sources=sources)
+        wait_until(lambda: play.counts.open == 20)
+        for sock in play.sockets:
+            sock.sendall(line(1))
+        wait_until(lambda: play.counts.received == 20)
+        assert play.hosts == {f"[::1]:{play.server.server_port}"}
+        assert not play.failures()
+        with closing(Connection(Target("::1", play.server.server_port, sources), 0)) as alone:  # a client with a greenlet
+            alone.send(TEST.request(7, "x"))
+            assert alone.start()[0] == 200
+            assert next(alone.chunks()) == b"welcome\n"
+    finally:
+        play.close()
 
 
 def test_messages_may_come_cut_joined_or_with_the_opening(play: Play) -> None:

@@ -1,5 +1,7 @@
 """Locust users, without a server."""
 
+import re
+import socket
 from collections.abc import Iterator
 from typing import Any
 
@@ -84,3 +86,41 @@ def test_an_answer_that_ends_before_its_first_chunk_is_no_client(monkeypatch: py
 def test_the_host_header_has_the_name_that_was_given() -> None:
     assert target("http://localhost:8001", "").name == "localhost:8001"
     assert target("http://localhost:8001", "").host == "127.0.0.1"
+
+
+@pytest.mark.parametrize("host", ["http://[::1]:8001", "http://[::1]:8001/", "[::1]:8001", "http://[0:0::1]:8001"])
+def test_a_server_may_be_at_an_ipv6_address(host: str) -> None:
+    there = target(host, "::1, [::1]")
+    assert (there.host, there.port, there.family) == ("::1", 8001, socket.AF_INET6)
+    assert there.name in ("[::1]:8001", "[0:0::1]:8001")
+    assert there.sources == ("::1", "::1")
+    assert [there.source(client) for client in (0, 2000, 10**6)] == ["::1"] * 3
+    assert target(host, "").source(0) == "", "there is one loopback address: 127.1.0.1 is none of its kind"
+    assert target("http://127.0.0.1:8001", "").family == socket.AF_INET
+
+
+def test_a_name_with_addresses_of_both_kinds_is_its_ipv4_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    six = (socket.AF_INET6, socket.SOCK_STREAM, 6, "", ("2001:db8::1", 0, 0, 0))
+    four = (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("192.0.2.1", 0))
+    for found, expected in (([six, four], "192.0.2.1"), ([four, six], "192.0.2.1"), ([six], "2001:db8::1")):
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, found=found, **__: found)
+        assert target("http://server.example:8000", "").host == expected
+
+
+@pytest.mark.parametrize(
+    ("host", "sources", "told"),
+    [
+        ("unix:/run/comet.sock", "", "not supported yet"),
+        ("http://::1:8000", "", "http://[::1]:8000"),
+        ("http://[::1:8000", "", "http://[::1]:8000"),
+        ("http://127.0.0.1:x", "", "http://[::1]:8000"),
+        ("https://127.0.0.1", "", "plain HTTP"),
+        ("http://[::1]:8000", "127.0.0.2", "of its kind"),
+        ("http://127.0.0.1:8000", "::1", "of its kind"),
+        ("http://127.0.0.1:8000", "127.0.0.2,eth0", "eth0"),
+        ("http://" + "a" * 70, "", "label"),
+    ],
+)
+def test_what_can_be_no_target_is_told(host: str, sources: str, told: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(told)):
+        target(host, sources)
