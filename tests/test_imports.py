@@ -120,6 +120,7 @@ ALLOWED: dict[str, set[str]] = {
     "comet.backplane.redis_dial": set(),
     # the server, which knows a subscriber only by its small interface
     "comet.server": set(),
+    "comet.server.appointments": set(),
     "comet.server.body": SERVER,
     "comet.server.blocks": SERVER,
     "comet.server.connection": SERVER,
