@@ -1,7 +1,7 @@
 """Refusals: every reason comet has to turn a request down, in one table.
 
 A leaf: the request parser, the handlers and the backplanes all raise `Refusal`; `handlers.params`
-and `comet.server.connection` turn it into the JSON answer ``{"error": slug, "detail": sentence}`` and
+and `comet.server.connection` send it as `comet.refusals` makes it, mostly JSON, ``{"error": slug, "detail": sentence}``, and
 count it under its slug. README lists the same table; tests/test_errors.py holds the two together.
 """
 
@@ -64,7 +64,7 @@ HEADERS: dict[str, dict[str, str]] = {
     "unconfirmed": {"Retry-After": "1"},
     "database-busy": {"Retry-After": "5"},
 }
-"""Slug -> headers that go with the answer. Retry-After is in seconds."""
+"""Slug -> headers that go with the answer. Retry-After is in seconds; a refusal that has it will pass."""
 
 
 class Refusal(Exception):

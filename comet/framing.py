@@ -227,6 +227,8 @@ class ServerSentEvents(Framing):
     even a client that never got a message resumes where it began. If the client's own cursor is none of ours there is no
     ``id:``: the client keeps what it came with until it has been told the gap. In every block ``id:`` is the last line: some
     clients remember it as they read it, before the block is whole, and would skip the message if the connection broke there.
+    Some clients report a block without data, or an empty line alone, as an event of type "message". So blocks without data
+    have a type of their own, ``comet``, and a heartbeat is a comment's line without the empty line that would end a block.
     CR and CRLF inside a body arrive as
     LF: the format knows only lines. `retry` is milliseconds before a browser reconnects. `abort` leaves out the last chunk
     of a stream that ends because the service stops.
@@ -234,7 +236,7 @@ class ServerSentEvents(Framing):
 
     name = "events"
     content_type = "text/event-stream; charset=utf-8"
-    heartbeat = b":\n\n"
+    heartbeat = b":\n"
 
     def __init__(self, retry: int, abort: bool = False) -> None:
         self._retry = retry
@@ -242,7 +244,7 @@ class ServerSentEvents(Framing):
 
     def opening(self, cursor: Cursor) -> bytes:
         named = b"id: %b\n" % str(cursor).encode() if cursor.ours else b""
-        return b"retry: %d\n: comet\n%b\n" % (self._retry, named)
+        return b"retry: %d\nevent: comet\n%b\n" % (self._retry, named)
 
     def encode(self, items: Sequence[Item], cursor: Cursor) -> Sequence[bytes]:
         pieces = []
@@ -261,7 +263,7 @@ class ServerSentEvents(Framing):
         last = super().end(cursor, date, closing)
         if not closing:
             return last
-        return chunk(b"retry: %d\n\n" % random.randint(self._retry, 2 * self._retry)) + (b"" if self.abort else last)
+        return chunk(b"retry: %d\nevent: comet\n\n" % random.randint(self._retry, 2 * self._retry)) + (b"" if self.abort else last)
 
 
 def _make_event(message: Message) -> bytes:

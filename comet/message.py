@@ -26,9 +26,12 @@ MESSAGE_COST: Final = 1000
 a list, and what its two encoded forms have more than the data; from sys.getsizeof, rounded up."""
 
 DEFAULT_TYPE: Final = "message"
-RESERVED_TYPES: Final = frozenset({"gap", "error", "open"})
-"""Types no publisher may use: a client must be able to trust that a gap is a gap, and an EventSource
-would take the others for its own events."""
+RESERVED_TYPES: Final = frozenset({"gap", "error", "open", "comet"})
+"""Types no publisher may use. A client must be able to trust that a gap is a gap, and to drop the blocks without data that
+`comet.framing` names ``comet``. An EventSource would take the others for its own events."""
+
+MAX_CURSOR: Final = MAX_CHANNELS * 30
+"""Characters of the longest cursor: 12 of an epoch, 16 of an offset, and what stands between."""
 
 
 class Position(NamedTuple):
@@ -42,9 +45,9 @@ class Position(NamedTuple):
         return f"{self.epoch:x}-{self.offset}"
 
 
-FOREIGN: Final = Position(0, 0)
-"""The place of a client that came with a cursor of another server, or with none that can be read: no log has the epoch 0
-(epochs are 48 random bits), so such a client is told a gap, and then gets everything that is kept."""
+FOREIGN: Final = Position(-1, 0)
+"""The place of a client that came with a cursor of another server, or with none that can be read: no log has it, since no epoch is
+negative. So such a client is told a gap, and then gets everything that is kept. It is never sent to a client."""
 
 OLDEST: Final = "oldest"
 """Where a subscriber starts to get everything that is kept."""
@@ -211,3 +214,17 @@ def parse_cursor(text: str, channels: int) -> Sequence[Since]:
             raise Refusal("bad-cursor", "A cursor is text that comet sent, or 'oldest'; start without one, or with since=oldest.")
         positions.append(Position(int(found[1], 16), int(found[2])))
     return positions
+
+
+def resume_from(text: str, channels: int) -> Sequence[Since]:
+    """Return where a client goes on that sends `text` as the id of its last event, for a request of so many `channels`.
+
+    As `parse_cursor`, but a text that is no cursor for these channels is `FOREIGN` for each. A browser sends what the server
+    before this one sent it as an id, and could not be told otherwise: an EventSource gives up at a refusal.
+    """
+    if len(text) <= MAX_CURSOR:
+        try:
+            return parse_cursor(text, channels)
+        except Refusal:
+            pass  # the gap tells it
+    return [FOREIGN] * channels

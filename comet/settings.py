@@ -165,7 +165,11 @@ class Settings:
 
     poll_timeout: float = _knob(30.0, "seconds", "A poll without ?timeout= waits so long; proxies often cut at 60.", most=300)
     heartbeat: float = _knob(
-        55.0, "seconds", "Silence on /events and /stream before a heartbeat; below the 60 s at which proxies cut.", least=0.1
+        40.0,
+        "seconds",
+        "Silence on /events and /stream before a heartbeat, which is at most 2 s late; event-source-polyfill drops a stream after 45 s, "
+        "proxies after 60. A worker writes clients / heartbeat of them a second.",
+        least=0.1,
     )
     retry: int = _knob(2000, "milliseconds", "What an EventSource is told to wait before it reconnects.")
     events_end: str = _knob(

@@ -14,7 +14,20 @@ from comet.errors import Refusal
 from comet.origins import Origins
 from comet.subscriber import Wish
 from handlers import channels, health, metabrew, page, poll, publish, stream, users
-from handlers.params import NO_STORE, Asked, Context, answer, check_origin, check_publish_key, encode, headers_of, origin, refuse, wait
+from handlers.params import (
+    NO_STORE,
+    Asked,
+    Context,
+    answer,
+    check_origin,
+    check_publish_key,
+    encode,
+    from_event_source,
+    headers_of,
+    origin,
+    refuse,
+    wait,
+)
 
 Handler = Callable[..., Any]
 
@@ -179,7 +192,7 @@ def _guarded(route: Route, context: Context, origins: Origins) -> Handler:
                 return answer(handler(context, Asked.now(), **arguments))
             return handler(context, **arguments)
         except Refusal as refusal:
-            return refuse(refusal, context.stats, origin())
+            return refuse(refusal, context.stats, origin(), from_event_source())
         except HTTPResponse:
             raise  # an answer, in bottle's way
         except Exception:

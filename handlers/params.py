@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from bottle import HTTPResponse, request, response
 
 from comet import log as logs
+from comet import refusals
 from comet.errors import Refusal
 from comet.framing import Framing, json_line
 from comet.hub import Hub
 from comet.log import Origin
-from comet.message import Since, parse_cursor
+from comet.message import Since, parse_cursor, resume_from
 from comet.origins import Origins
+from comet.refusals import wants_events
 from comet.settings import Settings
 from comet.stats import Stats
 from comet.subscriber import Subscriber
@@ -30,6 +32,10 @@ _NUMBER = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?", re.ASCII)
 _KEY = re.compile(r"[!-~]{1,200}")
 
 NO_STORE = {"Cache-Control": "no-store"}
+
+LAST_EVENT_IDS = ("lastEventId", "last_event_id", "lastEventID", "Last-Event-ID")
+"""Query parameters under which clients that can't set a header send the id of their last event. event-source-polyfill sends the
+first; for Mercure it is set to one of the last two."""
 
 
 class Asked(NamedTuple):
@@ -88,14 +94,21 @@ def origin() -> Origin | None:
     return None if known is None else known()
 
 
-def refuse(refusal: Refusal, stats: Stats, origin: Origin | None, **headers: str) -> HTTPResponse:
-    """The answer to a refused request; counts it. Where `origin` is known it has the request's id."""
+def from_event_source() -> bool:
+    """Return whether bottle's current request is an EventSource's."""
+    return wants_events(request.method, request.path, request.headers.get("Accept", ""))
+
+
+def refuse(refusal: Refusal, stats: Stats, origin: Origin | None, events: bool = False, **headers: str) -> HTTPResponse:
+    """The answer to a refused request; counts it. Where `origin` is known it has the request's id. `events` says that the
+    client is an EventSource."""
     stats.refused[refusal.slug] += 1
-    refused = answer(refusal.document(), refusal.status)
+    status, fields, body = refusals.answer(refusal, events)
+    refused = HTTPResponse(body, status, dict(fields))
     if origin is not None:
         logs.refused(refusal.slug, origin)
         refused.set_header("X-Request-ID", origin.request)
-    for name, value in {**refusal.headers, **headers}.items():
+    for name, value in headers.items():
         refused.set_header(name, value)
     return refused
 
@@ -121,9 +134,16 @@ def headers_of(framing: Framing) -> Iterable[bytes]:
 
 
 def since(asked: Asked, channels: Sequence[str]) -> Sequence[Since]:
-    """Where the client wants to start: Last-Event-ID wins over ?since=, because an EventSource that
-    reconnects sends its first URL again. Neither: now. Raises Refusal ``bad-cursor``."""
-    text = asked.last_event_id or asked.query.get("since")
+    """Where the client wants to start. Its last event's id wins over ?since=, because an EventSource that
+    reconnects sends its first URL again: the header, then `LAST_EVENT_IDS`. None of them: now. Raises Refusal ``bad-cursor`` for a
+    ``?since=``, which somebody wrote; an id may be of another server, and is then `comet.message.FOREIGN`."""
+    query = asked.query
+    last = asked.last_event_id
+    if not last and query:
+        last = next(filter(None, map(query.get, LAST_EVENT_IDS)), None)
+    if last:
+        return resume_from(last, len(channels))
+    text = query.get("since")
     return parse_cursor(text, len(channels)) if text else [None] * len(channels)
 
 

@@ -34,6 +34,12 @@ from loadtest.generator import MARK, body
 from loadtest.process import cpu, memory, server, worker
 from loadtest.service import SETTLE, Figure, Service, comet, held
 
+HEARTBEAT, DEFAULT_HEARTBEAT = 2.0, 40.0
+"""Seconds between two on a silent stream: in this bench, and by default."""
+
+BEAT = "\r\n:\n\r\n"
+"""Ends each on /events: a chunk's size, a comment, its end."""
+
 
 def sleeping(clients: int, *flags: str) -> list[Figure]:
     """Bytes a waiting client, by endpoint, each on a channel of its own."""
@@ -221,6 +227,22 @@ def direct(clients: int, seconds: float) -> list[Figure]:
     return [Figure("a direct message during broadcasts, p99", p99, "ms", 6, 2.5, low=True, beside=note)]
 
 
+def heartbeats(clients: int, seconds: float) -> list[Figure]:
+    """The server's CPU for a heartbeat on /events, while nothing is published."""
+    with comet("--heartbeat", str(HEARTBEAT)) as service, worker("loadtest.generator", str(service.port)) as load:
+        load.ask(do="open", count=clients, path="/events/c{i}", first="retry")
+        load.ask(do="drain", seconds=2 * HEARTBEAT)
+        before = cpu(service.pid)
+        beats = load.ask(do="drain", seconds=seconds, mark=BEAT)["count"]
+        each = (cpu(service.pid) - before) / beats
+    million = 1_000_000 / DEFAULT_HEARTBEAT
+    note = (
+        f"{beats / seconds:,.0f}/s to {clients} sleepers at --heartbeat {HEARTBEAT:g}; "
+        f"a million at {DEFAULT_HEARTBEAT:g}: {million:,.0f}/s, {each * million:.2f} of a core"
+    )
+    return [Figure("a heartbeat on /events, CPU", each * 1e6, "us", 30, 15, low=True, beside=note)]
+
+
 def collections(clients: int) -> list[Figure]:
     """The longest stop for garbage collection, with clients that have each had a message."""
     with comet() as service, worker("loadtest.generator", str(service.port)) as load:
@@ -251,7 +273,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=25, help="broadcasts of each kind (default 25)")
     parser.add_argument(
         "--parts",
-        default="sleeping,deliveries,cycles,direct,collections,off,stock,nchan,workers,friends,redis",
+        default="sleeping,deliveries,cycles,direct,heartbeats,collections,off,stock,nchan,workers,friends,redis",
         help="which, comma-separated",
     )
     parser.add_argument("--json", type=Path, help="write the figures there as well")
@@ -263,6 +285,7 @@ def main() -> int:
         "deliveries": lambda: deliveries(clients, rounds),
         "cycles": lambda: cycles(clients, rounds),
         "direct": lambda: direct(clients, 10.0),
+        "heartbeats": lambda: heartbeats(clients, 20.0),
         "collections": lambda: collections(min(19_000, clients + 4000)),
         "off": lambda: deliveries(clients, rounds, off=True),
         "stock": lambda: stock(clients, rounds),

@@ -8,7 +8,7 @@
 - ``count``: read until `total` messages have come. Answers when the last one came (time.monotonic),
   the slowest connection's share being included by waiting for all.
 - ``cycle``: as ``count``, and every connection sends its next poll, with the cursor of the answer.
-- ``drain``: read for `seconds` and count what comes (marks cut in two are not).
+- ``drain``: read for `seconds` and count what comes: messages, or whatever holds `mark` (marks cut in two are not).
 - ``close``: close all.
 
 A message is counted when its last bytes, `MARK`, have been read from its socket. Every answer has
@@ -83,7 +83,10 @@ class Generator:
                     if mark:
                         continue
                 else:
-                    waiting[number] += self._receive(number)
+                    data = self._receive(number)
+                    if number not in waiting:
+                        continue  # it is open, and has a heartbeat already
+                    waiting[number] += data
                     if mark not in waiting[number]:
                         continue
                 del waiting[number]
@@ -122,13 +125,14 @@ class Generator:
                     cut.add(number)
         return {"at": time.monotonic(), "count": got}
 
-    def drain(self, seconds: float) -> dict[str, Any]:
+    def drain(self, seconds: float, mark: str = MARK.decode()) -> dict[str, Any]:
         """See the module."""
         end = time.monotonic() + seconds
+        wanted = mark.encode()
         got = 0
         while (left := end - time.monotonic()) > 0:
             for number, _ in self.epoll.poll(left, 512):
-                got += self._receive(number).count(MARK)
+                got += self._receive(number).count(wanted)
         return {"count": got}
 
     def _receive(self, number: int) -> bytes:

@@ -6,7 +6,7 @@ import time
 import gevent
 from gevent import get_hub
 
-from comet.server.appointments import TICK, Appointments
+from comet.server.appointments import AT_ONCE, TICK, Appointments
 
 
 class Timer:
@@ -111,6 +111,15 @@ def test_the_next_may_be_made_in_a_call() -> None:
     world.loop.until(10_000)
     assert len(world.kept) == 5
     assert not world.loop.timers
+
+
+def test_very_many_are_called_in_several_turns_of_the_loop() -> None:
+    world = World()
+    for number in range(3 * AT_ONCE):
+        world.appointments.make(number, 1500)
+    world.loop.until(2000)
+    assert sorted(number for number, _ in world.kept) == list(range(3 * AT_ONCE))
+    assert world.loop.rings >= 3
 
 
 def test_closed_it_calls_nobody() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import sys
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -102,6 +103,22 @@ def test_the_opening_gives_a_browser_its_cursor_without_an_event() -> None:
     opening = EVENTS.opening(at(Position(0xABC, 4), Position(2, 0)))
     assert event_stream(opening) == ([], "abc-4.2-0", 2000)
     assert event_stream(opening + EVENTS.heartbeat * 3) == ([], "abc-4.2-0", 2000)
+
+
+def test_what_is_no_event_is_none_and_no_message_to_clients_that_report_blocks_without_data() -> None:
+    """As httpx-sse and aiosseclient do: the first reports at each empty line once it has seen an id, the other each block."""
+    cursor = at(Position(0xABC, 4))
+    end = EVENTS.end(cursor, b"", closing=True).split(b"\r\n")[1]
+    stream = EVENTS.opening(cursor) + EVENTS.heartbeat * 3 + joined(EVENTS, log("a", 0xABC, "x"), cursor) + EVENTS.heartbeat + end
+    *blocks, rest = stream.split(b"\n\n")
+    assert rest == b""
+    assert [b"\ndata: " in block for block in blocks] == [False, True, False]
+    assert [re.findall(rb"^event: (.*)$", block, re.MULTILINE) for block in blocks] == [[b"comet"], [b"message"], [b"comet"]]
+    events, last_id, retry = event_stream(stream)
+    assert (events, last_id) == ([Event("abc-1", "message", "x")], "abc-1")
+    assert retry is not None
+    assert 2000 <= retry <= 4000
+    assert EVENTS.heartbeat == b":\n"
 
 
 def test_a_gap_is_an_event_whose_cursor_is_where_the_client_stands_then() -> None:

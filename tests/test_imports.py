@@ -11,7 +11,10 @@ import pytest
 from tests.harness import ROOT
 
 SPOKEN = {"comet.errors", "comet.message"}
-SERVER = {"comet.errors", "comet.log", "comet.origins", "comet.settings", "comet.stats", "comet.kernel", "comet.server", "comet.turn"}
+SERVER = {
+    "comet.errors", "comet.refusals", "comet.log", "comet.origins", "comet.settings", "comet.stats", "comet.kernel", "comet.server",
+    "comet.turn",
+}  # fmt: skip
 HUB = {*SPOKEN, "comet.backplane", "comet.fanout", "comet.framing", "comet.history", "comet.stats", "comet.subscriber", "comet.turn"}
 PROCESSES = {"comet.board", "comet.kernel", "comet.settings"}
 REDIS = {
@@ -20,7 +23,7 @@ REDIS = {
 }  # fmt: skip
 HANDLER = {
     "comet.hub", "comet.message", "comet.framing", "comet.subscriber", "comet.stats", "comet.settings", "comet.errors", "comet.turn",
-    "comet.subscriptions", "comet.subscriptions_redis", "comet.log", "comet.origins", "handlers.params",
+    "comet.subscriptions", "comet.subscriptions_redis", "comet.log", "comet.origins", "comet.refusals", "handlers.params",
 }  # fmt: skip
 """A handler speaks to the hub; it knows neither the backplane nor the server."""
 
@@ -38,6 +41,7 @@ ALLOWED: dict[str, set[str]] = {
     "comet.database": set(),
     "comet.errors": set(),
     "comet.origins": set(),
+    "comet.refusals": {"comet.errors"},
     "comet.settings": {"comet.origins"},
     "comet.stats": set(),
     "comet.turn": set(),

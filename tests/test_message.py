@@ -7,9 +7,12 @@ import pytest
 from comet.errors import Refusal
 from comet.message import (
     DEFAULT_TYPE,
+    FOREIGN,
     MAX_CHANNELS,
+    MAX_CURSOR,
     MESSAGE_COST,
     OLDEST,
+    RESERVED_TYPES,
     Cursor,
     Gap,
     Message,
@@ -18,6 +21,7 @@ from comet.message import (
     check_type,
     parse_channels,
     parse_cursor,
+    resume_from,
 )
 
 GOOD = ["a", "user:7", "A.b_c-d@e:0", "x" * 128, ".", "..", "-", "gap2"]
@@ -43,11 +47,12 @@ def test_a_refused_name_is_not_repeated_at_length() -> None:
     assert len(caught.value.detail) < 300
 
 
-def test_gap_is_a_channel_but_no_type() -> None:
-    assert check_channel("gap") == "gap"
+@pytest.mark.parametrize("name", sorted(RESERVED_TYPES))
+def test_a_reserved_type_is_a_channel_but_no_type(name: str) -> None:
+    assert check_channel(name) == name
     assert check_type(DEFAULT_TYPE) == DEFAULT_TYPE
     with pytest.raises(Refusal, match="bad-type"):
-        check_type("gap")
+        check_type(name)
 
 
 def test_doubled_channels_merge_in_order_of_first_appearance() -> None:
@@ -87,22 +92,45 @@ def test_oldest_is_the_start_of_each_channel() -> None:
     assert parse_cursor("oldest", 3) == [OLDEST] * 3
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
+STRANGE = [
         "", "-", "a", "1", "1-", "-1", "1--1", "1-1.", ".1-1", "g-1", "A-1", "0x1-1", "1-01", "1-00", "1-+1", "1- 1", " 1-1", "1-1 ",
         "1-1\n", "1-a", "1-1_0", "1000000000000-1"[:12] + "0-1", "1-10000000000000000", "\u0661-1", "1-\u0661", "OLDEST", "oldest ",
-    ],
-)  # fmt: skip
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", STRANGE)
 def test_a_text_that_comet_never_sent_is_no_cursor(text: str) -> None:
     with pytest.raises(Refusal, match="bad-cursor"):
         parse_cursor(text, 1)
 
 
-@pytest.mark.parametrize(("text", "channels"), [("1-1", 2), ("1-1.2-2", 1), ("oldest.1-1", 2), ("1-1." * 100_000 + "1-1", 64)])
+OF_OTHERS = [("1-1", 2), ("1-1.2-2", 1), ("oldest.1-1", 2), ("1-1." * 100_000 + "1-1", 64)]
+
+
+@pytest.mark.parametrize(("text", "channels"), OF_OTHERS)
 def test_a_cursor_of_another_number_of_channels_is_refused(text: str, channels: int) -> None:
     with pytest.raises(Refusal, match="bad-cursor"):
         parse_cursor(text, channels)
+
+
+@pytest.mark.parametrize(
+    ("text", "channels"), [*((text, 1) for text in STRANGE), *OF_OTHERS, ("x" * 1_000_000, 64), ("1-1" + "0" * 2000, 1)]
+)
+def test_an_id_that_is_no_cursor_is_a_foreign_place_on_each_channel(text: str, channels: int) -> None:
+    assert resume_from(text, channels) == [FOREIGN] * channels
+
+
+def test_an_id_that_is_a_cursor_is_read_as_one() -> None:
+    longest = ".".join([f"{2**48 - 1:x}-{10**16 - 1}"] * MAX_CHANNELS)
+    assert len(longest) <= MAX_CURSOR
+    for text, channels in (("1f-7", 1), ("1-1.2-2", 2), ("oldest", 3), ("0-0", 1), (longest, MAX_CHANNELS)):
+        assert resume_from(text, channels) == parse_cursor(text, channels)
+
+
+def test_no_cursor_is_the_foreign_place() -> None:
+    assert FOREIGN.epoch < 0, "epochs are drawn from 0 on"
+    with pytest.raises(Refusal, match="bad-cursor"):
+        parse_cursor(str(FOREIGN), 1)
 
 
 def test_a_cursor_moves_past_messages_and_gaps() -> None:

@@ -253,9 +253,13 @@ def test_without_anything_due_nothing_is_walked(parking: Parking, monkeypatch: p
 
 
 def test_a_wait_beyond_ten_seconds_takes_no_appointment(parking: Parking) -> None:
-    for patience, appointments in ((None, 0), (module.SHORT + 1, 0), (module.SHORT, 1), (0.1, 1)):
+    for one_shot, patience, appointments in (
+        (False, None, 0), (False, 0.1, 0), (True, module.SHORT + 1, 0), (True, module.SHORT, 1), (True, 0.1, 1),
+    ):  # fmt: skip
         client, descriptor = pair()
-        parking.sleep(descriptor, "", Sleeper(Framing(b":\n")), patience)  # type: ignore[arg-type]
+        sleeper = Sleeper(Framing(b":\n"))
+        sleeper.one_shot = one_shot
+        parking.sleep(descriptor, "", sleeper, patience)  # type: ignore[arg-type]
         assert len(parking._appointments) == appointments
         parking.take(descriptor)
         os.close(descriptor)

@@ -385,10 +385,10 @@ def test_a_silent_stream_has_heartbeats() -> None:
     client, (message,) = Client(framing=ServerSentEvents(1), patience=0.001).join_now(), log(1)
     stream = iter(client.subscriber)
     assert next(stream).startswith(b"retry: 1\n")
-    assert [next(stream) for _ in range(3)] == [b":\n\n"] * 3
+    assert [next(stream) for _ in range(3)] == [b":\n"] * 3
     client.offer(message)
     assert b"data: 1\n" in next(stream)
-    assert next(stream) == b":\n\n"
+    assert next(stream) == b":\n"
 
 
 def test_a_stream_that_is_given_up_is_closed() -> None:

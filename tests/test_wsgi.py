@@ -258,6 +258,39 @@ def test_a_first_request_is_judged_once_before_it_goes_the_long_way(
     assert len(judged) == 1
 
 
+@pytest.mark.parametrize("accept", ["text/event-stream", "*/*"])
+@pytest.mark.parametrize("way", ["at its accept", "in a greenlet", "on a kept connection"])
+def test_an_event_source_whose_channel_cannot_be_joined_is_told_when_to_come_back(
+    server: CometServer, monkeypatch: pytest.MonkeyPatch, way: str, accept: str
+) -> None:
+    """On each of the short ways, which have thrown the headers away by then."""
+
+    def refuse(wish: Wish) -> Subscriber:
+        raise Refusal("backplane-away", "Nobody answers.")
+
+    asking = Asking(server, monkeypatch)
+    asking.soon = asking.asleep = way == "at its accept"
+    monkeypatch.setattr(server, "subscribe", refuse)
+    with Client(server.server_port) as client:
+        if way == "on a kept connection":
+            assert client.request("POST", "/").body == b"ok"
+        client.ask("GET", "/events/1", headers={"Accept": accept})
+        if way == "at its accept":
+            wait_until(lambda: asking.failed)
+            assert asking.failed is not None
+            gevent.get_hub().loop.run_callback(asking.failed, Refusal("backplane-away", "Nobody answers."))
+        answer = client.read()
+        assert client.at_end()
+    if accept == "*/*":
+        assert (answer.status, answer.json["error"]) == (503, "backplane-away")
+    else:
+        assert (answer.status, answer.headers["content-type"]) == (200, "text/event-stream; charset=utf-8")
+        assert answer.body.startswith(b": backplane-away: Nobody answers.\nevent: comet\nretry: ")
+    wait_until(lambda: not server.stats.connections)
+    assert server.stats.refused == {"backplane-away": 1}
+    assert not server.awake
+
+
 def test_a_first_request_whose_channel_cannot_be_joined_is_told_why(server: CometServer, monkeypatch: pytest.MonkeyPatch) -> None:
     asking = Asking(server, monkeypatch)
     with Client(server.server_port) as client:

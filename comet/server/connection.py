@@ -15,7 +15,6 @@ its greenlet ends. What wakes it calls `CometServer.resume` (`comet.server.wsgi`
 """
 
 import io
-import json
 import logging
 import re
 import time
@@ -25,6 +24,7 @@ from typing import Any, Protocol
 from gevent.pywsgi import WSGIHandler
 
 from comet import log as logs
+from comet import refusals
 from comet.errors import Refusal
 from comet.log import Origin, Roll
 from comet.origins import Origins
@@ -43,8 +43,9 @@ _NO_BODY = io.BytesIO()
 _ID = re.compile(r"[A-Za-z0-9._:+/=@-]{1,128}")
 """An X-Request-ID that goes on into logs and answers."""
 
-DOOR_SECONDS = 1.0
-"""How long the head of a request that will be refused at the door is waited for."""
+REFUSED_HEAD = 0.5
+"""Seconds that a connection which is not let in has for its request's head, which tells whether it is an EventSource's. Most heads come
+with the connection; one that sends nothing must not hold a place among those that are being refused for long."""
 
 log = logging.getLogger("comet.server")
 
@@ -93,6 +94,8 @@ class Connection(Transport, WSGIHandler):
         """Its first request is still to be read; where some of it was, a short way did not lead there."""
         self.asked: Any = None
         """What its first request is, where that was read elsewhere: a wish or a `Call`."""
+        self.plain = b""
+        """The request that a short way has read, until it is answered: what to say where it is refused stands in its headers."""
         self.parked: Sleeper | None = None
         """Whose answer is under way, when it is a subscriber's."""
         self.command = self.path = ""
@@ -208,10 +211,14 @@ class Connection(Transport, WSGIHandler):
         """The wish or `Call` of one whole request, where a short way leads there; else None, and nothing was done."""
         server = self.server
         if not isinstance(self.network, Proxy):
-            return server.shortcut.read(data) or server.posts.read(data)
+            short = server.shortcut.read(data) or server.posts.read(data)
+            if short is not None:
+                self.plain = data
+            return short
         data, forwarded, request_id = server.lifted(data)
         short = server.shortcut.read(data) or server.posts.read(data)
         if short is not None:
+            self.plain = data
             try:
                 self._borrow(self.network, forwarded, request_id)
             except Refusal:
@@ -221,9 +228,10 @@ class Connection(Transport, WSGIHandler):
     def turn_away(self, refusal: Refusal) -> None:
         """Answer a connection that is not let in, and close it."""
         try:
-            self._read_head_at_door()
-            self._web_origin = origin_in(self.buffer)
-            self.answer_refusal(refusal)
+            head = self._head_soon()
+            if head is None:
+                self._web_origin = origin_in(self.buffer)
+            self.answer_refusal(refusal, head)
             self.linger()
         except OSError:
             pass  # it has gone by itself
@@ -231,45 +239,51 @@ class Connection(Transport, WSGIHandler):
             self.close()
             self.server.refusing -= 1
 
-    def _read_head_at_door(self) -> None:
-        """Read the head of a request that will not be served, because the form of the refusal depends on its headers.
-
-        Reads for at most `DOOR_SECONDS` and `--max-header` bytes; what has come by then is in the buffer. May block.
-        """
-        deadline = time.monotonic() + DOOR_SECONDS
+    def _head_soon(self) -> Head | None:
+        """Return the head of a request that is refused whatever it is; None if it is not there within `REFUSED_HEAD`, or not well-formed.
+        Blocks."""
+        deadline, most = time.monotonic() + REFUSED_HEAD, self.server.settings.max_header
         try:
-            while b"\r\n\r\n" not in self.buffer and len(self.buffer) <= self.server.settings.max_header:
-                data = self.receive(deadline - time.monotonic())
-                if not data:
-                    return
+            while data := self.receive(deadline - time.monotonic()):
                 self.buffer += data
-        except OSError:
-            pass  # its second is over, or it is gone: then the answer, which is counted, fails as well
+                if (b"\n" in data or len(self.buffer) > most) and (head := split_head(self.buffer, most)) is not None:
+                    return head
+        except (OSError, Refusal):
+            pass  # too slow, gone or ill-formed: it is refused, and counted, for the reason that it had before
+        return None
 
     def refuse(self, refusal: Refusal) -> None:
-        """Answer one that was let in and whose whole request was read elsewhere, and close it."""
+        """Answer one that was let in and whose whole request, `plain`, was read elsewhere, and close it."""
         self.server.awake.add(self)
         try:
-            self.answer_refusal(refusal)
+            self.answer_refusal(refusal, self._plain_head())
         except OSError:
             pass  # it has gone by itself
         finally:
             self._over()
 
-    def answer_refusal(self, refusal: Refusal) -> None:
-        """Answer, outside of any application, why this connection is closed."""
+    def _plain_head(self) -> Head | None:
+        """Return the head of the request that a short way has read."""
+        plain, self.plain = self.plain, b""
+        return split_head(bytearray(plain), self.server.settings.max_header)
+
+    def answer_refusal(self, refusal: Refusal, head: Head | None = None) -> None:
+        """Answer, outside of any application, why this connection is closed; `head` is the request's, where it could be read."""
         self.server.stats.refused[refusal.slug] += 1
+        if head is not None:
+            self.command, self.path = head.method, head.target
+            self._web_origin = head.headers.get("origin", "")
         origin = self.origin()
         logs.refused(refusal.slug, origin)
-        body = json.dumps(refusal.document()).encode() + b"\n"
+        events = head is not None and refusals.wants_events(head.method, head.path, head.headers.get("accept", ""))
+        status, headers, body = refusals.answer(refusal, events)
         lines = [
-            f"HTTP/1.1 {refusal.status} {refusal.slug}",
-            "Content-Type: application/json",
+            f"HTTP/1.1 {status} {refusal.slug}",
+            *(f"{name}: {value}" for name, value in headers),
             f"Content-Length: {len(body)}",
-            "Cache-Control: no-store",
             "Connection: close",
             f"X-Request-ID: {origin.request}",
-            *(f"{name}: {value}" for name, value in (*refusal.headers.items(), *self.server.origins.headers(self._web_origin))),
+            *(f"{name}: {value}" for name, value in self.server.origins.headers(self._web_origin)),
         ]
         self.send("\r\n".join(lines).encode() + b"\r\n\r\n" + body)
 
@@ -292,7 +306,7 @@ class Connection(Transport, WSGIHandler):
                 self._borrow(self.network, head.headers.get("x-forwarded-for", ""), head.headers.get("x-request-id", ""))
             except Refusal as refusal:
                 self.close_connection = True
-                self.answer_refusal(refusal)
+                self.answer_refusal(refusal, head)
                 return
         self.environ = self._environ(head)
         self.application = self.server.application
@@ -373,6 +387,7 @@ class Connection(Transport, WSGIHandler):
             self.parked.close()
         self.parked = None
         self._request_id = self._address = self._web_origin = self.command = self.path = ""  # the next one is another's
+        self.plain = b""
         if self.server.proxies is not None and self.descriptor >= 0:
             self.network = self.server.rested(self.network)
 
@@ -445,8 +460,9 @@ class Connection(Transport, WSGIHandler):
             parked = self.parked = server.subscribe(wish)
         except Refusal as refusal:
             self.close_connection = True
-            self.answer_refusal(refusal)
+            self.answer_refusal(refusal, self._plain_head())
             return
+        self.plain = b""  # with --hibernate off this goes on for as long as the client stays
         self.headers_sent = True
         self._go_on(b"" if parked.one_shot else parked.framing.start(parked.cursor, self.server.date()))
 

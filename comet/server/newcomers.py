@@ -79,20 +79,22 @@ class Newcomers:
                 asked = server.shortcut.read(data)
                 if asked is None:
                     asked = server.posts.read(data)
-                elif self._attend(descriptor, network, asked):
+                elif self._attend(descriptor, network, asked, data):
                     return
         connection = Connection(descriptor, server, network)
         connection.fresh = True
         connection.asked = asked
         if asked is None:
             connection.buffer += data
+        else:
+            connection.plain = data
         self._crew.begin(connection.handle, b"")
 
-    def _attend(self, descriptor: int, network: str, wish: Any) -> bool:
-        """Answer without a greenlet, now or when the channel has been joined; False: nothing was done."""
+    def _attend(self, descriptor: int, network: str, wish: Any, data: bytes) -> bool:
+        """Answer without a greenlet, now or when the channel has been joined; False: nothing was done. `data` is the request."""
         if not self.attend_asleep(descriptor, network, wish):
             self._joining[descriptor] = network
-            done, failed = partial(self._joined, descriptor, wish.patience), partial(self._refused, descriptor)
+            done, failed = partial(self._joined, descriptor, wish.patience), partial(self._refused, descriptor, data)
             try:
                 soon = self._hub.subscribe_soon(wish, self._server.parking, done, failed)
             except Refusal:
@@ -121,11 +123,13 @@ class Newcomers:
             connection.parked = subscriber
             self._crew.begin(connection.handle, start)
 
-    def _refused(self, descriptor: int, refusal: Refusal) -> None:
+    def _refused(self, descriptor: int, data: bytes, refusal: Refusal) -> None:
         """It can't be joined."""
         network = self._joining.pop(descriptor, None)
         if network is not None:
-            self._crew.begin(Connection(descriptor, self._server, network).refuse, refusal)
+            connection = Connection(descriptor, self._server, network)
+            connection.plain = data
+            self._crew.begin(connection.refuse, refusal)
 
     def _begin(self, descriptor: int, network: str, sleeper: Sleeper, patience: float | None) -> None:
         """Put it to sleep, and begin its answer; where that fails, the connection is closed."""

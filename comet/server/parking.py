@@ -16,7 +16,7 @@ Deadlines are a number a descriptor, and none needs a timer. Of each block of de
 none of its deadlines is before; a look at the bounds once a second finds the blocks with something due, and
 they are walked one by one over that second, so a million heartbeats never fire together. A process of which
 nobody has something due wakes once a second for it, and looks at twenty numbers. That is up to two seconds late, which is
-much for a wait of `SHORT` or less: those stand in `comet.server.appointments` instead, and one timer rings for the first.
+much for a poll of `SHORT` or less: those stand in `comet.server.appointments` instead, and one timer rings for the first.
 
 A descriptor has one owner. `take` unlinks it before a greenlet may have it, `_close` before it is
 closed; the close itself waits until the events at hand are done (`_bury`), so that the kernel can't
@@ -50,7 +50,7 @@ BLOCK = 1024
 """Descriptors that share a bound on their deadlines, and are walked together."""
 
 SHORT = 10.0
-"""Seconds of a wait that ends on time."""
+"""Seconds of a poll's wait that ends on time."""
 
 LOOK_SECONDS = 1.0
 """Between two looks for blocks with something due: a deadline is kept to this, and as much again while they are walked."""
@@ -164,14 +164,16 @@ class Parking:
         asked for a sign of life, as a sleeper's is."""
         self._put(descriptor, subscriber, "")
         if subscriber.awake.patience is None:
-            self._wait_for(descriptor, None)
+            self._wait_for(descriptor, subscriber, None)
 
     def wait(self, descriptor: int, awake: Any) -> bytes:
         """Block the greenlet of a watched subscriber until it has something to take, has ended, or its
         patience is over: its deadline stands in the table like a sleeper's, and costs no timer. Answers
         what is to be sent first."""
         if awake.patience is not None or self._deadlines[descriptor] == NEVER:  # a silence goes on
-            self._wait_for(descriptor, awake.patience)
+            owner = self._owners[descriptor]
+            assert owner is not None and not isinstance(owner, _Idle), "it is watched"
+            self._wait_for(descriptor, owner, awake.patience)
         awake.waker = partial(self._loop.run_callback, getcurrent().switch)
         awake.ready = b""
         self._hub.switch()
@@ -183,13 +185,13 @@ class Parking:
         """A subscriber with nothing waiting sleeps here from now on; it owns the descriptor."""
         self._put(descriptor, subscriber, network)
         subscriber.sleep(self, descriptor)
-        self._wait_for(descriptor, patience)
+        self._wait_for(descriptor, subscriber, patience)
 
     def put(self, descriptor: int, subscriber: Sleeper, network: str, patience: float | None) -> None:
         """As `sleep`, for a subscriber whose host this has been from its start."""
         self._put(descriptor, subscriber, network)
         subscriber.descriptor = descriptor
-        self._wait_for(descriptor, patience)
+        self._wait_for(descriptor, subscriber, patience)
 
     def idle(self, descriptor: int, network: str) -> None:
         """A kept-alive connection waits here for its next request."""
@@ -201,7 +203,7 @@ class Parking:
         subscriber.descriptor = descriptor
         self._owners[descriptor] = subscriber
         self._networks[descriptor] = network
-        self._wait_for(descriptor, patience)
+        self._wait_for(descriptor, subscriber, patience)
 
     def _put(self, descriptor: int, owner: Sleeper | _Idle, network: str) -> None:
         owners = self._owners
@@ -222,30 +224,29 @@ class Parking:
         if deadline < self._soonest[descriptor // BLOCK]:
             self._soonest[descriptor // BLOCK] = deadline
 
-    def _wait_for(self, descriptor: int, patience: float | None) -> None:
-        """Set the deadline so many seconds ahead; without an end, at the end of a silence: any shorter one at first, so that those
-        who came in the same minute are looked at all through the next silences, not together."""
+    def _wait_for(self, descriptor: int, subscriber: Sleeper, patience: float | None) -> None:
+        """Set a subscriber's deadline so many seconds ahead; without an end, at the end of a silence: any shorter one at first, so
+        that those who came in the same minute are looked at all through the next silences, not together."""
         if patience is None:
             self._set_deadline(descriptor, self._silence(descriptor, random.random() * SILENCE))
-        elif patience <= SHORT:
+        elif patience <= SHORT and subscriber.one_shot:
             deadline = self._deadlines[descriptor] = _milliseconds() + int(patience * 1000)
             self._appointments.make(descriptor, deadline)
         else:
             self._set_deadline(descriptor, _milliseconds() + int(patience * 1000))
 
     def _keep(self, descriptor: int) -> None:
-        """Do what was to be done at this time, or take note of when it is now: a delivery puts the next heartbeat off."""
-        owner = self._owners[descriptor]
-        if owner is None:
-            return
+        """End a short wait whose time has come. If another one began meanwhile, or something else, take note of its deadline."""
         now = self._now = _milliseconds()
-        if self._deadlines[descriptor] <= now:
+        owner = self._owners[descriptor]
+        if owner is not None and self._deadlines[descriptor] <= now:
             self._do_due(descriptor, owner)
+            owner = self._owners[descriptor]
         deadline = self._deadlines[descriptor]
-        if deadline <= now + SHORT * 1000:
-            self._appointments.make(descriptor, deadline)
-        else:
+        if isinstance(owner, _Idle) or owner is None or not owner.one_shot or deadline > now + SHORT * 1000:
             self._set_deadline(descriptor, deadline)
+        else:
+            self._appointments.make(descriptor, deadline)
 
     def _silence(self, descriptor: int, seconds: float) -> int:
         """The end of one that lasts so long, or up to a grain less."""

@@ -16,6 +16,7 @@ import gevent
 import pytest
 from gevent import socket
 
+from comet.server.connection import REFUSED_HEAD
 from handlers import ROUTES
 from tests.conftest import Start
 from tests.harness import Client, Response, Server, wait_until
@@ -276,10 +277,13 @@ def test_a_full_process_says_so_and_the_rest_goes_on(start: Start) -> None:
     clients = [server.client() for _ in range(5)]
     for client in clients:
         assert client.request("GET", "/healthz").status == 200
-    for _ in range(20):
-        with server.client() as more:
-            answer = refused(more, 503, "worker-full")  # although it has sent nothing
-            assert int(answer.headers["retry-after"]) > 0
+    begun = time.monotonic()
+    silent = [server.client() for _ in range(20)]
+    for more in silent:
+        answer = refused(more, 503, "worker-full")  # although it has sent nothing
+        assert int(answer.headers["retry-after"]) > 0
+        more.close()
+    assert took(begun) > REFUSED_HEAD - 0.1, "it might still have sent what tells an EventSource"
     for client in clients:
         assert client.request("GET", "/healthz").status == 200
     assert clients[0].request("GET", "/stats").json["refused"] == {"worker-full": 20}
@@ -375,6 +379,141 @@ def test_a_page_is_shown_what_is_refused_before_any_handler(start: Start, before
                     assert shown(client.read())
                 client.send(data if page else data.replace(PAGE, b""))
                 assert shown(refused(client, status, slug)) is page, (slug, page)
+
+
+EVENT_SOURCE = b"GET /events/a HTTP/1.1\r\nHost: h\r\nCache-Control: no-cache\r\nAccept: text/event-stream\r\n\r\n"
+
+
+def told_to_come_back(client: Client, slug: str, least: int, closes: bool = True) -> Response:
+    """An EventSource can read the refusal as a stream that ends: no event, and a time between once and twice `least` seconds."""
+    answer = client.read()
+    assert (answer.status, answer.headers["content-type"]) == (200, "text/event-stream; charset=utf-8"), answer
+    assert int(answer.headers["content-length"]) == len(answer.body)
+    assert answer.headers["cache-control"] == "no-store"
+    assert answer.headers["x-request-id"]
+    comment, name, retry, *rest = answer.body.decode().split("\n")
+    assert comment.startswith(f": {slug}: ")
+    assert (name, rest) == ("event: comet", ["", ""])
+    assert least * 1000 <= int(retry.removeprefix("retry: ")) <= least * 2000
+    assert (answer.headers.get("connection") == "close") == closes
+    if closes:
+        assert client.at_end(), client.buffer
+    return answer
+
+
+def test_a_full_process_tells_an_event_source_when_to_come_back(start: Start) -> None:
+    server = start("--max-connections", "2")
+    held = [server.client() for _ in range(2)]
+    for client in held:
+        assert client.request("GET", "/healthz").status == 200
+    cut = [1, 5, len(EVENT_SOURCE) // 2, len(EVENT_SOURCE) - 1, len(EVENT_SOURCE)]
+    for size in cut:  # however its head comes
+        with server.client() as client:
+            client.send(EVENT_SOURCE[:size])
+            gevent.sleep(0.02)
+            client.send(EVENT_SOURCE[size:])
+            told_to_come_back(client, "worker-full", 5)
+    others = {
+        "it does not ask for events": EVENT_SOURCE.replace(b"text/event-stream", b"*/*"),
+        "another path": EVENT_SOURCE.replace(b"/events/", b"/poll/"),
+        "lines": EVENT_SOURCE.replace(b"/events/", b"/stream/"),
+        "another method": EVENT_SOURCE.replace(b"GET", b"POST"),
+        "no host": EVENT_SOURCE.replace(b"Host: h\r\n", b""),
+        "half a head": EVENT_SOURCE[:-2],
+        "no HTTP": b"\r\nX\r\n\r\n",
+        "a large head": EVENT_SOURCE[:-2] + b"X: y\r\n" * 5000 + b"\r\n",
+    }
+    for what, data in others.items():
+        with server.client() as client:
+            client.send(data)
+            assert refused(client, 503, "worker-full").headers["retry-after"] == "5", what
+    assert held[0].request("GET", "/stats").json["refused"] == {"worker-full": len(cut) + len(others)}
+    for client in held:
+        client.close()
+
+
+def test_the_log_says_what_was_asked_of_a_full_process(start: Start) -> None:
+    server = start("--max-connections", "1", "--log-clients")
+    with server.client() as held, server.client() as client:
+        assert held.request("GET", "/healthz").status == 200
+        client.send(EVENT_SOURCE)
+        answer = told_to_come_back(client, "worker-full", 5)
+    line = f"refused: worker-full request={answer.headers['x-request-id']} address=127.0.0.1 asked=GET /events/a"
+    wait_until(lambda: line in server.log.read_text())
+
+
+def test_who_drips_its_head_while_it_is_refused_is_not_waited_for(start: Start) -> None:
+    server = start("--max-connections", "1")
+    with server.client() as held, server.client() as client:
+        assert held.request("GET", "/healthz").status == 200
+        begun = time.monotonic()
+        with dripping(client, b"GET /events/a HTTP/1.1\r\nHost: h\r\n" + b"X:a\r\n" * 1000, pause=0.01):
+            refused(client, 503, "worker-full")
+        assert REFUSED_HEAD - 0.1 < took(begun) < 3  # and a second that it has for the answer
+        assert held.request("GET", "/stats").json["refused"] == {"worker-full": 1}
+
+
+def test_who_goes_while_it_is_refused_is_counted(start: Start) -> None:
+    server = start("--max-connections", "1")
+    with server.client() as held:
+        assert held.request("GET", "/healthz").status == 200
+        for how in ("FIN", "RST"):
+            with server.client() as client:
+                client.go(how)
+        wait_until(lambda: held.request("GET", "/stats").json["refused"] == {"worker-full": 2})
+
+
+def test_a_full_address_tells_an_event_source_when_to_come_back(start: Start) -> None:
+    server = start("--max-per-address", "1")
+    with Client(server.port, source="127.0.0.2") as held, Client(server.port, source="127.0.0.2") as client:
+        assert held.request("GET", "/healthz").status == 200
+        client.send(EVENT_SOURCE)
+        told_to_come_back(client, "address-full", 5)
+
+
+def test_a_full_address_behind_a_proxy_tells_an_event_source_when_to_come_back(start: Start) -> None:
+    server = start("--trusted-proxies", "127.0.0.2", "--max-per-address", "1")
+    of_one = EVENT_SOURCE[:-2] + b"X-Forwarded-For: 198.51.100.1\r\n\r\n"
+    with Client(server.port, source="127.0.0.2") as held, Client(server.port, source="127.0.0.2") as client:
+        held.send(of_one)
+        assert held.read_head().status == 200
+        client.send(of_one)
+        told_to_come_back(client, "address-full", 5)
+    wait_until(lambda: server.clients() == 0)
+
+
+@pytest.mark.parametrize("way", ["short", "long", "HTTP/1.0"])
+def test_an_event_source_that_meets_no_backplane_is_told_when_to_come_back(start: Start, way: str) -> None:
+    server = start(
+        "--backplane", "redis://127.0.0.1:1", "--backplane-timeout", "0.3", "--redis-timeout", "0.2", "--redis-connect-timeout", "0.1"
+    )
+    data = {
+        "short": EVENT_SOURCE,
+        "long": EVENT_SOURCE[:-2] + b"Origin: https://a.example\r\n\r\n",  # by way of bottle, which keeps the connection
+        "HTTP/1.0": EVENT_SOURCE.replace(b"HTTP/1.1", b"HTTP/1.0"),
+    }[way]
+    for first in (True, False):
+        with server.client() as client:
+            if not first:  # one that was kept alive
+                assert client.request("GET", "/healthz").status == 200
+            client.send(data)
+            told_to_come_back(client, "backplane-away", 1, closes=way != "long")
+        with server.client() as client:
+            client.send(data.replace(b"text/event-stream", b"*/*"))
+            answer = client.read()
+            assert (answer.status, answer.json["error"], answer.headers["retry-after"]) == (503, "backplane-away", "1")
+    assert server.stats()["refused"] == {"backplane-away": 4}
+
+
+def test_a_final_refusal_stays_what_it_is_to_an_event_source(server: Server) -> None:
+    accept = {"Accept": "text/event-stream"}
+    for target, status, slug in (
+        ("/events/a%20b", 400, "bad-channel"),
+        ("/events/a?since=x", 400, "bad-cursor"),
+        ("/events", 404, "not-found"),
+    ):
+        answer = server.request("GET", target, headers=accept)
+        assert (answer.status, answer.json["error"]) == (status, slug), target
 
 
 @pytest.mark.parametrize("data", [b"X\r\n\r\n", b"POST /nothing HTTP/1.1\r\nHost: h\r\nContent-Length: 5\r\n\r\n"])

@@ -205,7 +205,7 @@ def test_a_poll_whose_client_went_is_freed_when_its_time_is_up(other: Other) -> 
     ("path", "opening", "line"),
     [
         ("/stream/{}", b"\n", b'{{"id":"{id}","channel":"{channel}","type":"message","data":"{data}"}}\n'),
-        ("/events/{}", b"retry: 2000\n: comet\nid: ", b"event: message\ndata: {data}\nid: {id}\n\n"),
+        ("/events/{}", b"retry: 2000\nevent: comet\nid: ", b"event: message\ndata: {data}\nid: {id}\n\n"),
     ],
 )
 def test_streams_are_plain_iterables_and_freed_at_a_heartbeat_after_the_client_went(
@@ -224,7 +224,7 @@ def test_streams_are_plain_iterables_and_freed_at_a_heartbeat_after_the_client_w
             assert client.read_until(expected).endswith(expected)
         assert other.subscribers(channel) == 1
         began = time.monotonic()
-        heartbeat = b":\n\n" if path.startswith("/events") else b"\n"
+        heartbeat = b":\n" if path.startswith("/events") else b"\n"
         for _ in range(3):
             client.read_until(heartbeat)
         assert time.monotonic() - began > 2 * HEARTBEAT
@@ -268,7 +268,7 @@ def test_a_deleted_channel_ends_its_streams(other: Other) -> None:
         assert other.request("DELETE", "/channels/ends")[0] == 200
         while client.more():
             pass
-        assert set(client.buffer.split(b"\n\n")) <= {b":", b""}
+        assert set(client.buffer.split(b"\n")) <= {b":", b""}
     wait_until(lambda: other.stats()["closed"].get("deleted") == 1)
 
 

@@ -130,14 +130,19 @@ class Reader:
         if not chunk:
             self.ended = True
             return
+        if self.kind == "events" and chunk == b":\n":
+            self.heartbeats += 1
+            return
         self.text += chunk
         mark = b"\n\n" if self.kind == "events" else b"\n"
         *blocks, self.text = self.text.split(mark)
         for block in blocks:
-            if block in (b"", b":"):
+            if not block:
                 self.heartbeats += 1
             elif block.startswith(b"retry: "):
-                assert 2000 <= int(block[7:]) <= 4000  # of a server that stops: when to come back
+                retry, name = block.split(b"\n")  # of a server that stops: when to come back
+                assert 2000 <= int(retry[7:]) <= 4000
+                assert name == b"event: comet"
             elif self.kind == "test":
                 self.got.append(block.decode())
             elif self.kind == "stream":
@@ -634,7 +639,7 @@ def test_a_descriptor_that_is_used_again_at_once_brings_nobody_anothers_bytes(st
 
     def check(name: str, text: bytes) -> None:
         """Each message is its client's name, over and over: a byte of another's shows."""
-        for body in text.replace(b'"', b"\n").replace(b":\n\n", b"\n").split():
+        for body in text.replace(b'"', b"\n").replace(b":\n", b"\n").split():
             if body.startswith(b"id-") and not all(name.encode().startswith(part) for part in body.split(b"|")):  # the last may be cut
                 wrong.append(f"{name} got {body[:60]!r}")
 

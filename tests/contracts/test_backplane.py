@@ -11,7 +11,7 @@ import pytest
 from comet.backplane.memory import Bounds
 from comet.errors import Refusal
 from comet.history import Joined
-from comet.message import MESSAGE_COST, OLDEST, ChannelInfo, Position, Publication, Receipt, Since
+from comet.message import FOREIGN, MESSAGE_COST, OLDEST, ChannelInfo, Position, Publication, Receipt, Since
 from tests.contracts.suite import FACTORIES, OWN_BOUNDS, Harness, bodies
 from tests.harness import wait_until
 
@@ -143,6 +143,7 @@ def test_a_cursor_that_cannot_be_vouched_for_is_a_gap_and_then_all_that_is_kept(
         Position(epoch ^ 1, 0),
         Position(epoch, 1),  # from before what is kept
         Position(epoch, 0),
+        FOREIGN,
     ):
         (joined,) = h.backplane.subscribe(["a"], [cursor])
         assert (joined.position, bodies(joined.messages), joined.gap) == everything, cursor
@@ -150,6 +151,23 @@ def test_a_cursor_that_cannot_be_vouched_for_is_a_gap_and_then_all_that_is_kept(
         (joined,) = h.backplane.subscribe(["a"], [Position(epoch, offset)])
         assert (joined.position, bodies(joined.messages), joined.gap) == (Position(epoch, offset), rest, False)
     assert head == Position(epoch, 5)
+
+
+def test_a_place_in_no_log_is_a_gap_on_every_channel_and_on_every_way(h: Harness) -> None:
+    head = h.publish("a", "1", "2")[-1]
+    for channels in (["a"], ["a", "new"]):
+        first, *others = h.backplane.subscribe(channels, [FOREIGN] * len(channels))
+        assert (first.position, bodies(first.messages), first.gap) == (Position(head.epoch, 0), ["1", "2"], True)
+        for other in others:
+            assert (other.position.offset, other.messages, other.gap) == (0, [], True)
+            assert other.position.epoch >= 0
+    answers: list[Joined] = []
+    if h.backplane.subscribe_soon("a", FOREIGN, answers.append, never):
+        wait_until(lambda: answers)
+        assert (bodies(answers[0].messages), answers[0].gap) == (["1", "2"], True)
+    read = h.backplane.read("a", FOREIGN)
+    assert read is not None
+    assert (bodies(read.messages), read.gap) == (["1", "2"], True)
 
 
 # -- 3. joining
@@ -376,6 +394,8 @@ def test_who_may_have_missed_something_does_not_join_again_without_an_answer(h: 
         ("quiet", Position(other.epoch ^ 1, 0)),
         ("quiet", Position(other.epoch, 1)),
         ("unknown", Position(1, 0)),
+        ("a", FOREIGN),
+        ("unknown", FOREIGN),
     ]:
         assert not h.backplane.rejoin(channel, wrong)
     infos = [h.backplane.info(channel) for channel in ("a", "quiet", "unknown")]

@@ -15,6 +15,7 @@ from tests.deployment.image import the_image_line_by_line
 from tests.deployment.machine import ROOT, lines_of
 from tests.deployment.network import (
     a_refusal_names_the_request_and_a_limit_the_client,
+    an_event_source_outlives_a_service_that_is_away,
     connections_are_not_tracked,
     messages_pass_through_nginx_at_once,
 )
@@ -307,6 +308,7 @@ CHECKS = (
     what_the_unit_grants_is_in_force,
     connections_are_not_tracked,
     messages_pass_through_nginx_at_once,
+    an_event_source_outlives_a_service_that_is_away,
     a_refusal_names_the_request_and_a_limit_the_client,
     a_worker_is_killed,
     it_is_reloaded,

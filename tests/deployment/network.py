@@ -51,6 +51,31 @@ def first_message(on: Deployed, version: str, kind: str, channel: str) -> float:
             client.kill()
 
 
+def an_event_source_outlives_a_service_that_is_away(on: Deployed) -> str:
+    """nginx alone is there: whatever else asks is told the status. tests/behaviour/test_nginx.py has the rest."""
+    ask = "curl --silent --include --cacert /etc/comet/tls.crt --header 'Origin: https://a.example' --header 'Accept: "
+    on.run("systemctl stop comet.socket comet.service")
+    try:
+        said = on.run(f"{ask}text/event-stream' https://localhost/events/away").stdout
+        others = [
+            on.run(f"{ask}{accept}' https://localhost/{path}").stdout
+            for accept, path in (("*/*", "events/away"), ("text/event-stream", "poll/away"))
+        ]
+    finally:
+        on.run("systemctl start comet.socket comet.service")
+        on.active()
+    head, _, block = said.replace("\r", "").partition("\n\n")
+    for line in (
+        "content-type: text/event-stream; charset=utf-8",
+        "cache-control: no-store",
+        "access-control-allow-origin: https://a.example",
+    ):
+        assert head.startswith("HTTP/2 200") and line in head.lower().splitlines(), said
+    found = re.fullmatch(r": away: .+\nevent: comet\nretry: ([23]\d{3})\n\n", block)
+    assert found and all(other.startswith("HTTP/2 502") for other in others), (said, others)
+    return f"nginx tells it to come back in {found[1]} ms, and everyone else 502"
+
+
 def a_refusal_names_the_request_and_a_limit_the_client(on: Deployed) -> str:
     said = on.run("curl --silent --include --cacert /etc/comet/tls.crt https://localhost/nothing").stdout
     found = re.search(r"^x-request-id: ([0-9a-f]{32})\r?$", said, re.MULTILINE | re.IGNORECASE)
