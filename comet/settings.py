@@ -175,8 +175,8 @@ class Settings:
     events_end: str = _knob(
         "orderly",
         "orderly or abort",
-        "How /events ends when the service stops. abort leaves out the last chunk: clients that give up at an orderly end "
-        "(docs/clients.md) come back from that by themselves.",
+        "How /events ends when the service stops, and a refusal that passes. abort leaves the body incomplete: clients that give up at "
+        "an orderly end (docs/clients.md) come back from that by themselves.",
     )
 
 

@@ -277,10 +277,11 @@ class Connection(Transport, WSGIHandler):
         logs.refused(refusal.slug, origin)
         events = head is not None and refusals.wants_events(head.method, head.path, head.headers.get("accept", ""))
         status, headers, body = refusals.answer(refusal, events)
+        missing = 1 if status == 200 and self.server.settings.events_end == "abort" else 0
         lines = [
             f"HTTP/1.1 {status} {refusal.slug}",
             *(f"{name}: {value}" for name, value in headers),
-            f"Content-Length: {len(body)}",
+            f"Content-Length: {len(body) + missing}",  # of a stream that is to end without its end, one byte never comes
             "Connection: close",
             f"X-Request-ID: {origin.request}",
             *(f"{name}: {value}" for name, value in self.server.origins.headers(self._web_origin)),
