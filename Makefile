@@ -1,6 +1,8 @@
 # make run    start the server on 127.0.0.1:8000 (flags: make run ARGS="--port 9000")
 # make top    a running service, live in the terminal (another than the one on 127.0.0.1:8000: make top ARGS="--url URL")
 # make test   run the tests
+# make test-clients  install seventeen clients that others wrote into .clients/ (npm, PyPI, Go, Maven; Chromium has to be there), and
+#             kill and stop the service under them
 # make chaos  kill, stop, reload and fill up what there is, under load, and count what clients get: thirteen minutes
 # make lint   ruff and mypy
 # make bench  what a client costs and how fast it is served, beside baselines, in one run of about eight minutes
@@ -14,7 +16,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run top test chaos lint bench friends million soak clean
+.PHONY: run top test test-clients chaos lint bench friends million soak clean
 
 run: $(VENV)/.run
 	@exec $(BIN)/python app.py $(ARGS)
@@ -24,6 +26,10 @@ top: $(VENV)/.run
 
 test: $(VENV)/.load
 	$(BIN)/python -m pytest -n 4 --dist worksteal $(ARGS)
+
+test-clients:
+	$(PYTHON) -m tests.clients.install
+	.clients/python/bin/python -m pytest -n 0 tests/clients $(ARGS)
 
 chaos: $(VENV)/.run
 	COMET_CHAOS=full $(BIN)/python -m pytest -s tests/behaviour/test_chaos.py tests/behaviour/test_machines.py $(ARGS)
@@ -46,7 +52,7 @@ lint: $(VENV)/.lint
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .clients .pytest_cache .mypy_cache .ruff_cache
 
 $(VENV)/bin/pip:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "comet needs Python 3.11 or newer")'

@@ -43,6 +43,8 @@ class Framing:
     heartbeat = b""
     names_cursor = True
     """The answer's headers say where it starts."""
+    abort = False
+    """A stream that ends because the service stops lacks its last chunk (``--events-end``)."""
     _head: bytes | None = None
 
     def opening(self, cursor: Cursor) -> bytes:
@@ -228,15 +230,17 @@ class ServerSentEvents(Framing):
     Some clients report a block without data, or an empty line alone, as an event of type "message". So blocks without data
     have a type of their own, ``comet``, and a heartbeat is a comment's line without the empty line that would end a block.
     CR and CRLF inside a body arrive as
-    LF: the format knows only lines. `retry` is milliseconds before a browser reconnects.
+    LF: the format knows only lines. `retry` is milliseconds before a browser reconnects. `abort` leaves out the last chunk
+    of a stream that ends because the service stops.
     """
 
     name = "events"
     content_type = "text/event-stream; charset=utf-8"
     heartbeat = b":\n"
 
-    def __init__(self, retry: int) -> None:
+    def __init__(self, retry: int, abort: bool = False) -> None:
         self._retry = retry
+        self.abort = abort
 
     def opening(self, cursor: Cursor) -> bytes:
         named = b"id: %b\n" % str(cursor).encode() if cursor.ours else b""
@@ -254,9 +258,12 @@ class ServerSentEvents(Framing):
         return pieces
 
     def end(self, cursor: Cursor, date: bytes, closing: bool) -> bytes:
-        """A server that stops tells each browser another time to come back, so that they don't all at once."""
+        """A server that stops tells each browser another time to come back, so that they don't all at once. With `abort` the last
+        chunk is missing: some clients come back from a broken connection only, and a body that lacks it is one."""
         last = super().end(cursor, date, closing)
-        return chunk(b"retry: %d\nevent: comet\n\n" % random.randint(self._retry, 2 * self._retry)) + last if closing else last
+        if not closing:
+            return last
+        return chunk(b"retry: %d\nevent: comet\n\n" % random.randint(self._retry, 2 * self._retry)) + (b"" if self.abort else last)
 
 
 def _make_event(message: Message) -> bytes:

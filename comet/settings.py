@@ -186,6 +186,12 @@ class Settings:
         least=0.1,
     )
     retry: int = _knob(2000, "milliseconds", "What an EventSource is told to wait before it reconnects.")
+    events_end: str = _knob(
+        "orderly",
+        "orderly or abort",
+        "How /events ends when the service stops, and a refusal that passes. abort leaves the body incomplete: clients that give up at "
+        "an orderly end (docs/clients.md) come back from that by themselves.",
+    )
 
 
 def objection(settings: Settings, hosts: Sequence[str] = ()) -> str | None:
@@ -193,6 +199,8 @@ def objection(settings: Settings, hosts: Sequence[str] = ()) -> str | None:
     not `settings.host`."""
     if settings.log not in ("plain", "json"):
         return f"--log is plain or json, not {settings.log}."
+    if settings.events_end not in ("orderly", "abort"):
+        return f"--events-end is orderly or abort, not {settings.events_end}."
     try:
         networks(settings.trusted_proxies)
     except ValueError as error:

@@ -192,7 +192,7 @@ def _guarded(route: Route, context: Context, origins: Origins) -> Handler:
                 return answer(handler(context, Asked.now(), **arguments))
             return handler(context, **arguments)
         except Refusal as refusal:
-            return refuse(refusal, context.stats, origin(), from_event_source())
+            return refuse(refusal, context.stats, origin(), from_event_source(), context.settings.events_end == "abort")
         except HTTPResponse:
             raise  # an answer, in bottle's way
         except Exception:

@@ -99,18 +99,26 @@ def from_event_source() -> bool:
     return wants_events(request.method, request.path, request.headers.get("Accept", ""))
 
 
-def refuse(refusal: Refusal, stats: Stats, origin: Origin | None, events: bool = False, **headers: str) -> HTTPResponse:
+def refuse(
+    refusal: Refusal, stats: Stats, origin: Origin | None, events: bool = False, abort: bool = False, **headers: str
+) -> HTTPResponse:
     """The answer to a refused request; counts it. Where `origin` is known it has the request's id. `events` says that the
-    client is an EventSource."""
+    client is an EventSource, `abort` that a stream ends without its end."""
     stats.refused[refusal.slug] += 1
     status, fields, body = refusals.answer(refusal, events)
-    refused = HTTPResponse(body, status, dict(fields))
+    refused = HTTPResponse(_cut(body) if abort and status == 200 else body, status, dict(fields))
     if origin is not None:
         logs.refused(refusal.slug, origin)
         refused.set_header("X-Request-ID", origin.request)
     for name, value in headers.items():
         refused.set_header(name, value)
     return refused
+
+
+def _cut(body: bytes) -> Iterator[bytes]:
+    """Yield `body`, and then break the connection off, as a client sees it: the server can send no more."""
+    yield body
+    raise ConnectionAbortedError("a stream ends without its end (--events-end abort)")
 
 
 def wait(subscriber: Subscriber) -> Iterable[bytes]:

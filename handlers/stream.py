@@ -12,7 +12,7 @@ _sse = cache(ServerSentEvents)
 
 def events(context: Context, asked: Asked, names: str) -> Wish:
     """GET /events/<channels>: for EventSource."""
-    return _open(context, asked, names, _sse(context.settings.retry))
+    return _open(context, asked, names, _sse(context.settings.retry, context.settings.events_end == "abort"))
 
 
 def lines(context: Context, asked: Asked, names: str) -> Wish:

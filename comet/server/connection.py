@@ -277,10 +277,11 @@ class Connection(Transport, WSGIHandler):
         logs.refused(refusal.slug, origin)
         events = head is not None and refusals.wants_events(head.method, head.path, head.headers.get("accept", ""))
         status, headers, body = refusals.answer(refusal, events)
+        missing = 1 if status == 200 and self.server.settings.events_end == "abort" else 0
         lines = [
             f"HTTP/1.1 {status} {refusal.slug}",
             *(f"{name}: {value}" for name, value in headers),
-            f"Content-Length: {len(body)}",
+            f"Content-Length: {len(body) + missing}",  # of a stream that is to end without its end, one byte never comes
             "Connection: close",
             f"X-Request-ID: {origin.request}",
             *(f"{name}: {value}" for name, value in self.server.origins.headers(self._web_origin)),
@@ -415,8 +416,14 @@ class Connection(Transport, WSGIHandler):
         parked = self.parked
         assert parked is not None
         self.server.parking.watch(self.descriptor, parked)
-        self.result = list(parked) if parked.one_shot else parked
+        self.result = list(parked) if parked.one_shot else self._stream_plainly(parked)
         super().process_result()
+
+    def _stream_plainly(self, parked: Sleeper) -> Iterable[bytes]:
+        """What `parked` gets. pywsgi writes the last chunk behind it, unless the stream is to end without one."""
+        yield from parked
+        if self.server.draining and parked.framing.abort:
+            self.response_use_chunked = False
 
     def _attend(self) -> None:
         """Answer with the headers that the application gave, and what its subscriber gets."""

@@ -505,6 +505,36 @@ def test_an_event_source_that_meets_no_backplane_is_told_when_to_come_back(start
     assert server.stats()["refused"] == {"backplane-away": 4}
 
 
+def test_a_refusal_that_passes_lacks_its_end_where_that_is_set(start: Start) -> None:
+    server = start("--max-connections", "1", "--events-end", "abort")
+    with server.client() as held, server.client() as client:
+        assert held.request("GET", "/healthz").status == 200
+        client.send(EVENT_SOURCE)
+        head = client.read_head()
+        while client.more():
+            pass
+        assert (head.status, int(head.headers["content-length"])) == (200, len(client.buffer) + 1)
+        assert client.buffer.startswith(b": worker-full: ") and client.buffer.endswith(b"\n\n")
+        with server.client() as other:
+            refused(other, 503, "worker-full")  # which is no stream, and has its end
+
+
+@pytest.mark.parametrize("version", [b"HTTP/1.1", b"HTTP/1.0"])
+@pytest.mark.parametrize("origin", [b"", b"Origin: https://a.example\r\n"], ids=["short", "long"])
+def test_a_refusal_without_a_backplane_lacks_its_end_where_that_is_set(start: Start, origin: bytes, version: bytes) -> None:
+    server = start(
+        "--backplane", "redis://127.0.0.1:1", "--backplane-timeout", "0.3", "--redis-timeout", "0.2", "--redis-connect-timeout", "0.1",
+        "--events-end", "abort",
+    )  # fmt: skip
+    with server.client() as client:
+        client.send(EVENT_SOURCE[:-2].replace(b"HTTP/1.1", version) + origin + b"\r\n")
+        assert client.read_head().status == 200
+        while client.more():
+            pass
+        assert b": backplane-away: " in client.buffer
+        assert not client.buffer.endswith(b"0\r\n\r\n")
+
+
 def test_a_final_refusal_stays_what_it_is_to_an_event_source(server: Server) -> None:
     accept = {"Accept": "text/event-stream"}
     for target, status, slug in (

@@ -115,6 +115,40 @@ def test_streams_end_with_a_proper_last_chunk_and_the_server_closes(many: Server
     assert stopping.wait().status == 0
 
 
+@pytest.mark.parametrize("headers", [{}, {"Connection": "close"}], ids=["kept-alive", "close"])
+@pytest.mark.parametrize("path", ["/events/a", "/stream/a"])
+def test_events_end_without_a_last_chunk_where_that_is_set(start: Start, clients: list[Client], path: str, headers: dict[str, str]) -> None:
+    server = start("--events-end", "abort")
+    for _ in range(5):
+        client = server.client()
+        clients.append(client)
+        client.ask("GET", path, headers=headers)
+        assert client.read_head().status == 200
+        client.read_chunk()
+    wait_until(lambda: server.clients() == 5)
+    server.publish("a", "before")
+    stopping = Stopping(server)
+    for client in clients:
+        client.read_until(b"before")  # what is due comes first
+        rest = client.read_until(b"\r\n")
+        while client.more():
+            pass
+        rest += client.buffer
+        assert rest.endswith(b"0\r\n\r\n") == (path == "/stream/a"), rest
+    assert stopping.wait().status == 0
+
+
+def test_a_channel_that_is_deleted_ends_in_order_whatever_is_set(start: Start) -> None:
+    server = start("--events-end", "abort")
+    events = server.events("a")
+    server.publish("a", "before")
+    assert events.next().data == "before"
+    assert server.request("DELETE", "/channels/a").status in (200, 204)
+    with pytest.raises(EOFError):
+        events.next()
+    events.close()
+
+
 def test_what_was_acknowledged_before_the_signal_is_still_delivered(many: Server, clients: list[Client]) -> None:
     client = many.client()
     clients.append(client)
