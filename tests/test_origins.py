@@ -1,6 +1,7 @@
 """What `--origins` takes, brings into a browser's form, or refuses; and the headers for one origin."""
 
 import random
+import time
 
 import pytest
 
@@ -151,3 +152,11 @@ def test_nothing_that_a_head_holds_gets_into_the_headers(seed: int) -> None:
         for _ in range(2000):
             headers = one.headers(origin_in(b"".join(rng.choices(words, k=12))))
             assert {value for name, value in headers if name == "Access-Control-Allow-Origin"} <= known
+
+
+@pytest.mark.parametrize("end", [b"\x01", b"a b\r\n", b"\xff\r\n", b"\r"])
+def test_blanks_in_an_origin_take_no_time(end: bytes) -> None:
+    """A head is refused after its 16 KiB, or as much as --max-header allows; what is not an Origin must not be tried at each blank."""
+    began = time.process_time()
+    assert origin_in(b"GET / HTTP/1.1\r\nOrigin:" + b" \t" * 100_000 + end) == ""
+    assert time.process_time() - began < 5.0  # some milliseconds; a minute where each blank may begin it
