@@ -2,6 +2,7 @@
 has started when it is interrupted; and Locust by hand, as the README has it."""
 
 import json
+import random
 import re
 import signal
 import socket
@@ -24,8 +25,8 @@ CLIENTS = 2000
 
 
 def free_port() -> int:
-    """Outside the range from which 2,000 clients get theirs."""
-    for port in range(20_000, 30_000):
+    """Outside the range from which 2,000 clients get theirs. Any of them: other tests look for one at the same time."""
+    for port in random.sample(range(20_000, 30_000), 100):
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)) != 0:
                 return port
@@ -80,9 +81,16 @@ def test_smoke_nothing_is_lost_and_the_report_says_all_of_it(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_all_that_was_started_ends_when_it_is_interrupted(tmp_path: Path, number: int) -> None:
-    process = subprocess.Popen(command(tmp_path, "--duration", "60"), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    said = tmp_path / "said.log"
+    with said.open("wb") as log:
+        process = subprocess.Popen(command(tmp_path, "--duration", "60"), cwd=ROOT, stdout=log, stderr=log)
     try:
-        wait_until(lambda: list(tmp_path.glob("run-*/timeline.jsonl")), 3 * TIMEOUT)  # the service and Locust are there
+
+        def runs() -> bool:  # the service and Locust are there
+            assert process.poll() is None, said.read_text()
+            return bool(list(tmp_path.glob("run-*/timeline.jsonl")))
+
+        wait_until(runs, 3 * TIMEOUT)
         family = descendants(process.pid)[1:]
         assert len(family) >= 7
         process.send_signal(number)
