@@ -125,13 +125,18 @@ class Page:
         self.log = log
 
     def ask(self, method: str, path: str, form: Mapping[str, Any] | None = None) -> Any:
-        """The answer, read as JSON."""
-        connection = HTTPConnection("127.0.0.1", self.port, timeout=2 * TIMEOUT)
+        """The answer, read as JSON. Locust resets a connection now and then on a machine with other work: a GET is asked again."""
         body = None if form is None else urlencode(form, doseq=True)
-        connection.request(method, path, body, {"Content-Type": "application/x-www-form-urlencoded"})
-        answer = connection.getresponse().read()
-        connection.close()
-        return json.loads(answer)
+        while True:
+            connection = HTTPConnection("127.0.0.1", self.port, timeout=2 * TIMEOUT)
+            try:
+                connection.request(method, path, body, {"Content-Type": "application/x-www-form-urlencoded"})
+                return json.loads(connection.getresponse().read())
+            except ConnectionResetError:
+                if method != "GET":
+                    raise
+            finally:
+                connection.close()
 
     def start(self, users: int, **form: Any) -> None:
         """Press Start."""
