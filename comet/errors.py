@@ -97,7 +97,7 @@ CLOSINGS: dict[str, str] = {
     "answered": "A long poll got its answer: messages, or an empty one when its time was up.",
     "hang-up": "The client closed its connection, or its sending side, while it waited.",
     "lost": "The connection broke while something was written to it.",
-    "backlog-bytes": "More messages waited for the client than --backlog allows, or --busy-backlog if it keeps taking.",
+    "backlog-bytes": "More messages waited for the client than --backlog allows, or --busy-backlog, for a minute, if it keeps taking.",
     "backlog-time": "The client took nothing for --send-timeout.",
     "unreadable": "Messages that this process missed could not be read from history.",
     "deleted": "The channel was deleted.",

@@ -152,8 +152,8 @@ class Settings:
     busy_backlog: int = _knob(
         16 << 20,
         "bytes",
-        "The same for a client that keeps taking: a whole batch (--max-batch) and what its framing adds. Waiting messages are shared "
-        "by all who wait for them.",
+        "The same, for a minute, for a client that keeps taking: a whole batch (--max-batch) and what its framing adds. Waiting "
+        "messages are shared by all who wait for them.",
         least=1024,
     )
 

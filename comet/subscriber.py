@@ -30,6 +30,10 @@ TAKING = 5.0
 """Seconds since a client took something last, within which it keeps taking. Three hundred readers of one burst on a busy machine each
 wait for seconds for their turn."""
 
+CATCHING_UP = 60.0
+"""Seconds that more than a `Home.backlog` may wait for a client that keeps taking, between two times that it has taken all. So what waits
+beyond backlogs is at most what was published in a minute, however many clients read a little now and then to keep much waiting."""
+
 FRAMING = 100
 """Bytes a message is counted in a backlog beside its data: about what its framing adds. What waits is
 shared with the history and other clients, so this is what it will be on the wire, not in memory."""
@@ -232,16 +236,17 @@ class Subscriber:
 class Awake:
     """What waits for a client that has a greenlet. `patience` is how many seconds a silence lasts before
     a heartbeat (a stream) or an empty answer (a poll), None for ever; `offered` is where the queue
-    ends, by channel; `reason` is None until it is ended; `took` is when the client took something last, in seconds of the
-    monotonic clock."""
+    ends, by channel; `reason` is None until it is ended; `took` is when the client took something last, and `behind` since when
+    more waits than the backlog, 0.0 while it does not, in seconds of the monotonic clock."""
 
-    __slots__ = ("_bytes", "_held", "_queue", "_skipped", "offered", "patience", "ready", "reason", "took", "waker")
+    __slots__ = ("_bytes", "_held", "_queue", "_skipped", "behind", "offered", "patience", "ready", "reason", "took", "waker")
 
     def __init__(self, patience: float | None, offered: dict[str, Position]) -> None:
         self.patience = patience
         self.offered = offered
         self.reason: str | None = None
         self.took = monotonic()
+        self.behind = 0.0
         self._bytes = 0
         self.ready: bytes | None = None
         """Bytes to be sent before all that can be taken, as a batch has made them for others like this one:
@@ -324,11 +329,16 @@ class Awake:
     def _fits(self, subscriber: Subscriber, message: Message) -> bool:
         self._bytes += _size(message)
         home = subscriber.home
-        if self._bytes <= home.backlog or (self._bytes <= home.busy_backlog and monotonic() - self.took <= TAKING):
+        if self._bytes <= home.backlog or (self._bytes <= home.busy_backlog and self._catches_up()):
             return True
         self._queue.clear()
         self.end(subscriber, "backlog-bytes")
         return False
+
+    def _catches_up(self) -> bool:
+        now = monotonic()
+        self.behind = self.behind or now
+        return now - self.took <= TAKING and now - self.behind <= CATCHING_UP
 
     def end(self, subscriber: Subscriber, reason: str) -> None:
         """The greenlet finishes what waits and closes. The first reason stays."""
@@ -356,6 +366,7 @@ class Awake:
             self.waker = None
         items, self._queue = self._queue, []
         self.took = monotonic()
+        self.behind = 0.0
         self._bytes = sum(map(_size, self._held or ()))
         return items if items or self.reason is None else None
 

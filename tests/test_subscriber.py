@@ -9,7 +9,7 @@ import pytest
 from comet.framing import LINES, POLL, PORTION, TEXT, Batch, Framing, ServerSentEvents
 from comet.history import History, Joined
 from comet.message import Gap, Item, Message, Position, Since
-from comet.subscriber import FRAMING, TAKING, Awake, Subscriber
+from comet.subscriber import CATCHING_UP, FRAMING, TAKING, Awake, Subscriber
 from tests.harness import TIMEOUT, wait_until
 
 EPOCH = 5
@@ -271,6 +271,24 @@ def test_a_client_that_took_something_long_ago_may_not(monkeypatch: pytest.Monke
     client.offer(*messages[:3])
     now[0] += TAKING + 1
     client.offer(messages[3])
+    assert client.reason == "backlog-bytes"
+
+
+def test_a_client_that_keeps_taking_and_never_catches_up_may_not_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("comet.subscriber.monotonic", lambda: now[0])
+    client, messages = Client(backlog=3 * (FRAMING + 1), busy_backlog=6 * (FRAMING + 1)).join_now(), log(20)
+    for start in (0, 4):  # what it takes in the end counts anew
+        client.offer(*messages[start : start + 4])
+        now[0] += CATCHING_UP - 1
+        client.subscriber.took()
+        assert client.reason is None
+        assert client.taken() == [message.data.decode() for message in messages[start : start + 4]]
+    client.offer(*messages[8:12])
+    for _ in range(int(CATCHING_UP / TAKING) + 1):
+        now[0] += TAKING
+        client.subscriber.took()
+    client.offer(messages[12])
     assert client.reason == "backlog-bytes"
 
 
