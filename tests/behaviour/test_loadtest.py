@@ -2,6 +2,7 @@
 has started when it is interrupted; and Locust by hand, as the README has it."""
 
 import json
+import random
 import re
 import signal
 import socket
@@ -24,8 +25,8 @@ CLIENTS = 2000
 
 
 def free_port() -> int:
-    """Outside the range from which 2,000 clients get theirs."""
-    for port in range(20_000, 30_000):
+    """Outside the range from which 2,000 clients get theirs. Any of them: another test may be about to use the first."""
+    for port in random.sample(range(20_000, 30_000), 100):
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)) != 0:
                 return port

@@ -545,7 +545,7 @@ def test_a_sleeping_client_that_goes_is_noticed_at_once(server: Server, kind: st
     client = subscribe(server, kind, "goes")
     settled(server, before + 1)
     client.go(how)
-    wait_until(lambda: server.clients() == before, 2.0)
+    wait_until(lambda: server.clients() == before)
     assert closed(server)["hang-up"] == count + 1
     if how == "half-close":
         client.close()
@@ -555,7 +555,7 @@ def test_a_sleeping_client_that_goes_is_noticed_at_once(server: Server, kind: st
 @pytest.mark.parametrize("how", ["FIN", "RST"])
 @pytest.mark.parametrize("kind", ["poll", *STREAMS])
 def test_a_client_that_dies_in_mid_write_is_cleared_away(start: Start, kind: str, how: str) -> None:
-    server = start("--send-buffer", "4608")
+    server = start("--send-buffer", "4608", "--busy-send-buffer", "4608")
     client = subscribe(server, kind, "dies", Narrow)
     settled(server, 1)
     descriptors = server.descriptors()
