@@ -73,7 +73,7 @@ def over_redis(_clients: int, _rounds: int) -> list[Figure]:
         return []
     figures = []
     with redis() as (pid, port):
-        flags = ("--backplane", f"redis://127.0.0.1:{port}", "--send-buffer", "65536")
+        flags = ("--backplane", f"redis://127.0.0.1:{port}")
         with comet(*flags) as near, comet(*flags) as far:
             figures += [_batches(near, far, pid), *_delays(near, far)]
         with comet(*flags) as near, comet(*flags) as far:

@@ -52,9 +52,8 @@ def _connected(port: int) -> Iterator[tuple[http.client.HTTPConnection, http.cli
 
 
 def _across() -> list[Figure]:
-    """From a publisher on one worker to a subscriber on the other, who has a buffer for so much: with the one
-    that a sleeper has, it would be closed as too slow."""
-    with comet("--workers", "2", "--send-buffer", "65536") as service:
+    """Measure from a publisher on one worker to a subscriber on the other."""
+    with comet("--workers", "2") as service:
         return [_batches(service), *_delays(service)]
 
 

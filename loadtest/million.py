@@ -10,6 +10,7 @@ Neighbours: `loadtest.plan`, `loadtest.locustfile` (which Locust runs), `loadtes
 import http.client
 import json
 import os
+import random
 import shlex
 import signal
 import socket
@@ -220,8 +221,9 @@ def locust(order: Order, planned: plans.Plan, folder: Path, friends: str, url: s
 
 
 def free_port() -> int:
-    """For Locust's master: its usual one, or the next that nobody has."""
-    for port in range(5557, 6557):
+    """Return a port for Locust's master that nobody has. Any of a thousand: two runs that are started
+    together would both find the first one free."""
+    for port in random.sample(range(5557, 6557), 1000):
         with socket.socket() as probe:
             try:
                 probe.bind(("127.0.0.1", port))

@@ -115,11 +115,11 @@ class Proxy:
 class Worker:
     """A process: its backplane and its hub."""
 
-    def __init__(self, service: "Service", url: str = "", replicas: int = 0, prefix: str = "c:") -> None:
+    def __init__(self, service: "Service", url: str = "", replicas: int = 0, prefix: str = "c:", replicas_timeout: float = SILENCE) -> None:
         self.proxy = Proxy(service.redis.port)
         self.backplane = RedisBackplane(
             url or f"redis://127.0.0.1:{self.proxy.port}", service.bounds, timeout=service.timeout, silence=service.silence,
-            connect_timeout=service.silence, replicas=replicas, replicas_timeout=service.silence, prefix=prefix,
+            connect_timeout=service.silence, replicas=replicas, replicas_timeout=replicas_timeout, prefix=prefix,
         )  # fmt: skip
         self.following = self.backplane._following
         self.hub = Hub(self.backplane, Stats(), 1 << 26, gevent.get_hub().loop.run_callback)
@@ -1199,7 +1199,7 @@ def test_a_cluster_of_six_and_a_failover(start: Open, failover: str) -> None:
     with redis_cluster() as servers:
         service = start(servers[0], workers=0)
         url = servers[0].url.replace("redis://", "redis+cluster://")
-        service.workers += [Worker(service, url=url, replicas=1) for _ in range(2)]
+        service.workers += [Worker(service, url=url, replicas=1, replicas_timeout=4 * SILENCE) for _ in range(2)]
         one, two = service.workers
         wait_until(service.ready)
         names = [f"c{number}" for number in range(30)]

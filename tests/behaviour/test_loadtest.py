@@ -25,7 +25,7 @@ CLIENTS = 2000
 
 
 def free_port() -> int:
-    """Outside the range from which 2,000 clients get theirs. Any of them: another test may be about to use the first."""
+    """Outside the range from which 2,000 clients get theirs. Any of them: other tests look for one at the same time."""
     for port in random.sample(range(20_000, 30_000), 100):
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)) != 0:
@@ -81,9 +81,16 @@ def test_smoke_nothing_is_lost_and_the_report_says_all_of_it(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_all_that_was_started_ends_when_it_is_interrupted(tmp_path: Path, number: int) -> None:
-    process = subprocess.Popen(command(tmp_path, "--duration", "60"), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    said = tmp_path / "said.log"
+    with said.open("wb") as log:
+        process = subprocess.Popen(command(tmp_path, "--duration", "60"), cwd=ROOT, stdout=log, stderr=log)
     try:
-        wait_until(lambda: list(tmp_path.glob("run-*/timeline.jsonl")), 3 * TIMEOUT)  # the service and Locust are there
+
+        def runs() -> bool:  # the service and Locust are there
+            assert process.poll() is None, said.read_text()
+            return bool(list(tmp_path.glob("run-*/timeline.jsonl")))
+
+        wait_until(runs, 3 * TIMEOUT)
         family = descendants(process.pid)[1:]
         assert len(family) >= 7
         process.send_signal(number)
@@ -118,13 +125,18 @@ class Page:
         self.log = log
 
     def ask(self, method: str, path: str, form: Mapping[str, Any] | None = None) -> Any:
-        """The answer, read as JSON."""
-        connection = HTTPConnection("127.0.0.1", self.port, timeout=2 * TIMEOUT)
+        """The answer, read as JSON. Locust resets a connection now and then on a machine with other work: a GET is asked again."""
         body = None if form is None else urlencode(form, doseq=True)
-        connection.request(method, path, body, {"Content-Type": "application/x-www-form-urlencoded"})
-        answer = connection.getresponse().read()
-        connection.close()
-        return json.loads(answer)
+        while True:
+            connection = HTTPConnection("127.0.0.1", self.port, timeout=2 * TIMEOUT)
+            try:
+                connection.request(method, path, body, {"Content-Type": "application/x-www-form-urlencoded"})
+                return json.loads(connection.getresponse().read())
+            except ConnectionResetError:
+                if method != "GET":
+                    raise
+            finally:
+                connection.close()
 
     def start(self, users: int, **form: Any) -> None:
         """Press Start."""

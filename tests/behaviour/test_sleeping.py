@@ -555,12 +555,12 @@ def test_a_sleeping_client_that_goes_is_noticed_at_once(server: Server, kind: st
 @pytest.mark.parametrize("how", ["FIN", "RST"])
 @pytest.mark.parametrize("kind", ["poll", *STREAMS])
 def test_a_client_that_dies_in_mid_write_is_cleared_away(start: Start, kind: str, how: str) -> None:
-    server = start("--send-buffer", "4608", "--busy-send-buffer", "4608")
+    server = start("--send-buffer", "4608", "--max-body", "4000000")
     client = subscribe(server, kind, "dies", Narrow)
     settled(server, 1)
     descriptors = server.descriptors()
-    for number in range(6):
-        server.publish("user:dies", big(number, 40_000))
+    for number in range(6):  # the first one alone is more than the kernel takes
+        server.publish("user:dies", big(number, 1_000_000))
     client.go(how)
     settled(server, 0)
     wait_until(lambda: server.descriptors() < descriptors)
