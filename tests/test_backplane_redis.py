@@ -49,7 +49,7 @@ pytestmark = needs_redis
 SEEDS = range(int(os.environ.get("COMET_SEEDS", "6")))
 
 SILENCE = 0.6
-"""Seconds that Redis may be silent here."""
+"""Seconds that Redis may be silent in tests in which it is, so that they do not take long."""
 
 
 class Proxy:
@@ -118,8 +118,8 @@ class Worker:
     def __init__(self, service: "Service", url: str = "", replicas: int = 0, prefix: str = "c:", replicas_timeout: float = SILENCE) -> None:
         self.proxy = Proxy(service.redis.port)
         self.backplane = RedisBackplane(
-            url or f"redis://127.0.0.1:{self.proxy.port}", service.bounds, timeout=service.timeout, silence=SILENCE,
-            connect_timeout=SILENCE, replicas=replicas, replicas_timeout=replicas_timeout, prefix=prefix,
+            url or f"redis://127.0.0.1:{self.proxy.port}", service.bounds, timeout=service.timeout, silence=service.silence,
+            connect_timeout=service.silence, replicas=replicas, replicas_timeout=replicas_timeout, prefix=prefix,
         )  # fmt: skip
         self.following = self.backplane._following
         self.hub = Hub(self.backplane, Stats(), 1 << 26, gevent.get_hub().loop.run_callback)
@@ -167,9 +167,10 @@ class Body:
 class Service:
     """A Redis and its workers."""
 
-    def __init__(self, redis: RedisServer, workers: int = 2, timeout: float = 5.0, **bounds: Any) -> None:
+    def __init__(self, redis: RedisServer, workers: int = 2, timeout: float = 5.0, silence: float = 3.0, **bounds: Any) -> None:
         self.redis = redis
         self.timeout = timeout
+        self.silence = silence
         self.bounds = Bounds(**bounds)
         self.truth: Any = defaultdict(lambda: defaultdict(Log))
         self.workers = [Worker(self) for _ in range(workers)]
@@ -395,7 +396,7 @@ class Chaos:
                 assert self.forgot, reader.ended
                 continue
             try:
-                wait_until(lambda reader=reader: self.service.heads(reader), 10)  # type: ignore[misc]
+                wait_until(lambda reader=reader: self.service.heads(reader))  # type: ignore[misc]
             except AssertionError:
                 states = reader.worker.backplane._following._channels  # type: ignore[attr-defined]
                 there = {channel: self.service.workers[0].backplane.info(channel) for channel in reader.channels}
@@ -432,7 +433,7 @@ class Chaos:
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_random_history(start: Open, seed: int) -> None:
-    service = start(workers=3, timeout=2.0)
+    service = start(workers=3, timeout=2.0, silence=SILENCE)
     chaos = Chaos(service, random.Random(seed))
     try:
         chaos.run(150)
@@ -820,7 +821,7 @@ def test_keys_that_redis_evicts_are_a_gap_for_who_needs_them(service: Service, w
 
 
 def test_a_redis_that_sleeps_is_away_and_nothing_hangs(start: Open) -> None:
-    service = start(timeout=1.0)
+    service = start(timeout=1.0, silence=SILENCE)
     one, two = service.workers
     readers = [service.reader(worker, "a") for worker in service.workers]
     service.publish(one, "a", "1")
@@ -978,7 +979,7 @@ def test_who_ends_in_order_is_not_counted_any_more(service: Service) -> None:
 def test_an_acknowledgement_may_wait_for_replicas(start: Open) -> None:
     with redis_server() as redis, redis_server("--replicaof", "127.0.0.1", str(redis.port)) as replica:
         wait_until(lambda: replica.ask("ROLE")[3] == b"connected")
-        service = start(redis)
+        service = start(redis, silence=2.0)
         service.workers.append(Worker(service, replicas=1))
         wait_until(service.ready)
         worker = service.workers[-1]

@@ -221,7 +221,7 @@ class Service:
     def check_counts(self) -> None:
         """Wait until nothing is under way: then the router has counted what the workers have."""
         try:
-            wait_until(self.quiet, 3)
+            wait_until(self.quiet)
         except AssertionError:
             raise AssertionError(self.state()) from None
         for worker in self.workers:  # what a link has told before this is behind it

@@ -86,6 +86,7 @@ def test_what_does_not_wait_needs_no_gevent_socket(pair: tuple[Telling, socket.s
 
 def test_what_the_socket_does_not_take_waits_for_the_peer(pair: tuple[Telling, socket.socket]) -> None:
     transport, peer = pair
+    transport.server.settings = Settings(send_timeout=TIMEOUT)
     sending = gevent.spawn(transport.send, MUCH)
     got = b""
     while len(got) < len(MUCH):

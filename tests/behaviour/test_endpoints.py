@@ -361,7 +361,7 @@ def test_a_hang_up_frees_a_waiting_poll(server: Server) -> None:
     client.ask("GET", "/poll/poll-hang-up?timeout=300")
     wait_until(lambda: server.request("GET", "/channels/poll-hang-up").status == 200)
     client.close()
-    wait_until(lambda: info(server, "poll-hang-up")["subscribers"] == 0, 5)
+    wait_until(lambda: info(server, "poll-hang-up")["subscribers"] == 0)
 
 
 # -- server-sent events
@@ -594,7 +594,7 @@ def test_an_idempotency_key_is_forgotten_after_its_age(start: Start) -> None:
     server = start("--key-age", "0.2")
     key = {"Idempotency-Key": "k"}
     first = server.request("POST", "/publish/a", b"x", key).json["id"]
-    wait_until(lambda: server.request("POST", "/publish/a", b"x", key).json["id"] != first, 5)
+    wait_until(lambda: server.request("POST", "/publish/a", b"x", key).json["id"] != first)
 
 
 def test_batch_and_single_share_their_keys(server: Server) -> None:

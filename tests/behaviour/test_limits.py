@@ -866,7 +866,7 @@ def test_a_client_that_takes_nothing_for_long_is_closed(start: Start, path: str)
 
 @pytest.mark.parametrize("path", ["/stream/stuck", "/events/stuck"])
 def test_a_client_whose_backlog_is_full_is_closed(start: Start, path: str) -> None:
-    server = start("--send-timeout", "20", "--backlog", "300000")
+    server = start("--send-timeout", "4", "--backlog", "300000")
     with stuck(server, path), server.client() as publisher:
         for _ in range(30):  # 2 MB, which one that keeps taking may have waiting
             assert publisher.request("POST", "/publish/stuck", b"x" * 65000).status == 201
@@ -877,7 +877,7 @@ def test_a_client_whose_backlog_is_full_is_closed(start: Start, path: str) -> No
 
 @pytest.mark.parametrize("path", ["/stream/stuck", "/events/stuck"])
 def test_more_than_a_client_that_takes_may_have_waiting_closes_it_at_once(start: Start, path: str) -> None:
-    server = start("--send-timeout", "20", "--backlog", "300000", "--busy-backlog", "1000000")
+    server = start("--send-timeout", "4", "--backlog", "300000", "--busy-backlog", "1000000")
     with stuck(server, path), server.client() as publisher:
         for _ in range(200):
             assert publisher.request("POST", "/publish/stuck", b"x" * 65000).status == 201

@@ -242,7 +242,7 @@ def test_a_test_client_is_freed_at_the_next_write_after_it_went(other: Other) ->
     def freed() -> bool:
         return bool(other.request("POST", "/send/7", b"anyone?")[1]["delivered"] == 0)
 
-    wait_until(freed, 5)
+    wait_until(freed)
 
 
 def test_a_replay_joins_the_live_messages(other: Other) -> None:

@@ -545,7 +545,7 @@ def test_a_sleeping_client_that_goes_is_noticed_at_once(server: Server, kind: st
     client = subscribe(server, kind, "goes")
     settled(server, before + 1)
     client.go(how)
-    wait_until(lambda: server.clients() == before, 2.0)
+    wait_until(lambda: server.clients() == before)
     assert closed(server)["hang-up"] == count + 1
     if how == "half-close":
         client.close()

@@ -103,7 +103,7 @@ class Service(Server):
     def ended(self, timeout: float = TIMEOUT) -> int:
         status = self.process.wait(timeout)
         assert status is not None, self.log.read_text()
-        wait_until(lambda: not alive(self.mark), 12)
+        wait_until(lambda: not alive(self.mark))
         assert list(self.folder.iterdir()) == []
         return int(status)
 
