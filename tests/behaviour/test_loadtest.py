@@ -220,9 +220,9 @@ def test_locusts_page_with_all_classes_says_why_some_want_a_shape(start: Start, 
     log = tmp_path / "locust.log"
     with locust_page(log, "--host", f"http://{server.url}", *(["--class-picker"] if picker else [])) as page:
         page.start(36)
-        wait_until(lambda: count(page, "PUSH", "feed")() >= 20 and count(page, "PUSH", "direct")() >= 20)
+        wait_until(lambda: count(page, "PUSH", "feed")() >= 20 and count(page, "PUSH", "direct")() >= 20, 3 * TIMEOUT)
         if picker:
-            wait_until(lambda: set(page.failures()) == {"SwarmUser", "Churn", "EveryoneSender"})
+            wait_until(lambda: set(page.failures()) == {"SwarmUser", "Churn", "EveryoneSender"}, 3 * TIMEOUT)
             assert all("COMET_SHAPE" in why for why in page.failures().values())
         else:
             assert page.failures() == {}
