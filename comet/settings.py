@@ -20,6 +20,9 @@ from comet.origins import Origins
 AUTO = -1
 """`Settings.workers` for a number that fits."""
 
+WRONG = 2
+"""The exit status of a service whose settings are wrong. deploy/comet.service knows it: systemd does not try again."""
+
 PREFIX = "COMET_"
 """How the name of each variable begins."""
 
