@@ -127,7 +127,10 @@ class Settings:
 
     max_connections: int = _knob(0, "connections", "The process's limit; 0 takes what its limit on open files allows.")
     max_per_address: int = _knob(
-        5000, "connections", "One IPv4 address or IPv6 /64. Behind a proxy set --trusted-proxies, or all clients share one.", least=1
+        5000,
+        "connections",
+        "One IPv4 address or IPv6 /64, in each worker. Behind a proxy set --trusted-proxies, or all clients share one.",
+        least=1,
     )
     trusted_proxies: str = _knob(
         "",
