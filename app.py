@@ -41,7 +41,7 @@ def prepare(arguments: list[str], listeners: Sequence[socket.socket] = ()) -> Se
         objection = str(error)
     if objection is not None:
         log.error("%s", objection)
-        sys.exit(2)
+        sys.exit(knobs.WRONG)
     if settings.data:
         prepare_data(Path(settings.data), whole=orders is None)
     return settings
@@ -52,7 +52,8 @@ def take_over() -> tuple[list[socket.socket], systemd.Notifier]:
     try:
         return systemd.take_sockets(os.environ), systemd.Notifier.take(os.environ)
     except systemd.Unusable as error:
-        sys.exit(f"comet: {error}")
+        print(f"comet: {error}", file=sys.stderr)
+        sys.exit(knobs.WRONG)
 
 
 def prepare_data(folder: Path, *, whole: bool) -> None:
@@ -133,6 +134,7 @@ def main(arguments: list[str]) -> int:
     """Run the service in this process alone, until SIGTERM or SIGINT; the exit status."""
     passed, notifier = take_over()
     settings = prepare(arguments, passed)
+    check_backplane(settings)
     limits.raise_file_limit()
     listening = listeners.listen(settings, passed, workers=0)
     if listening is None:
@@ -147,6 +149,17 @@ def main(arguments: list[str]) -> int:
         if not settings.data:
             prepare_data(Path(temporary), whole=False)
         return serve(settings, listening[0], Path(settings.data or temporary), None, notifier)
+
+
+def check_backplane(settings: Settings) -> None:
+    """Exit with status 2 and a sentence if the URL of Redis can't be understood. The supervisor can't tell: Redis' client is not of the
+    standard library. A generation does, before it forks workers that would all die of it."""
+    if settings.backplane:
+        try:
+            RedisBackplane.target(settings.backplane)
+        except ValueError as error:
+            log.error("%s", error)
+            sys.exit(knobs.WRONG)
 
 
 def capacity_of(settings: Settings) -> int:
@@ -356,6 +369,7 @@ if __name__ == "__main__":
         sys.exit(main(sys.argv[1:]))
     inherited = [stock(socket, "socket")(fileno=os.dup(descriptor)) for descriptor in orders.listeners]
     settings = prepare(sys.argv[1:], inherited)
+    check_backplane(settings)
     for one in inherited:
         one.close()
     _ = gevent.config.loop, gevent.config.resolver, gevent.config.threadpool  # these import what each worker would import for itself

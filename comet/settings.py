@@ -20,6 +20,9 @@ from comet.origins import Origins
 AUTO = -1
 """`Settings.workers` for a number that fits."""
 
+WRONG = 2
+"""The exit status of a service whose settings are wrong. deploy/comet.service knows it: systemd does not try again."""
+
 PREFIX = "COMET_"
 """How the name of each variable begins."""
 
@@ -124,7 +127,10 @@ class Settings:
 
     max_connections: int = _knob(0, "connections", "The process's limit; 0 takes what its limit on open files allows.")
     max_per_address: int = _knob(
-        5000, "connections", "One IPv4 address or IPv6 /64. Behind a proxy set --trusted-proxies, or all clients share one.", least=1
+        5000,
+        "connections",
+        "One IPv4 address or IPv6 /64, in each worker. Behind a proxy set --trusted-proxies, or all clients share one.",
+        least=1,
     )
     trusted_proxies: str = _knob(
         "",

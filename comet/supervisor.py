@@ -39,7 +39,7 @@ from comet.kernel import check, limits, sockets
 from comet.kernel.processes import adopt_orphans, give_back, waitpid
 from comet.loop import Loop
 from comet.policy import MOST_DEATHS, CrashLoop, Plan, Restarts, Vigil, describe, plan
-from comet.settings import Settings
+from comet.settings import WRONG, Settings
 
 BANKS = 3
 """Generations that may have processes at a time: one serves or comes up, one drains, and one may have
@@ -246,8 +246,8 @@ class Supervisor:
         if one in self._generations and not one.ready and not one.leaving:
             self._unfit(one, f"was not ready after {2 * self._settings.hang_limit:g} s")
 
-    def _unfit(self, one: Generation, why: str) -> None:
-        """A generation that never got ready."""
+    def _unfit(self, one: Generation, why: str, status: int = 1) -> None:
+        """Handle a generation that never got ready; `status` is what its process exited with, if it did."""
         if any(other.ready and not other.leaving and not other.orphaned for other in self._generations):
             self._counts["failed_reloads"] += 1
             log.error("the reload failed: %s %s. The old one goes on; see above for what is wrong with the new.", one, why)
@@ -255,7 +255,7 @@ class Supervisor:
             self._notifier.ready(self._said_in_short())
             self._discard(one)
         elif not self._greeted:
-            self._give_up(f"{one}, the first, {why}; what is wrong should stand above")
+            self._give_up(f"{one}, the first, {why}; what is wrong should stand above", WRONG if status == WRONG else 1)
         else:
             self._discard(one)
             self._restart_generation(one, why)
@@ -340,7 +340,7 @@ class Supervisor:
             if not one.workers:
                 self._empty(one)
         elif not one.ready:
-            self._unfit(one, describe(status))
+            self._unfit(one, describe(status), status)
         else:
             self._restart_generation(one, describe(status))
             if not one.workers:
@@ -546,10 +546,10 @@ class Supervisor:
         log.info("stopping: %d workers drain for up to %g s", sum(len(one.workers) for one in self._generations), self._settings.grace)
         self._stop()
 
-    def _give_up(self, why: str) -> None:
+    def _give_up(self, why: str, status: int = 1) -> None:
         if not self._stopping:
             log.critical("giving up: %s. No restart will help; stopping everything.", why)
-            self._status = 1
+            self._status = status
             self._stop(f"giving up: {why}")
 
     def _stop(self, status: str = "stopping") -> None:

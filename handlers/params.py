@@ -155,14 +155,14 @@ def since(asked: Asked, channels: Sequence[str]) -> Sequence[Since]:
     return parse_cursor(text, len(channels)) if text else [None] * len(channels)
 
 
-def number(asked: Asked, name: str, default: float, most: float) -> float:
-    """The query parameter `name`, from 0 to `most`. Raises Refusal ``bad-parameter``."""
+def number(asked: Asked, name: str, default: float, most: float, least: float = 0) -> float:
+    """The query parameter `name`, from `least` to `most`. Raises Refusal ``bad-parameter``."""
     text = asked.query.get(name)
     if text is None:
         return default
     value = float(text) if _NUMBER.fullmatch(text) else -1.0
-    if not 0 <= value <= most:
-        raise Refusal("bad-parameter", f"?{name}= is a number from 0 to {most:g}.")
+    if not least <= value <= most:
+        raise Refusal("bad-parameter", f"?{name}= is a number from {least:g} to {most:g}.")
     return value
 
 

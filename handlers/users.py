@@ -84,7 +84,7 @@ def _page(name: str, user: str, page: Callable[[str, str | None, int], list[str]
     """`next` is the `after` of the next page, null at the end. Only the first page counts them all."""
     _check(user)
     asked = Asked.now()
-    limit = max(1, int(number(asked, "limit", DEFAULT_LIMIT, MAX_LIMIT)))
+    limit = int(number(asked, "limit", DEFAULT_LIMIT, MAX_LIMIT, least=1))  # a page of none would have no next
     after = asked.query.get("after")
     ids = page(user, None if after is None else _check(after), limit + 1)
     document: dict[str, Any] = {"user": user, name: ids[:limit], "next": ids[limit - 1] if len(ids) > limit else None}

@@ -70,6 +70,18 @@ def test_a_redis_that_is_too_old_does_not_get_the_password_into_the_log() -> Non
     server.stop()
 
 
+@pytest.mark.parametrize("url", ["", "h:6379", "http://h", "Redis://h", "unix+cluster:///path", "redis+cluster+cluster://h"])
+def test_a_url_that_is_none_of_redis_is_told_what_there_is(url: str) -> None:
+    with pytest.raises(ValueError, match=r"begins with one of redis://, .* rediss\+cluster://"):
+        read(url)
+
+
+@pytest.mark.parametrize("query", ["ssl_ca_certs=/nowhere", "ssl_certfile=/nowhere", f"ssl_ca_certs={__file__}"])
+def test_a_file_of_tls_that_can_not_be_used_is_named(query: str) -> None:
+    with pytest.raises(ValueError, match=f"{query} can't be used: "):
+        read(f"rediss://:secret@h?{query}")
+
+
 def test_a_cluster_is_said_by_the_scheme_alone() -> None:
     assert split("rediss+cluster://h") == (True, "rediss://h")
     assert split("redis://:a+cluster@h") == (False, "redis://:a+cluster@h")

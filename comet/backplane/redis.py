@@ -28,7 +28,7 @@ from comet.backplane import Deliver, Dropped, Lost
 from comet.backplane.memory import EPOCH_BITS, Bounds, digest
 from comet.backplane.redis_acknowledged import Acknowledged
 from comet.backplane.redis_calls import AGAIN, Calls, Gather, away, unconfirmed
-from comet.backplane.redis_dial import dial, reason, service_title, title
+from comet.backplane.redis_dial import Target, dial, reason, service_title, title
 from comet.backplane.redis_dial import read as read_url
 from comet.backplane.redis_following import Following
 from comet.backplane.redis_format import Names, Replay, Seen, piece, place, replay
@@ -88,10 +88,7 @@ class RedisBackplane:
     def of(cls, settings: Any, outage: Outage | None = None) -> "RedisBackplane":
         """With those settings; `outage` says in the log that Redis is away. Raises ValueError for a URL that can't be read, and Denied
         when Redis does not let us in; that it can't be reached is no error, since it may come."""
-        try:
-            target = read_url(settings.backplane)
-        except ValueError as error:
-            raise ValueError(f"--backplane can't be understood: {error}.") from error
+        target = cls.target(settings.backplane)
         outage = outage or Outage()
         try:
             dial(target, target.address, settings.redis_connect_timeout, NAME).close()
@@ -102,6 +99,14 @@ class RedisBackplane:
             settings.backplane, Bounds.of(settings), settings.backplane_timeout, settings.redis_timeout, settings.redis_connect_timeout,
             settings.redis_prefix, settings.redis_replicas, settings.redis_replicas_timeout, outage=outage,
         )  # fmt: skip
+
+    @staticmethod
+    def target(url: str) -> Target:
+        """Return what the URL of --backplane leads to. Raises ValueError with a sentence if it can't be understood."""
+        try:
+            return read_url(url)
+        except ValueError as error:
+            raise ValueError(f"--backplane can't be understood: {error}.") from error
 
     def attach(self, deliver: Deliver, dropped: Dropped, lost: Lost) -> None:
         self._following.attach(deliver, dropped, lost)

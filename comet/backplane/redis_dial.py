@@ -16,6 +16,8 @@ from redis.connection import SSLConnection, UnixDomainSocketConnection, parse_ur
 
 CLUSTER: Final = "+cluster"
 
+_SCHEMES: Final = ("redis", "rediss", "unix", "redis+cluster", "rediss+cluster")
+
 _OPTIONS: Final = frozenset(
     {"host", "port", "db", "username", "password", "path", "connection_class", "ssl_ca_certs", "ssl_certfile", "ssl_keyfile",
      "ssl_cert_reqs", "ssl_check_hostname"}
@@ -73,6 +75,8 @@ def split(url: str) -> tuple[bool, str]:
 
 def read(url: str) -> Target:
     """Raises ValueError with a sentence."""
+    if url.partition("://")[0] not in _SCHEMES:
+        raise ValueError(f"it begins with one of {', '.join(f'{scheme}://' for scheme in _SCHEMES)}")
     cluster, plain = split(url)
     try:
         urlsplit(plain).port  # noqa: B018 - it raises, and says in full what may be the end of a password
@@ -90,7 +94,11 @@ def read(url: str) -> Target:
     database = int(options.get("db") or 0)
     if cluster and database:
         raise ValueError("a cluster of Redis has the database 0 alone")
-    tls = _context(options) if kind is SSLConnection else None
+    try:
+        tls = _context(options) if kind is SSLConnection else None
+    except OSError as error:  # ssl.SSLError is one: what is in the file is no certificate, or no key
+        files = [f"{name}={options[name]}" for name in ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile") if name in options]
+        raise ValueError(f"the files of {' and '.join(files)} can't be used: {reason(error)}") from None
     address: Address = (options.get("host", "127.0.0.1"), int(options.get("port") or 6379))
     if kind is UnixDomainSocketConnection:
         if not options.get("path"):

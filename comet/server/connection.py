@@ -286,7 +286,7 @@ class Connection(Transport, WSGIHandler):
             f"X-Request-ID: {origin.request}",
             *(f"{name}: {value}" for name, value in self.server.origins.headers(self._web_origin)),
         ]
-        self.send("\r\n".join(lines).encode() + b"\r\n\r\n" + body)
+        self.send("\r\n".join(lines).encode() + b"\r\n\r\n" + (b"" if self.command == "HEAD" else body))
 
     # -- one request
 

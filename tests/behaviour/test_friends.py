@@ -118,7 +118,7 @@ def test_lists_are_paged_numbers_first(server: Server) -> None:
     assert server.request("GET", "/users/5/following").json == {"user": "5", "following": ["other", "pages"], "next": None, "count": 2}
     assert server.request("GET", "/users/5/following?limit=1").json["next"] == "other"
     assert server.request("GET", "/users/nobody/followers").json == {"user": "nobody", "followers": [], "next": None, "count": 0}
-    for query in ("limit=1001", "limit=-1", "limit=x"):
+    for query in ("limit=1001", "limit=0", "limit=-1", "limit=x"):
         assert error(server.request("GET", f"/users/pages/followers?{query}")) == (400, "bad-parameter")
 
 

@@ -260,6 +260,10 @@ def test_connections_of_one_address_are_limited_and_freed(start: Start) -> None:
         fourth.send(HEALTH)
         answer = refused(fourth, 429, "address-full")
         assert int(answer.headers["retry-after"]) > 0
+    with Client(server.port, source="127.0.0.2") as curious:
+        head = curious.request("HEAD", "/healthz")
+        assert head.status == 429 and int(head.headers["content-length"]) > 0
+        assert curious.at_end(), "an answer to HEAD has no body"
     with Client(server.port, source="127.0.0.3") as other:
         assert other.request("GET", "/healthz").status == 200
     clients.pop().close()
@@ -269,7 +273,7 @@ def test_connections_of_one_address_are_limited_and_freed(start: Start) -> None:
     for client in clients:
         assert client.request("GET", "/healthz").status == 200
         client.close()
-    assert server.stats()["refused"] == {"address-full": 1}
+    assert server.stats()["refused"] == {"address-full": 2}
 
 
 def test_a_full_process_says_so_and_the_rest_goes_on(start: Start) -> None:

@@ -208,6 +208,14 @@ def test_a_socket_that_nobody_would_serve_is_refused(begin: Begin, workers: str,
 
 
 @pytest.mark.parametrize("workers", ["0", "2"])
+def test_a_socket_that_does_not_listen_is_a_wrong_setting(begin: Begin, workers: str) -> None:
+    with socket.socket() as one:
+        service = begin([one], "--workers", workers)
+        assert service.process.wait(TIMEOUT) == 2
+        assert "is no listening TCP socket" in service.log.read_text()
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
 def test_a_socket_beyond_loopback_needs_a_key(begin: Begin, workers: str) -> None:
     with socket.create_server(("0.0.0.0", 0)) as listener:
         service = begin([listener], "--workers", workers)

@@ -45,6 +45,7 @@ DEBIAN = ("make", "curl", "printf", "python3", "redis-cli", "apt-get")
 NOT_COMMANDS = {
     "1,000,000 clients on port 8000, 1 worker": "what the command above it prints",
     "worker_rlimit_nofile 1048576;": "lines of nginx.conf",
+    'const events = new EventSource("http://127.0.0.1:8000/events/news")': "JavaScript; tests/clients runs the browser's own",
 }
 """Blocks, by their first line."""
 

@@ -179,6 +179,21 @@ def test_an_unknown_variable_ends_the_start(flags: tuple[str, ...]) -> None:
     assert done.stderr == "app.py: error: the variable COMET_MAXBODY is not known; did you mean COMET_MAX_BODY? See app.py --help.\n"
 
 
+@pytest.mark.parametrize("flags", [(), ("--workers", "2")], ids=["one process", "workers"])
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("http://h", "it begins with one of redis://, rediss://, unix://, redis+cluster://, rediss+cluster://"),
+        ("rediss://h?ssl_ca_certs=/nowhere", "ssl_ca_certs=/nowhere can't be used: No such file or directory"),
+    ],
+)
+def test_a_url_of_redis_that_is_none_is_a_wrong_setting(flags: tuple[str, ...], url: str, said: str) -> None:
+    """So systemd does not try again, and no worker is started to die of it."""
+    done = run("--port", "0", *flags, COMET_BACKPLANE=url)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.count("ERROR") == 1 and "--backplane can't be understood: " in done.stderr and said in done.stderr, done.stderr
+
+
 def in_own_mounts(*lines: str) -> tuple[str, ...]:
     """What stands before a command so that it sees file systems of its own, mounted by these lines of shell."""
     return ("unshare", "--mount", "sh", "-euc", "\n".join((*lines, 'exec "$@"')), "sh")
