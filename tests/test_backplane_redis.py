@@ -1059,7 +1059,7 @@ def test_a_redis_that_has_too_many_clients_may_take_us_later() -> None:
 @pytest.mark.parametrize(
     ("url", "why"),
     [
-        ("http://x", "scheme"),
+        ("http://x", "begins with one of redis://"),
         ("redis://x?maxmemory=1", "can't be said"),
         ("redis+cluster://x/1", "the database 0 alone"),
         ("unix://", "has a path"),
