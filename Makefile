@@ -14,6 +14,7 @@
 
 PYTHON ?= python3
 VENV := .venv
+unexport PYTHONDONTWRITEBYTECODE # each start of a service would compile it anew: a fifth of its time, and the tests make thousands
 BIN := $(VENV)/bin
 
 .PHONY: run top test test-clients chaos lint bench friends million soak clean
@@ -25,7 +26,7 @@ top: $(VENV)/.run
 	@exec $(BIN)/python -m comet top $(ARGS)
 
 test: $(VENV)/.load
-	$(BIN)/python -m pytest -n 4 --dist worksteal $(ARGS)
+	$(BIN)/python -m pytest -n 6 --dist worksteal $(ARGS)
 
 test-clients:
 	$(PYTHON) -m tests.clients.install

@@ -91,9 +91,9 @@ if asked.workers and orders is None:
     settings = prepare(sys.argv[1:], passed)
     sys.exit(supervisor.run(settings, [sys.executable, *sys.orig_argv[1:]], sys.argv[1:], greet, passed, notifier))
 
-from gevent import monkey  # noqa: E402
+from comet.kernel.patch import patch_all  # noqa: E402
 
-monkey.patch_all()
+patch_all()
 
 import signal  # noqa: E402 - after the patch, like everything else that may make a lock or a socket
 import time  # noqa: E402

@@ -7,6 +7,7 @@ fails loudly.
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -20,6 +21,9 @@ import gevent
 from gevent import socket
 from gevent import subprocess as green
 
+from comet.settings import flag_of, variable_of
+from tests.forked import Forked
+
 ROOT = Path(__file__).parent.parent
 TIMEOUT = 60.0
 """Seconds after which anything a test waits for has failed."""
@@ -27,6 +31,9 @@ TIMEOUT = 60.0
 AMPLE = 20.0
 """Seconds within which anything short is over, on a machine with other work as well. A test that tells two ends apart by their time
 has the wrong one come later than this, or never."""
+
+NOT_FORKED = {"workers", "backplane", "backplane_file"}
+"""Settings of a service that is started as users start it, not forked."""
 
 HALF_A_POST = b"POST /publish/a HTTP/1.1\r\nHost: test\r\nContent-Length: 4\r\n\r\nbo"
 """A publication on channel a of which ``dy`` is still to come."""
@@ -43,6 +50,20 @@ def _has_ipv6() -> bool:
 
 HAS_IPV6 = _has_ipv6()
 """Whether this machine has IPv6 on loopback: some containers do not."""
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on, and that the kernel gives to no client (`ip_local_port_range`). Any of many: other tests look
+    for one at the same time. So is the one 10,000 above, on which a server of a Redis cluster listens too."""
+    for port in random.sample(range(10_000, 20_000), 100):
+        with socket.socket() as one, socket.socket() as bus:
+            try:
+                one.bind(("0.0.0.0", port))
+                bus.bind(("0.0.0.0", port + 10_000))
+            except OSError:
+                continue
+            return port
+    raise AssertionError("no port is free")
 
 
 def wait_until(condition: Callable[[], Any], timeout: float = TIMEOUT) -> Any:
@@ -254,7 +275,11 @@ class Events(Client):
 
 
 class Server:
-    """`python app.py` on a free port, until the block ends. `log` is its standard error, a file."""
+    """`python app.py` on a free port, until the block ends. `log` is its standard error, a file.
+
+    A service of one process is forked (`tests.forked`) unless it is another `program` or elsewhere: one of several starts
+    itself anew, and what `NOT_FORKED` has is loaded by app.py only when it is asked for.
+    """
 
     program: Sequence[str] = ("app.py",)
     """What Python runs."""
@@ -263,11 +288,17 @@ class Server:
 
     def __init__(self, log: Path, *flags: str, **environment: str) -> None:
         self.log = log
+        arguments, variables = ["--port", "0", *flags], {**os.environ, **environment}
+        said = {flag.partition("=")[0] for flag in flags} | variables.keys()
+        alone = said.isdisjoint({*map(flag_of, NOT_FORKED), *map(variable_of, NOT_FORKED)})
+        self.process: Forked | green.Popen
         with log.open("wb") as errors:
-            self.process = green.Popen(
-                [sys.executable, *self.program, "--port", "0", *flags],
-                cwd=self.root, stdout=subprocess.PIPE, stderr=errors, env={**os.environ, **environment},
-            )  # fmt: skip
+            if self.program == Server.program and self.root == ROOT and alone:
+                self.process = Forked(arguments, variables, errors.fileno())
+            else:
+                self.process = green.Popen(
+                    [sys.executable, *self.program, *arguments], cwd=self.root, stdout=subprocess.PIPE, stderr=errors, env=variables
+                )  # fmt: skip
         line = self.process.stdout.readline().decode()
         assert "http://" in line, f"the server did not start: {line!r} {log.read_text()}"
         self.url = line.split("http://")[1].split()[0]

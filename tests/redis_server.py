@@ -18,28 +18,13 @@ from typing import Any
 import hiredis
 import pytest
 
+from tests.harness import free_port
+
 PROGRAM = shutil.which("redis-server")
 
 needs_redis = pytest.mark.skipif(PROGRAM is None, reason="there is no redis-server here: apt-get install redis-server")
 
 PATIENCE = 60.0
-
-
-def free_port() -> int:
-    """One that nobody listens on. A cluster's bus listens 10,000 above, so it is a low one."""
-    while True:
-        with socket.socket() as one, socket.socket() as bus:
-            try:
-                one.bind(("127.0.0.1", 0))
-                port: int = one.getsockname()[1]
-                if port + 10_000 > 65_535:
-                    port -= 20_000
-                    with socket.socket() as low:
-                        low.bind(("127.0.0.1", port))
-                bus.bind(("127.0.0.1", port + 10_000))
-            except OSError:
-                continue
-            return port
 
 
 class RedisServer:

@@ -40,8 +40,8 @@ from comet.message import Position, Publication, Receipt
 from comet.settings import Settings
 from comet.stats import Stats
 from comet.subscriptions_redis import RedisSubscriptions, connect
-from tests.harness import AMPLE, TIMEOUT, Server, wait_until
-from tests.redis_server import RedisServer, free_port, needs_redis, redis_cluster, redis_server
+from tests.harness import AMPLE, TIMEOUT, Server, free_port, wait_until
+from tests.redis_server import RedisServer, needs_redis, redis_cluster, redis_server
 from tests.test_backplane_router import Reader
 
 pytestmark = needs_redis

@@ -55,6 +55,7 @@ ALLOWED: dict[str, set[str]] = {
     "comet.kernel.limits": set(),
     "comet.kernel.machine": set(),
     "comet.kernel.memory": set(),
+    "comet.kernel.patch": set(),
     "comet.kernel.processes": {"comet.kernel.stock"},
     "comet.kernel.sockets": {"comet.kernel"},
     "comet.kernel.stock": set(),

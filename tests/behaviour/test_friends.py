@@ -163,6 +163,7 @@ def test_a_bulk_names_bad_lines_by_number_and_stores_the_rest(server: Server) ->
     assert (many["bad"], len(many["errors"])) == (1000, 100)
 
 
+@only_asleep
 @pytest.mark.parametrize("chunked", [True, False])
 def test_a_bulk_may_be_larger_than_any_other_body_and_takes_no_memory(start: Start, chunked: bool) -> None:
     server = start("--max-batch", "1000", "--max-body", "1000", "--body-timeout", "2")

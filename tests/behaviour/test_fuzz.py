@@ -20,7 +20,8 @@ from tests.conftest import Start
 from tests.harness import TIMEOUT, wait_until
 
 SEED = 20081103
-REQUESTS = 100_000
+REQUESTS = 50_000
+"""In each of the two ways that clients wait."""
 BURST = 20
 """Mutated requests that a connection sends at most; the server stops reading at the first bad one."""
 
@@ -129,15 +130,15 @@ def test_a_hundred_thousand_mutated_requests_leave_the_server_well(start: Start)
         greenlets.append(gevent.spawn(one, data, source.getrandbits(32)))
     gevent.joinall(greenlets, raise_error=True, timeout=2 * TIMEOUT)
     assert all(greenlet.ready() for greenlet in greenlets), "a connection hangs"
-    assert got > 1_000_000
+    assert got > 500_000
 
     server.assert_healthy()
     wait_until(lambda: server.stats()["connections"] == 1)
     wait_until(lambda: server.clients() == 0)
     wait_until(lambda: server.descriptors() <= before)
     stats = server.stats()
-    assert stats["requests"] > 5_000, "too few were good enough to get to a handler"
-    assert sum(stats["refused"].values()) > 10_000
+    assert stats["requests"] > 2_500, "too few were good enough to get to a handler"
+    assert sum(stats["refused"].values()) > 5_000
     assert "internal" not in stats["refused"]
     assert stats["peak_memory_bytes"] - memory < 150 << 20
     assert Path(server.log).stat().st_size < 10_000

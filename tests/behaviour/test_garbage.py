@@ -10,8 +10,9 @@ from tests.harness import Server, wait_until
 
 TIMES = 50
 
-HOOK = """
-import gc, os, signal
+PROGRAM = """
+import gc, os, signal, sys
+import app
 
 def begin(*_):
     gc.disable()
@@ -26,7 +27,14 @@ def end(*_):
 
 signal.signal(signal.SIGUSR1, begin)
 signal.signal(signal.SIGUSR2, end)
+sys.exit(app.main(sys.argv[1:]))
 """
+
+
+class Counted(Server):
+    """A server that counts, between two signals, what it leaves to the collector, into the file $GARBAGE."""
+
+    program = ("-c", PROGRAM)
 
 
 @pytest.mark.parametrize(
@@ -41,9 +49,8 @@ signal.signal(signal.SIGUSR2, end)
     ],
 )
 def test_a_request_leaves_nothing_for_the_collector(tmp_path: Path, method: str, path: str, body: bytes | None) -> None:
-    (tmp_path / "sitecustomize.py").write_text(HOOK)
     told = tmp_path / "garbage"
-    with Server(tmp_path / "log", PYTHONPATH=str(tmp_path), GARBAGE=str(told)) as server, server.client() as client:
+    with Counted(tmp_path / "log", GARBAGE=str(told)) as server, server.client() as client:
         client.request(method, path, body)
         server.process.send_signal(signal.SIGUSR1)
         wait_until(Path(f"{told}.begun").exists)

@@ -2,10 +2,8 @@
 has started when it is interrupted; and Locust by hand, as the README has it."""
 
 import json
-import random
 import re
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -19,18 +17,9 @@ import pytest
 
 from loadtest.process import descendants
 from tests.conftest import Start, only_asleep
-from tests.harness import ROOT, TIMEOUT, wait_until
+from tests.harness import ROOT, TIMEOUT, free_port, wait_until
 
 CLIENTS = 2000
-
-
-def free_port() -> int:
-    """Outside the range from which 2,000 clients get theirs. Any of them: other tests look for one at the same time."""
-    for port in random.sample(range(20_000, 30_000), 100):
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) != 0:
-                return port
-    raise AssertionError("no port is free")
 
 
 def command(out: Path, *flags: str) -> list[str]:

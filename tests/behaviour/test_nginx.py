@@ -15,8 +15,7 @@ import pytest
 from gevent import socket
 
 from tests.conftest import Start, only_asleep
-from tests.harness import ROOT, Client, wait_until
-from tests.redis_server import free_port
+from tests.harness import ROOT, Client, free_port, wait_until
 from tests.test_framing import event_stream
 
 PROGRAM = shutil.which("nginx") or "/usr/sbin/nginx"

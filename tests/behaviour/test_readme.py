@@ -27,9 +27,9 @@ from gevent import subprocess as green
 from gevent.fileobject import FileObjectPosix
 
 from tests.deployment.machine import lines_of
-from tests.harness import ROOT, Client, wait_until
+from tests.harness import ROOT, Client, free_port, wait_until
 from tests.redis_server import PROGRAM as REDIS
-from tests.redis_server import RedisServer, free_port
+from tests.redis_server import RedisServer
 
 README, DEPLOY = ROOT / "README.md", ROOT / "deploy" / "README.md"
 CHECKOUT = ("app.py", "comet", "handlers", "loadtest", "deploy", "Makefile", "requirements.txt")
@@ -66,14 +66,14 @@ NOT_RUN = {
     "--host http://server:8000 --clients 300000 --wall-clock": "three machines; tests/behaviour/test_loadtest.py runs its processes on one",
     "COMET_SHAPE=Million .venv/bin/locust -f loadtest/locustfile.py --worker --processes 8 --master-host first": "as above",
     ".venv/bin/locust -f loadtest/locustfile.py StreamUser EventsUser LongPollUser FriendSender": "a web page, for a person",
-    "deploy/verify": "tests/behaviour/test_deploy.py runs it",
+    "deploy/verify": ".ci/run calls it",
 }
 
 NOT_RUN_OF_DEPLOY = {
     "pip download -d DIR -r deploy/requirements.txt": "tests/deployment/machine.py fetches the packages so",
     "curl -N --cacert /etc/comet/tls.crt https://localhost/events/news": "tests/deployment/network.py asks so, over HTTP/1.1 and 2",
     "systemctl edit comet.socket": "an editor",
-    "deploy/verify": "tests/behaviour/test_deploy.py runs it",
+    "deploy/verify": ".ci/run calls it",
     "venv/bin/python -m comet load-friends FILE --data /var/lib/comet": "README.md's is run here",
     **dict.fromkeys(
         (

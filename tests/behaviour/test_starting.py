@@ -15,8 +15,8 @@ import pytest
 from gevent import subprocess as green
 
 from tests.conftest import Start
-from tests.harness import ROOT, TIMEOUT, Server, wait_until
-from tests.redis_server import RedisServer, free_port, needs_redis
+from tests.harness import ROOT, TIMEOUT, Server, free_port, wait_until
+from tests.redis_server import RedisServer, needs_redis
 
 AWAY = re.compile(r"^\S+ \S+(?: \[(\d+)\])? WARNING comet.backplane: Redis (\S+) can't be reached \((.*?)\)", re.MULTILINE)
 BACK = re.compile(r"INFO comet.backplane: Redis (\S+) is reached again after [\d.]+ s$", re.MULTILINE)
