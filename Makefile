@@ -26,7 +26,7 @@ top: $(VENV)/.run
 	@exec $(BIN)/python -m comet top $(ARGS)
 
 test: $(VENV)/.load
-	$(BIN)/python -m pytest -n 6 --dist worksteal $(ARGS)
+	$(BIN)/python -m pytest -n 5 --dist worksteal $(ARGS)
 
 test-clients:
 	$(PYTHON) -m tests.clients.install
