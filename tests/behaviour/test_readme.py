@@ -266,6 +266,11 @@ class Person:
                 while until.encode() not in said:
                     said += shown.read(4096)
                 os.killpg(process.pid, signal.SIGINT)
+                try:
+                    while shown.read(4096):  # a screen that nobody reads keeps it from ending
+                        pass
+                except OSError:
+                    pass  # EIO: nobody writes there any more
                 process.communicate()
 
     def starts(self, text: str) -> None:
