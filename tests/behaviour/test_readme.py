@@ -33,7 +33,7 @@ from tests.redis_server import RedisServer
 
 README, DEPLOY = ROOT / "README.md", ROOT / "deploy" / "README.md"
 CHECKOUT = ("app.py", "comet", "handlers", "loadtest", "deploy", "Makefile", "requirements.txt")
-PATIENCE = 60.0
+PATIENCE = 180.0
 """Seconds that one command may take on a busy machine."""
 
 PROGRAMS = r"(?:\w+=\S+ )*(?:sudo )?(?:make|curl|python3?|pip3?|locust|redis-cli|docker|apt-get|systemctl|deploy/\S+|(?:cd \S+ && )?\.?venv/\S+) \S|deploy/verify"
