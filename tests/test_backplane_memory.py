@@ -259,6 +259,22 @@ def test_thousands_of_operations_agree_with_a_naive_model_and_leave_nothing_behi
     assert set(backplane.totals().values()) == {0}
 
 
+@pytest.mark.parametrize("since", [None, OLDEST])
+def test_who_was_taken_off_before_joining_leaves_a_channel_that_is_forgotten(since: Since) -> None:
+    clock = Clock()
+    backplane = MemoryBackplane(BOUNDS, clock)
+    backplane.attach(lambda messages: None, lambda channel, epoch: None)
+    ((epoch, _), _, _) = backplane.subscribe(["a"], [None])[0]
+    backplane.unsubscribe(["a"])
+    assert backplane.count("a", epoch, -1)
+    backplane.subscribe(["a"], [since])
+    info = backplane.info("a")
+    assert info is not None and info.subscribers == 0
+    clock.now += BOUNDS.linger
+    backplane.expire()
+    assert backplane.info("a") is None
+
+
 def test_expire_forgets_the_aged_messages_of_a_quiet_channel() -> None:
     clock = Clock()
     backplane = MemoryBackplane(BOUNDS, clock)

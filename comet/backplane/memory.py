@@ -224,7 +224,10 @@ class MemoryBackplane:
                 continue
             log = self._open(channel)
             log.subscribers += 1
-            self._idle.pop(channel, None)
+            if log.subscribers:
+                self._idle.pop(channel, None)
+            else:  # one fewer was counted before (`count`)
+                self._rest(channel, now)
             answers.append(self._since(channel, log, start, None, now))
         return answers
 
@@ -259,13 +262,13 @@ class MemoryBackplane:
 
     def count(self, channel: str, epoch: int, change: int) -> bool:
         """So many subscribers more or fewer, of those who joined this `epoch` of a channel; whether there is
-        such a log."""
+        such a log. What is told of a log may come before those whom it takes off: then there are fewer than none for a moment."""
         if self.epoch(channel) != epoch:
             return False
         log = self._channels[channel]
         if isinstance(log, int):
             total = int(channel not in self._idle) + change
-            if total > 1:
+            if total not in (0, 1):
                 self._open(channel).subscribers = total
         else:
             total = log.subscribers = log.subscribers + change

@@ -333,11 +333,12 @@ def test_two_hundred_clients_on_fifty_channels_match_the_model(server: Server, s
     publishers = [Publisher(server, publisher.sent) for _ in range(4)]
 
     def publish(one: Publisher, dice: random.Random) -> None:
-        until = time.monotonic() + 2
-        while time.monotonic() < until:
+        until, made = time.monotonic() + 2, 0
+        while time.monotonic() < until or made < 500:
             favourite = dice.choice(names)
             size = dice.choice((1, 1, 2, 5, 30))
             one.publish(*((favourite if dice.random() < 0.5 else dice.choice(names), f"{seed} {dice.random()}") for _ in range(size)))
+            made += size
             gevent.sleep(dice.uniform(0, 0.02))
 
     def follow(reader: Reader, dice: random.Random) -> None:
