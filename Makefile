@@ -3,7 +3,7 @@
 # make test   run the tests
 # make test-clients  install seventeen clients that others wrote into .clients/ (npm, PyPI, Go, Maven; Chromium has to be there), and
 #             kill and stop the service under them
-# make chaos  kill, stop, reload and fill up what there is, under load, and count what clients get: thirteen minutes
+# make chaos  kill, stop, reload and fill up what there is, under load, and count what clients get: eleven minutes
 # make lint   ruff and mypy
 # make bench  what a client costs and how fast it is served, beside baselines, in one run of about eight minutes
 # make friends  a million users who follow 15 each, into data/ (smaller: make friends ARGS="--users 10000")
