@@ -240,8 +240,9 @@ class Person:
         return str(said.decode())
 
     def _start(self, text: str, more: Mapping[str, str] | None = None, terminal: int = subprocess.PIPE) -> Any:
+        # Ctrl-C is heard: tests that are started in the background of a shell have SIGINT ignored, and so has what they start
         return green.Popen(
-            ["sh", "-c", self.typed(text)], cwd=self.checkout, stdin=subprocess.DEVNULL, stdout=terminal, stderr=subprocess.PIPE,
+            ["env", "--default-signal=INT", "sh", "-c", self.typed(text)], cwd=self.checkout, stdin=subprocess.DEVNULL, stdout=terminal, stderr=subprocess.PIPE,
             env={**self._environment, **(more or {})}, process_group=0,
         )  # fmt: skip
 
