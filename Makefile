@@ -14,7 +14,7 @@
 
 PYTHON ?= python3
 VENV := .venv
-unexport PYTHONDONTWRITEBYTECODE # each start of a service would compile it anew: a fifth of its time, and the tests make thousands
+unexport PYTHONDONTWRITEBYTECODE # each start of a service would compile all of it anew
 BIN := $(VENV)/bin
 
 .PHONY: run top test test-clients chaos lint bench friends million soak clean

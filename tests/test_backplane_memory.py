@@ -3,6 +3,7 @@
 import random
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -259,15 +260,18 @@ def test_thousands_of_operations_agree_with_a_naive_model_and_leave_nothing_behi
     assert set(backplane.totals().values()) == {0}
 
 
-@pytest.mark.parametrize("since", [None, OLDEST])
-def test_who_was_taken_off_before_joining_leaves_a_channel_that_is_forgotten(since: Since) -> None:
+@pytest.mark.parametrize("since", [None, OLDEST, "rejoin"])
+def test_who_was_taken_off_before_joining_leaves_a_channel_that_is_forgotten(since: Any) -> None:
     clock = Clock()
     backplane = MemoryBackplane(BOUNDS, clock)
     backplane.attach(lambda messages: None, lambda channel, epoch: None)
     ((epoch, _), _, _) = backplane.subscribe(["a"], [None])[0]
     backplane.unsubscribe(["a"])
     assert backplane.count("a", epoch, -1)
-    backplane.subscribe(["a"], [since])
+    if since == "rejoin":
+        backplane.rejoin("a", None)
+    else:
+        backplane.subscribe(["a"], [since])
     info = backplane.info("a")
     assert info is not None and info.subscribers == 0
     clock.now += BOUNDS.linger

@@ -224,10 +224,7 @@ class MemoryBackplane:
                 continue
             log = self._open(channel)
             log.subscribers += 1
-            if log.subscribers:
-                self._idle.pop(channel, None)
-            else:  # one fewer was counted before (`count`)
-                self._rest(channel, now)
+            self._settle(channel, log.subscribers)
             answers.append(self._since(channel, log, start, None, now))
         return answers
 
@@ -242,9 +239,11 @@ class MemoryBackplane:
         if since is not None and since != head:
             return None
         opened = self._open(channel) if isinstance(log, int) and channel not in self._idle else log
-        if not isinstance(opened, int):
+        if isinstance(opened, int):
+            self._idle.pop(channel, None)
+        else:
             opened.subscribers += 1
-        self._idle.pop(channel, None)
+            self._settle(channel, opened.subscribers)
         return head
 
     def subscribe_soon(self, channel: str, since: Since, done: Callable[[Joined], object], failed: Callable[[Refusal], object]) -> bool:
@@ -272,10 +271,7 @@ class MemoryBackplane:
                 self._open(channel).subscribers = total
         else:
             total = log.subscribers = log.subscribers + change
-        if total:
-            self._idle.pop(channel, None)
-        else:
-            self._rest(channel, self._clock())
+        self._settle(channel, total)
         return True
 
     def epoch(self, channel: str) -> int | None:
@@ -347,6 +343,13 @@ class MemoryBackplane:
         opened = self._channels[channel] = _Channel(self._randbits(EPOCH_BITS) if log is None else log)
         opened.subscribers = int(log is not None and channel not in self._idle)
         return opened
+
+    def _settle(self, channel: str, subscribers: int) -> None:
+        """Have a channel linger if its count has become 0, and else not. Who joins may make it 0: see `count`."""
+        if subscribers:
+            self._idle.pop(channel, None)
+        else:
+            self._rest(channel, self._clock())
 
     def _rest(self, channel: str, now: float) -> None:
         """Begin (again) the linger time of a channel that has no subscriber."""

@@ -4,7 +4,7 @@ A leaf, imported before anything that gevent patches.
 """
 
 from importlib import metadata
-from typing import Any
+from typing import cast
 
 from gevent import monkey
 
@@ -12,12 +12,12 @@ from gevent import monkey
 def patch_all() -> None:
     """Patch the standard library, as `gevent.monkey.patch_all` does.
 
-    gevent searches the metadata of all installed packages for its plugins, anew for each of 25 events: beside Locust's packages
-    that was a third of the time that a start takes (cProfile). Here they are searched once.
+    gevent searches the metadata of all installed packages for its plugins, anew for each event it tells of, two and more a module. Beside
+    many packages a start spends much of its time there. Here they are searched once.
     """
     search = metadata.entry_points
-    found: Any = search()
-    metadata.entry_points = found.select
+    found = cast(metadata.EntryPoints, search())  # with Python 3.11's types a mapping, which is deprecated
+    metadata.entry_points = found.select  # type: ignore[assignment]
     try:
         monkey.patch_all()
     finally:

@@ -21,7 +21,7 @@ from tests.harness import TIMEOUT, wait_until
 
 SEED = 20081103
 REQUESTS = 50_000
-"""In each of the two ways that clients wait."""
+"""Mutated requests for each of the two ways that clients wait (``--hibernate``)."""
 BURST = 20
 """Mutated requests that a connection sends at most; the server stops reading at the first bad one."""
 

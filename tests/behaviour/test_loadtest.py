@@ -106,7 +106,7 @@ BY_HAND = ("StreamUser", "EventsUser", "LongPollUser", "FriendSender")
 """The classes of the README's command."""
 
 SHAPED = {"SwarmUser", "Churn", "EveryoneSender"}
-"""As `loadtest.control` has them, which imports Locust, and that patches the standard library."""
+"""Classes of users that are for shapes, as in `loadtest.control`. Importing that would import Locust, which patches the standard library."""
 
 
 class Page:
