@@ -126,6 +126,7 @@ from handlers.params import Context  # noqa: E402
 if asked.backplane or asked.backplane_file:  # only then: Redis' client is much of what a worker has for itself. And here, before any fork
     from comet.backplane.redis import RedisBackplane
     from comet.backplane.redis_dial import Denied
+    from comet.backplane.redis_malformed import Garbage
     from comet.backplane.redis_outage import Outage
     from comet.subscriptions_redis import RedisSubscriptions, connect
 
@@ -174,7 +175,7 @@ def serve(settings: Settings, listener: socket.socket, data: Path, place: Place 
     get_hub().print_exception = logs.failed_outside
     capacity = capacity_of(settings)
     stats = Stats()
-    backplane = _backplane(settings, place)
+    backplane = _backplane(settings, place, stats)
     if backplane is None:
         return 1
     hub = Hub(backplane, stats, settings.backlog, Soon(), _permit(place), settings.busy_backlog)
@@ -302,12 +303,18 @@ def _speak(notifier: systemd.Notifier, stats: Stats, capacity: int) -> None:
     gevent.spawn(live)
 
 
-def _backplane(settings: Settings, place: Place | None) -> "MemoryBackplane | RouterBackplane | RedisBackplane | None":
+def _backplane(settings: Settings, place: Place | None, stats: Stats) -> "MemoryBackplane | RouterBackplane | RedisBackplane | None":
     """None, and a sentence in the log, where there can't be one."""
     if settings.backplane:
+
+        def malformed(number: int) -> None:
+            stats.malformed += number
+
         try:
-            # a byte of the board that no permit has
-            return RedisBackplane.of(settings, Outage() if place is None else Outage(place.board.descriptor, limits.cores()))
+            if place is None:
+                return RedisBackplane.of(settings, Outage(), Garbage(malformed))
+            board, free = place.board.descriptor, limits.cores()  # bytes of the board that no permit has
+            return RedisBackplane.of(settings, Outage(board, free), Garbage(malformed, board, free + 1))
         except (Denied, ValueError) as error:
             log.error("%s", error)
             return None

@@ -11,7 +11,7 @@ from typing import Any
 
 Document = Mapping[str, Any]
 
-LASTING = ("accepted", "requests", "published", "offered", "closed", "refused", "errors", "gc_full_collections")
+LASTING = ("accepted", "requests", "published", "offered", "closed", "refused", "malformed", "errors", "gc_full_collections")
 """Counters that a worker's end must not take with it; the supervisor keeps them."""
 
 PRESENT = (

@@ -28,6 +28,8 @@ class Stats:
         """The longest that the garbage collector held everything up."""
         self.gc_full_collections = 0
         """Collections of the oldest generation."""
+        self.malformed = 0
+        """Things in Redis that could not be read (`comet.backplane.redis_malformed`), each time that one was met."""
         self.errors = 0
         """Exceptions that nobody expected: each has a traceback in the log."""
 

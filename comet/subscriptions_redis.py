@@ -14,6 +14,7 @@ How safe it is what is answered, is Redis' persistence to say: see the README.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any, Final, TypeVar
 
 import redis
@@ -35,7 +36,7 @@ LOT: Final = 1000
 """Users whose sets are changed in one round trip."""
 
 _ZERO: Final = 0x80
-_TEXT: Final = b"\xff"
+_TEXT: Final = 0xFF
 
 Pair = tuple[str, str]
 """Follower and followee."""
@@ -47,7 +48,7 @@ def pack(name: str) -> bytes:
     """An id as it is stored: a number as its length and its bytes, so that numbers are in order; then text."""
     number = key(name)
     if isinstance(number, str):
-        return _TEXT + number.encode()
+        return bytes((_TEXT,)) + number.encode()
     size = (abs(number).bit_length() + 7) // 8
     if number >= 0:
         return bytes((_ZERO + size,)) + number.to_bytes(size, "big")
@@ -55,11 +56,26 @@ def pack(name: str) -> bytes:
 
 
 def unpack(data: bytes) -> str:
-    """The id."""
-    if data[:1] == _TEXT:
+    """Return the id. Raises IndexError and ValueError for what `pack` does not make."""
+    head = data[0]
+    if head == _TEXT:
         return data[1:].decode()
+    if abs(head - _ZERO) != len(data) - 1:
+        raise ValueError(f"a number of {len(data) - 1} bytes that says it has {abs(head - _ZERO)}")
     number = int.from_bytes(data[1:], "big")
-    return str(number if data[0] >= _ZERO else number - (1 << 8 * (len(data) - 1)))
+    return str(number if head >= _ZERO else number - (1 << 8 * (len(data) - 1)))
+
+
+def unpack_all(lot: Sequence[bytes]) -> list[str]:
+    """Return the ids, without what a stranger has put among them: nobody follows by that name."""
+    try:
+        return [unpack(one) for one in lot]
+    except (IndexError, ValueError):
+        ids = []
+        for one in lot:
+            with suppress(IndexError, ValueError):
+                ids.append(unpack(one))
+        return ids
 
 
 def connect(url: str, timeout: float = 3.0, connect_timeout: float = 1.0, pool: int = 8) -> Any:
@@ -141,14 +157,21 @@ class RedisSubscriptions:
     def _steps(self, name: str) -> Iterator[str]:
         after: bytes | None = None
         while ids := self._range(name, after, STEP):
-            yield from map(unpack, ids)
+            yield from unpack_all(ids)
             if len(ids) < STEP:
                 return
             after = ids[-1]
             give_way()
 
     def _page(self, name: str, after: str | None, limit: int) -> list[str]:
-        return [unpack(one) for one in self._range(name, None if after is None else pack(after), limit)]
+        page: list[str] = []
+        last = None if after is None else pack(after)
+        while len(page) < limit and (ids := self._range(name, last, limit - len(page))):
+            page += unpack_all(ids)
+            last = ids[-1]
+            if len(page) < limit:
+                give_way()
+        return page
 
     def _range(self, name: str, after: bytes | None, limit: int) -> list[bytes]:
         least = b"-" if after is None else b"(" + after
@@ -190,6 +213,10 @@ class RedisSubscriptions:
                 "backplane-full", "Redis, which keeps the subscriptions, has no memory left; send it all again when there is room."
             ) from error
         except FAILURES as error:
+            if "WRONGTYPE Operation" in str(error):  # no id has a blank
+                raise Refusal(
+                    "backplane-away", "Redis has something else where the subscriptions of this user were: a person has to take it away."
+                ) from error
             raise Refusal(
                 "backplane-away", "Redis, which keeps the subscriptions, does not answer; send it again, a little later."
             ) from error

@@ -34,6 +34,8 @@ from comet.backplane import redis_calls, redis_following, redis_lease
 from comet.backplane.memory import Bounds
 from comet.backplane.redis import RedisBackplane
 from comet.backplane.redis_dial import Denied, read
+from comet.backplane.redis_format import piece
+from comet.backplane.redis_malformed import QUIET, Garbage
 from comet.errors import Refusal
 from comet.hub import Hub
 from comet.message import Position, Publication, Receipt
@@ -117,9 +119,11 @@ class Worker:
 
     def __init__(self, service: "Service", url: str = "", replicas: int = 0, prefix: str = "c:", replicas_timeout: float = SILENCE) -> None:
         self.proxy = Proxy(service.redis.port)
+        self.malformed = 0
         self.backplane = RedisBackplane(
             url or f"redis://127.0.0.1:{self.proxy.port}", service.bounds, timeout=service.timeout, silence=service.silence,
             connect_timeout=service.silence, replicas=replicas, replicas_timeout=replicas_timeout, prefix=prefix,
+            garbage=Garbage(self._met),
         )  # fmt: skip
         self.following = self.backplane._following
         self.hub = Hub(self.backplane, Stats(), 1 << 26, gevent.get_hub().loop.run_callback)
@@ -134,6 +138,9 @@ class Worker:
 
         self.following.published = perhaps  # type: ignore[method-assign]
         self.backplane.start()
+
+    def _met(self, number: int) -> None:
+        self.malformed += number
 
     def close(self) -> None:
         self.backplane.close()
@@ -818,6 +825,218 @@ def test_keys_that_redis_evicts_are_a_gap_for_who_needs_them(service: Service, w
     service.publish(two, "a", "4")
     wait_until(lambda: reader.got[-1] == "4")
     assert reader.got == ["1", "2", "3", *(["GAP"] if what == "log" else []), "4"]
+
+
+# -- a stranger writes to the same Redis
+
+
+def forge(redis: RedisServer, *entries: bytes | None, time: int = 0) -> None:
+    """Order these in channel a as comet would; None is an offset that has no entry."""
+    offset = int(redis.ask("HGET", "c:{a}", "o"))
+    time = time or int(redis.ask("HGET", "c:{a}", "t"))
+    for entry in entries:
+        offset += 1
+        if entry is not None:
+            redis.ask("XADD", "c:{a}:log", f"{offset}-{time}", "m", entry)
+    redis.ask("HSET", "c:{a}", "o", offset, "t", time)
+
+
+def malformed(service: Service) -> int:
+    return sum(worker.malformed for worker in service.workers)
+
+
+@pytest.mark.parametrize("bad", [b"notmsgpack", b"", None, piece(("message", b"\xff")), piece(("gap", b"x"))])
+def test_an_entry_that_can_not_be_read_is_one_gap_and_the_channel_goes_on(
+    service: Service, bad: bytes | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    one, two = service.workers
+    readers = [service.reader(worker, "a") for worker in service.workers]
+    readers[1].doze()
+    (before, *_) = service.publish(one, "a", "1", "2")
+    wait_until(lambda: all(reader.got == ["1", "2"] for reader in readers))
+    forge(service.redis, piece(("message", b"3")), bad, bad, piece(("message", b"6")))
+    service.redis.ask("PUBLISH", "c:{a}", "G")
+    wait_until(lambda: all(reader.got == ["1", "2", "3", "GAP", "6"] for reader in readers))
+    service.publish(two, "a", "7")
+    wait_until(lambda: all(reader.got == ["1", "2", "3", "GAP", "6", "7"] for reader in readers))
+    assert all(worker.backplane.ready() for worker in service.workers)
+    assert malformed(service) == 4, "two of them, met by two workers"
+    # who comes now, or reads, is told one gap
+    (joined,) = one.backplane.subscribe(["a"], [before])
+    assert (joined.gap, [message.data for message in joined.messages]) == (True, [b"6", b"7"])
+    one.backplane.unsubscribe(["a"])
+    whole = one.backplane.read("a", "oldest")
+    assert whole is not None
+    assert (whole.gap, [message.data for message in whole.messages]) == (True, [b"6", b"7"])
+    page = one.backplane.read("a", "oldest", 10)
+    assert page is not None
+    assert (page.gap, [message.data for message in page.messages]) == (False, [b"1", b"2", b"3"])
+    page = one.backplane.read("a", page.messages[-1].position, 10)
+    assert page is not None
+    assert (page.gap, [message.data for message in page.messages]) == (True, [b"6", b"7"])
+    assert len([record for record in caplog.records if "cannot be read" in record.message]) == 2, "one a process"
+
+
+def test_more_than_a_page_that_can_not_be_read_is_passed_over(service: Service) -> None:
+    one, two = service.workers
+    reader = service.reader(one, "a")
+    service.publish(one, "a", "1")
+    forge(service.redis, *[None, b"x"] * 150)
+    (joined,) = two.backplane.subscribe(["a"], ["oldest"])
+    assert (joined.gap, joined.position.offset, list(joined.messages)) == (True, 301, [])
+    two.backplane.unsubscribe(["a"])
+    page = two.backplane.read("a", "oldest", 5)
+    assert page is not None
+    assert [message.data for message in page.messages] == [b"1"]
+    page = two.backplane.read("a", page.messages[0].position, 5)
+    assert page is not None
+    assert (page.gap, page.position.offset, list(page.messages)) == (True, 301, [])
+    service.publish(two, "a", "302")
+    wait_until(lambda: reader.got[-1] == "302")
+    assert set(reader.got) == {"1", "GAP", "302"}
+
+
+@pytest.mark.parametrize("payload", ["garbage", "", "!", "D x", "1 2 3 4\n\x93", "1 1 1000000000 5\n", "-1 -1 -1 -1\n"])
+def test_what_a_stranger_publishes_costs_nobody_anything(service: Service, payload: str, caplog: pytest.LogCaptureFixture) -> None:
+    one, two = service.workers
+    readers = [service.reader(worker, "a") for worker in service.workers]
+    service.publish(one, "a", "1")
+    for _ in range(50):
+        service.redis.ask("PUBLISH", "c:{a}", payload)
+    service.publish(two, "a", "2")
+    wait_until(lambda: all(reader.got == ["1", "2"] for reader in readers))
+    assert malformed(service) == 100
+    assert len([record for record in caplog.records if "cannot be read" in record.message]) == 2
+    assert service.ready()
+
+
+STRANGE: dict[str, list[tuple[Any, ...]]] = {
+    "a string in the stream's place": [("SET", "c:{a}:log", "x")],
+    "a string in the log's place": [("SET", "c:{a}", "x")],
+    "a set in both": [("DEL", "c:{a}", "c:{a}:log"), ("SADD", "c:{a}", "x"), ("SADD", "c:{a}:log", "x")],
+    "an entry of the far future": [("XADD", "c:{a}:log", "*", "x", "y")],
+    "the last id there is": [("XADD", "c:{a}:log", "18446744073709551615-18446744073709551615", "x", "y")],
+    "an epoch that is no number": [("HSET", "c:{a}", "e", "xyz")],
+    "an epoch without end": [("HSET", "c:{a}", "e", "9" * 40)],
+    "no epoch": [("HSET", "c:{a}", "e", "")],
+    "an offset below nothing": [("HSET", "c:{a}", "o", "-5")],
+    "an offset without end": [("HSET", "c:{a}", "o", "1e300")],
+    "half an offset": [("HSET", "c:{a}", "o", "1.5")],
+    "an offset that is no number": [("HSET", "c:{a}", "o", "nan")],
+    "a count that is no number": [("HSET", "c:{a}", "s", "many")],
+    "a time that is no number": [("HSET", "c:{a}", "t", "inf")],
+}
+
+
+@pytest.mark.parametrize("what", STRANGE)
+def test_what_stands_in_the_place_of_a_channel_gives_way_and_who_needs_what_is_gone_is_told(service: Service, what: str) -> None:
+    one, two = service.workers
+    readers = [service.reader(worker, "a") for worker in service.workers]
+    readers[1].doze()
+    (old,) = service.publish(one, "a", "1")
+    wait_until(lambda: all(reader.got == ["1"] for reader in readers))
+    for command in STRANGE[what]:
+        service.redis.ask(*command)
+    service.redis.ask("PUBLISH", "c:{a}", "G")
+    service.publish(two, "a", "2")
+    wait_until(lambda: all(reader.got[-1] == "2" for reader in readers))
+    assert all(reader.got in (["1", "2"], ["1", "GAP", "2"]) for reader in readers)
+    (joined,) = one.backplane.subscribe(["a"], [old])
+    assert joined.gap or [message.data for message in joined.messages] == [b"2"]
+    one.backplane.unsubscribe(["a"])
+    wait_until(lambda: service.count("a") == 2)
+    assert one.backplane.read("a", "oldest") is not None
+    assert malformed(service) > 0
+    assert one.backplane.delete("a") is not None
+    assert service.count("a") is None
+
+
+def test_a_count_that_is_no_number_is_replaced(service: Service) -> None:
+    one, _ = service.workers
+    reader = service.reader(one, "a")
+    wait_until(lambda: service.count("a") == 1)
+    service.redis.ask("HSET", "c:{a}", one.following.lease.node, "many")
+    reader.leave()
+    wait_until(lambda: one.following._channels["a"].told == 0)
+    service.publish(one, "a", "1")
+    assert service.redis.ask("HEXISTS", "c:{a}", one.following.lease.node) == 0
+
+
+def test_garbage_under_a_key_is_no_answer_and_another_message_is_still_a_conflict(service: Service) -> None:
+    one, _ = service.workers
+    service.reader(one, "a")
+    for key in ("c:{a}:key:one", "c:{a}:key:two", "c:{a}:key:three"):
+        service.redis.ask("SADD", key, "x") if key[-1] == "e" else service.redis.ask("SET", key, "0" * 32 + "1 2 zz")
+    first = one.backplane.publish([Publication("a", b"x", "message", "one")])
+    assert first == one.backplane.publish([Publication("a", b"x", "message", "one")])
+    assert isinstance(first[0], Receipt)
+    (conflict,) = one.backplane.publish([Publication("a", b"y", "message", "one")])
+    assert isinstance(conflict, Refusal)
+    assert conflict.slug == "key-conflict"
+    sent = one.backplane.send("a", "message", b"y", "two")
+    assert sent == one.backplane.send("a", "message", b"y", "two")
+    assert sent.delivered == 1
+    service.redis.ask("SET", "c:{a}:sent:a:three", "1 2")
+    assert one.backplane.send("a", "message", b"z", "three").position == Position(first[0].position.epoch, 3)
+
+
+def test_signs_of_life_begin_anew_where_a_stranger_has_overwritten_them(service: Service) -> None:
+    one, _ = service.workers
+    readers = [service.reader(worker, "a") for worker in service.workers]
+    service.redis.ask("SET", "c:nodes", "x")
+    for worker in service.workers:
+        worker.following.lease.beat()
+    wait_until(lambda: service.redis.ask("TYPE", "c:nodes") == b"zset")
+    service.publish(one, "a", "1")
+    wait_until(lambda: all(reader.got[-1:] == ["1"] for reader in readers))
+    wait_until(lambda: service.count("a") == 2)
+    assert all(worker.following.lease.valid for worker in service.workers)
+
+
+def test_one_worker_of_a_service_speaks_of_garbage_once_a_minute(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    now = [0.0]
+    with (tmp_path / "board").open("wb+") as board:
+        counted: list[int] = []
+        garbage = Garbage(counted.append, board.fileno(), 3, clock=lambda: now[0])
+        for _ in range(100):
+            garbage.met("a", 2, "x")
+        assert counted == [2] * 100
+        assert len(caplog.records) == 1
+        child = os.fork()
+        if child == 0:  # another worker: locks are a process's
+            Garbage(descriptor=board.fileno(), place=3).met("a", 1, "x")
+            os._exit(len(caplog.records) - 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        now[0] = QUIET - 1
+        garbage.expire()
+        garbage.met("a", 1, "x")
+        assert len(caplog.records) == 1
+        now[0] = QUIET
+        garbage.expire()
+        child = os.fork()
+        if child == 0:
+            Garbage(descriptor=board.fileno(), place=3).met("a", 1, "x")
+            os._exit(len(caplog.records) - 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+        garbage.met("a", 1, "x")
+        assert len(caplog.records) == 2
+
+
+def test_a_service_counts_garbage_and_goes_on(tmp_path: Path) -> None:
+    with redis_server() as redis, Server(tmp_path / "log", "--workers", "2", "--backplane", redis.url) as server:
+        wait_until(lambda: server.request("GET", "/readyz").status == 200)
+        with server.events("a") as client:
+            server.publish("a", "1")
+            assert client.next().data == "1"
+            forge(redis, *[b"notmsgpack"] * 100)
+            redis.ask("PUBLISH", "c:{a}", "G")
+            assert client.next().type == "gap"
+            server.publish("a", "2")
+            assert client.next().data == "2"
+        assert server.request("GET", "/channels/a/history").status == 200
+        wait_until(lambda: server.stats()["malformed"] >= 100)
+        assert server.log.read_text().count("cannot be read") == 1
+        server.assert_healthy()
 
 
 def test_a_redis_that_sleeps_is_away_and_nothing_hangs(start: Open) -> None:

@@ -20,7 +20,7 @@ PROCESSES = {"comet.board", "comet.kernel", "comet.settings"}
 REDIS = {
     *SPOKEN, "comet.history", "comet.turn", "comet.backplane", "comet.backplane.redis_dial", "comet.backplane.redis_scripts",
     "comet.backplane.redis_format", "comet.backplane.redis_link", "comet.backplane.redis_shards", "comet.backplane.redis_calls",
-    "comet.backplane.redis_outage",
+    "comet.backplane.redis_outage", "comet.backplane.redis_malformed",
 }  # fmt: skip
 HANDLER = {
     "comet.hub", "comet.message", "comet.framing", "comet.subscriber", "comet.stats", "comet.settings", "comet.errors", "comet.turn",
@@ -126,6 +126,7 @@ ALLOWED: dict[str, set[str]] = {
     "comet.backplane.redis_scripts": {"comet.backplane.memory"},
     "comet.backplane.redis_dial": set(),
     "comet.backplane.redis_outage": set(),
+    "comet.backplane.redis_malformed": set(),
     # the server, which knows a subscriber only by its small interface
     "comet.server": set(),
     "comet.server.appointments": set(),

@@ -31,8 +31,9 @@ from comet.backplane.redis_calls import AGAIN, Calls, Gather, away, unconfirmed
 from comet.backplane.redis_dial import Target, dial, reason, service_title, title
 from comet.backplane.redis_dial import read as read_url
 from comet.backplane.redis_following import Following
-from comet.backplane.redis_format import Names, Replay, Seen, piece, place, replay
+from comet.backplane.redis_format import Names, Replay, Seen, and_then, piece, place, stands
 from comet.backplane.redis_link import ANSWER, Link
+from comet.backplane.redis_malformed import Garbage
 from comet.backplane.redis_outage import Outage
 from comet.backplane.redis_replicas import Place, Replicas
 from comet.backplane.redis_scripts import NOW, PAGE, PAGE_BYTES, Scripts
@@ -69,6 +70,7 @@ class RedisBackplane:
         clock: Callable[[], float] = time.monotonic,
         now: str = NOW,
         outage: Outage | None = None,
+        garbage: Garbage | None = None,
     ) -> None:
         target = read_url(url)
         self._key_age = bounds.key_age
@@ -80,14 +82,18 @@ class RedisBackplane:
         )  # fmt: skip
         self._calls = Calls(self._shards)
         self._acknowledged = Acknowledged(self._shards, self._calls, self._scripts, self._names, bounds.linger, timeout)
-        self._following = Following(self._shards, self._calls, self._scripts, self._names, clock, self._acknowledged.seen, target.cluster)
+        self._garbage = garbage or Garbage()
+        self._following = Following(
+            self._shards, self._calls, self._scripts, self._names, clock, self._acknowledged.seen, target.cluster, self._garbage
+        )  # fmt: skip
         self._replicas = Replicas(replicas, replicas_timeout) if replicas else None
         self._greenlet: Any = None
 
     @classmethod
-    def of(cls, settings: Any, outage: Outage | None = None) -> "RedisBackplane":
-        """With those settings; `outage` says in the log that Redis is away. Raises ValueError for a URL that can't be read, and Denied
-        when Redis does not let us in; that it can't be reached is no error, since it may come."""
+    def of(cls, settings: Any, outage: Outage | None = None, garbage: Garbage | None = None) -> "RedisBackplane":
+        """With those settings; `outage` says in the log that Redis is away, `garbage` that something there cannot be read. Raises
+        ValueError for a URL that can't be read, and Denied when Redis does not let us in; that it can't be reached is no error, since
+        it may come."""
         target = cls.target(settings.backplane)
         outage = outage or Outage()
         try:
@@ -97,7 +103,7 @@ class RedisBackplane:
             outage.away(service_title(target), why)
         return cls(
             settings.backplane, Bounds.of(settings), settings.backplane_timeout, settings.redis_timeout, settings.redis_connect_timeout,
-            settings.redis_prefix, settings.redis_replicas, settings.redis_replicas_timeout, outage=outage,
+            settings.redis_prefix, settings.redis_replicas, settings.redis_replicas_timeout, outage=outage, garbage=garbage,
         )  # fmt: skip
 
     @staticmethod
@@ -317,15 +323,15 @@ class RedisBackplane:
 
     def _whole(self, channel: str, answer: Replay, until: float) -> Joined:
         """With the pages that follow the first, up to where the join was: what is later is delivered."""
-        head, joined, _ = answer
-        position, kept, gap = joined
-        while kept and kept[-1].offset < head.offset:
-            more = self._read(channel, kept[-1].position, PAGE, until)
-            if more is None or more.joined.gap or not more.joined.messages:
+        joined = answer.joined
+        while (end := stands(joined)).offset < answer.head.offset:
+            more = self._read(channel, end, PAGE, until)
+            passed = more is not None and more.malformed and more.head.epoch == answer.head.epoch
+            if more is None or not (more.goes_on or passed):
                 # deleted, or overtaken by what is published: it resumes by its cursor
                 raise Refusal("backplane-busy", "More is published than can be read; subscribe again.")
-            kept = [*kept, *(one for one in more.joined.messages if one.offset <= head.offset)]
-        return Joined(position, kept, gap)
+            joined = and_then(joined, more)
+        return joined._replace(messages=[one for one in joined.messages if one.offset <= answer.head.offset])
 
     def rejoin(self, channel: str, since: Since) -> Position | None:
         return self._following.rejoin(channel, since)
@@ -346,18 +352,19 @@ class RedisBackplane:
         answer = self._read(channel, since, min(most, PAGE), until)
         if answer is None:
             return None
-        position, kept, gap = answer.joined
-        while kept and len(kept) < most and kept[-1].offset < answer.head.offset:
-            more = self._read(channel, kept[-1].position, min(most - len(kept), PAGE), until)
-            if more is None or more.joined.gap or not more.joined.messages:
+        joined = answer.joined
+        while len(joined.messages) < most and (end := stands(joined)).offset < answer.head.offset:
+            more = self._read(channel, end, min(most - len(joined.messages), PAGE), until)
+            passed = more is not None and more.malformed and (limit is None or not joined.messages)
+            if more is None or not (more.goes_on or passed):  # a reader of pages comes to the gap with the next one
                 break
-            kept = [*kept, *more.joined.messages]
-        return Joined(position, kept, gap)
+            joined = and_then(joined, more)
+        return joined
 
     def _read(self, channel: str, since: Since, limit: float, until: float) -> Replay | None:
         keys = self._names.both(channel)
         reply = self._ask_one(keys[0], lambda: self._scripts.read.command(keys, (*place(since), limit)), until, answer=PAGE_BYTES)
-        return None if reply is None else replay(channel, reply)
+        return None if reply is None else self._following.replayed(channel, reply)
 
     def info(self, channel: str) -> ChannelInfo | None:
         self._following.tell()
@@ -428,6 +435,7 @@ class RedisBackplane:
         """Leave and forget what is past its time here. Called about once a second."""
         self._following.expire()
         self._acknowledged.expire()
+        self._garbage.expire()
 
 
 class _Said:

@@ -26,9 +26,10 @@ import msgspec
 from comet.backplane import Deliver, Dropped, Lost
 from comet.backplane.memory import EPOCH_BITS
 from comet.backplane.redis_calls import Asked, Calls
-from comet.backplane.redis_format import NOWHERE, Names, Replay, Seen, messages, place, replay, told
+from comet.backplane.redis_format import NOWHERE, Malformed, Names, Replay, Seen, Told, messages, place, replay, told
 from comet.backplane.redis_lease import Lease
 from comet.backplane.redis_link import ANSWER, Link
+from comet.backplane.redis_malformed import Garbage
 from comet.backplane.redis_scripts import HOLD, PAGE, PAGE_BYTES, Scripts
 from comet.backplane.redis_shards import Cluster, Single
 from comet.errors import Refusal
@@ -73,7 +74,7 @@ class _Channel(msgspec.Struct, gc=False):
 
 
 class Following:
-    """`vouched` answers what Redis has acknowledged to this worker, if it knows of that."""
+    """`vouched` answers what Redis has acknowledged to this worker, if it knows of that; `garbage` is told what cannot be read."""
 
     def __init__(
         self,
@@ -84,6 +85,7 @@ class Following:
         clock: Callable[[], float],
         vouched: Callable[[str], Seen | None],
         sharded: bool,
+        garbage: Garbage,
     ) -> None:
         self._shards = shards
         self._calls = calls
@@ -91,6 +93,7 @@ class Following:
         self._names = names
         self._clock = clock
         self._vouched = vouched
+        self._garbage = garbage
         self._subscribe, self._unsubscribe = (b"SSUBSCRIBE", b"SUNSUBSCRIBE") if sharded else (b"SUBSCRIBE", b"UNSUBSCRIBE")
         self._together = 1 if sharded else LOT
         """Channels that one subscription may name: in a cluster they have a slot each."""
@@ -163,7 +166,7 @@ class Following:
             self.leave(channel)
             done(reply)
             return
-        answer = replay(channel, reply)
+        answer = self.replayed(channel, reply)
         if state.epoch == _UNKNOWN:
             state.epoch, state.offset, state.time = answer.head
         elif state.stale:
@@ -174,6 +177,13 @@ class Following:
         if state.count != state.told:
             self._change(channel)
         done(answer._replace(life=(state, state.lives)))
+
+    def replayed(self, channel: str, reply: Any) -> Replay:
+        """Read the answer to a join or a read."""
+        answer = replay(channel, reply)
+        if answer.malformed:
+            self._garbage.met(channel, answer.malformed, f"in front of offset {answer.joined.position.offset + 1}")
+        return answer
 
     def undo(self, channel: str, answer: Replay) -> None:
         """One subscriber less, of those who joined with this answer; a deletion has ended it already."""
@@ -377,7 +387,8 @@ class Following:
         if isinstance(reply, Refusal):
             self._refused[channel] = None
             return
-        head, answer, _ = replay(channel, reply)
+        replayed = self.replayed(channel, reply)
+        head, answer = replayed.head, replayed.joined
         state.epoch, state.offset = answer.messages[-1].position if answer.messages else answer.position
         state.time = head.time if state.offset == head.offset else 0
         if state.offset < head.offset:  # a page, and more of them
@@ -402,7 +413,11 @@ class Following:
         state = self._channels.get(channel)
         if state is None:
             return
-        what, epoch, first, time, pieces = told(payload)
+        try:
+            what, epoch, first, time, pieces = told(payload)
+        except Malformed as error:
+            self._garbage.met(channel, 1, str(error))
+            what, epoch, first, time, pieces = Told("G")  # it may have been a message: the log will tell
         if what == "D":
             self._deleted(channel, state, epoch)
         elif state.stale or state.epoch == _UNKNOWN:

@@ -2,15 +2,19 @@
 
 Neighbours: `comet.backplane.redis_scripts`, which has what is kept; `comet.backplane.redis` and those below it, who read. Pure: no
 socket and no greenlet.
+
+Others may write to the same Redis. What cannot be read is `Malformed`, and costs those who wait for it a gap, nobody anything else.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, Final, NamedTuple
 
 import msgspec
 
+from comet.errors import Refusal
 from comet.history import Joined
-from comet.message import Message, Position, Since
+from comet.message import Message, Position, Since, check_type
 
 
 class Names:
@@ -59,6 +63,10 @@ NOWHERE: Final = Seen(-1, 0, 0)
 """Of no log."""
 
 
+class Malformed(ValueError):
+    """Something in Redis is not as comet writes it: a stranger wrote it, or another version."""
+
+
 class Told(NamedTuple):
     """What was published in Redis: messages of `epoch` from the offset `first` on, all of one `time`, or that a log was deleted
     (`what` is ``D``), or that it has to be looked at (``G``)."""
@@ -72,21 +80,59 @@ class Told(NamedTuple):
 
 _piece = msgspec.msgpack.Decoder(tuple[str, bytes])
 _pieces = msgspec.msgpack.Decoder(list[tuple[str, bytes]])
+_type = lru_cache(maxsize=256)(check_type)
 piece = msgspec.msgpack.Encoder().encode
 """A message as it is kept: type and data."""
 
 
 def told(payload: bytes) -> Told:
-    """Read what came."""
-    if payload[0] == 71:  # G
-        return Told("G")
-    if payload[0] == 68:  # D
-        return Told("D", int(payload[2:]))
-    head, _, rest = payload.partition(b"\n")
-    epoch, first, count, ms = head.split()
-    if count == b"1":
-        return Told("M", int(epoch), int(first), int(ms), (_piece.decode(rest),))
-    return Told("M", int(epoch), int(first), int(ms), _pieces.decode(b"\xdd" + int(count).to_bytes(4, "big") + rest))  # an array32 of them
+    """Read what was published. Raises Malformed."""
+    try:
+        if payload[0] == 71:  # G
+            return Told("G")
+        if payload[0] == 68:  # D
+            return Told("D", int(payload[2:]))
+        head, _, rest = payload.partition(b"\n")
+        epoch, first, count, ms = map(int, head.split())
+        if count == 1:
+            pieces = [_piece.decode(rest)]
+        elif 1 < count <= len(rest):
+            pieces = _pieces.decode(b"\xdd" + count.to_bytes(4, "big") + rest)  # an array32 of them
+        else:
+            raise Malformed(f"{count} messages in {len(rest)} bytes")
+        for one in pieces:
+            _check(one)
+    except (ValueError, IndexError, OverflowError, msgspec.DecodeError) as error:
+        raise Malformed(str(error)) from error
+    return Told("M", epoch, first, ms, pieces)
+
+
+def _check(one: tuple[str, bytes]) -> None:
+    """Raises Malformed for what no publisher may send, and no framing could write."""
+    kind, data = one
+    try:
+        _type(kind)
+        if not data.isascii():
+            data.decode()
+    except (Refusal, ValueError) as error:
+        raise Malformed(str(error)) from error
+
+
+def _readable(entries: Sequence[bytes]) -> tuple[int, list[tuple[str, bytes]]]:
+    """Return how many entries at the start cannot be read, and those that follow, up to the next that cannot."""
+    skipped = 0
+    pieces: list[tuple[str, bytes]] = []
+    for entry in entries:
+        try:
+            one = _piece.decode(entry)
+            _check(one)
+        except (ValueError, msgspec.DecodeError):
+            if pieces:
+                break
+            skipped += 1
+        else:
+            pieces.append(one)
+    return skipped, pieces
 
 
 def messages(channel: str, epoch: int, first: int, pieces: Sequence[tuple[str, bytes]]) -> list[Message]:
@@ -96,18 +142,39 @@ def messages(channel: str, epoch: int, first: int, pieces: Sequence[tuple[str, b
 
 class Replay(NamedTuple):
     """What a join or a read was answered: the log's newest position, and a first page of what follows `since`. `life` is
-    of a join: until its channel is deleted it counts."""
+    of a join: until its channel is deleted it counts. `malformed` is how many messages in front of the page could not be read; that is
+    a gap. A page ends in front of the next such message."""
 
     head: Seen
     joined: Joined
     life: Any = None
+    malformed: int = 0
+
+    @property
+    def goes_on(self) -> bool:
+        """There are messages, and none is missing in front of them."""
+        return bool(self.joined.messages) and not self.joined.gap
 
 
 def replay(channel: str, reply: Sequence[Any]) -> Replay:
-    """Read the answer."""
+    """Read the answer to a join or a read."""
     epoch, head, start, gap, ms = (int(one) for one in reply[:5])
-    entries = messages(channel, epoch, start + 1, [_piece.decode(one) for one in reply[5]])
-    return Replay(Seen(epoch, head, ms), Joined(Position(epoch, start), entries, bool(gap)))
+    skipped, pieces = _readable(reply[5])
+    start += skipped
+    joined = Joined(Position(epoch, start), messages(channel, epoch, start + 1, pieces), bool(gap or skipped))
+    return Replay(Seen(epoch, head, ms), joined, malformed=skipped)
+
+
+def stands(joined: Joined) -> Position:
+    """Return where a reader of it stands then."""
+    return joined.messages[-1].position if joined.messages else joined.position
+
+
+def and_then(joined: Joined, more: Replay) -> Joined:
+    """Return it with the next page. A reader is told one gap, in front of all: what came before one that is in the middle is lost too."""
+    if more.malformed:
+        return more.joined
+    return joined._replace(messages=[*joined.messages, *more.joined.messages])
 
 
 def place(since: Since) -> tuple[Any, Any]:

@@ -15,6 +15,10 @@ Neighbours: `comet.backplane.redis`, who calls them; `comet.backplane.redis_form
 A log that is made anew, for whatever reason, has another epoch and no stream. All numbers are text on the
 way: Lua would round an epoch.
 
+What a stranger has put under one of these keys, of another type or with fields that comet never writes, is no log and no stream: it goes
+when it is met, as if Redis had evicted it (`known`, `ours`), and those who follow the channel are told (`redis_format.MALFORMED`). An
+entry that is missing amid a stream comes as an empty one, which nobody can read.
+
 A Redis that was rewound may have come as far again by the time at which somebody looks who knows: other messages stand at the
 offsets that were lost. So who knows how far a log was knows the time of that message as well (`redis_format.Seen`), and it is another
 log, too, where another message stands there (`vouch`).
@@ -48,22 +52,64 @@ local LINGER, HOLD, SIZE, AGE, KEY_AGE, BYTES, STEP = {linger}, {hold}, {size}, 
 local function now() {now} end
 local function text(number) return string.format('%.0f', number) end
 
-local function known(K)  -- epoch, offset, subscribers, time of the newest; nil where there is no log
-  local h = redis.call('HMGET', K, 'e', 'o', 's', 't')
-  if h[1] then return h[1], tonumber(h[2] or 0), tonumber(h[3] or 0), tonumber(h[4] or 0) end
+local function number(value)  -- of a field; nil where it is none of ours
+  local n = tonumber(value or 0)
+  if n and n > -2^53 and n < 2^53 and n == math.floor(n) then return n end
+end
+
+local function known(K)  -- epoch, offset, subscribers, time of the newest; nil where there is no log, false where it is none of ours
+  local h = redis.pcall('HMGET', K, 'e', 'o', 's', 't')
+  if h.err then return false end
+  local e = h[1]
+  if not e then return nil end
+  local o, s, t = number(h[2]), number(h[3]), number(h[4])
+  if #e > 15 or string.find(e, '%D') or e == '' or not (o and s and t) or o < 0 then return false end
+  return e, o, s, t
+end
+
+local function strange(K)  -- tell those who follow the channel that something of it was none of ours
+  redis.call('{publish}', K, '!')
+end
+
+local function ours(K, command, key, ...)  -- as redis.call; what is no stream of ours at `key` goes first. `K` as for `strange`, or nil
+  local answer = redis.pcall(command, key, ...)
+  if type(answer) == 'table' and answer.err then
+    if string.find(answer.err, 'WRONGTYPE', 1, true) or string.find(answer.err, ' ID', 1, true) then  -- the last one leaves no next id
+      redis.call('DEL', key)
+      if K then strange(K) end
+    end
+    return redis.call(command, key, ...)
+  end
+  return answer
+end
+
+local RECEIPT, UNDER_WAY, SENT = '^%d+ %d+ %d+ %d+$', '^$', '^%d+ %d+$'
+
+local function remembered(key, from, ...)  -- what is kept under an idempotency key, if from there on it is like one of these; or false
+  local before = redis.pcall('GET', key)
+  if type(before) == 'string' and #before <= 200 then
+    for _, form in ipairs({{...}}) do
+      if string.find(before, form, from) then return before end
+    end
+  end
+  return false
 end
 
 local function open(K, L, epoch)  -- as known; a log is made where there is none
   local e, o, s, t = known(K)
   if e then return e, o, s, t end
+  if e == false then
+    redis.call('DEL', K)
+    strange(K)
+  end
   redis.call('HSET', K, 'e', epoch)
   redis.call('PEXPIRE', K, LINGER)
   redis.call('DEL', L)
   return epoch, 0, 0, 0
 end
 
-local function time(L, offset)  -- of the message that is kept there
-  local entry = redis.call('XRANGE', L, text(offset), text(offset), 'COUNT', 1)[1]
+local function time(K, L, offset)  -- of the message that is kept there
+  local entry = ours(K, 'XRANGE', L, text(offset), text(offset), 'COUNT', 1)[1]
   return entry and tonumber(string.match(entry[1], '%d+$'))
 end
 
@@ -76,9 +122,10 @@ local function shorten(L, most)  -- the stream goes then, or earlier
 end
 
 local function count(K, L, s, node, n)  -- this process has so many; the sum
-  local old = tonumber(redis.call('HGET', K, node) or 0)
-  s = s + n - old
+  local old = number(redis.call('HGET', K, node))
+  s = s + n - (old or 0)
   if n ~= old then
+    old = old or 0
     if n > 0 then
       redis.call('HSET', K, node, n, 's', s)
     else
@@ -89,7 +136,7 @@ local function count(K, L, s, node, n)  -- this process has so many; the sum
   if s > 0 then
     redis.call('PEXPIRE', K, HOLD)
     if old == 0 and redis.call('PTTL', L) >= 0 then  -- as long as its last message would have stayed all along
-      local last = redis.call('XREVRANGE', L, '+', '-', 'COUNT', 1)[1]
+      local last = ours(K, 'XREVRANGE', L, '+', '-', 'COUNT', 1)[1]
       if last then redis.call('PEXPIRE', L, math.max(1, tonumber(string.match(last[1], '%d+$')) + AGE - now())) end
     end
   elseif old > 0 then
@@ -106,14 +153,14 @@ local function bury(K, L, s, dead)  -- without those who have died
   return s
 end
 
-local function oldest(L, o, before)  -- the offset before the oldest message that is kept; what is from `before` goes
-  local kept = math.min(redis.call('XLEN', L), SIZE)
-  local low = o - kept
+local function oldest(K, L, o, before)  -- the offset before the oldest message that is kept; what is from `before` goes
+  local low, first = o, ours(K, 'XRANGE', L, '-', '+', 'COUNT', 1)[1]
+  if first then low = math.min(o, math.max(tonumber(string.match(first[1], '^%d+')) - 1, o - SIZE)) end
   local function aged(offset)
-    local ms = time(L, offset)
+    local ms = time(K, L, offset)
     return ms and ms < before
   end
-  if kept > 0 and aged(low + 1) then
+  if low < o and tonumber(string.match(first[1], '%d+$')) < before and aged(low + 1) then
     local a, b = low + 1, o + 1  -- one that goes, one that stays
     while b - a > 1 do
       local m = math.floor((a + b) / 2)
@@ -128,9 +175,9 @@ end
 local function append(K, L, e, o, pieces, ms, ttl)  -- order these now, at `ms`: kept, told to all; the new offset
   local n, ms = #pieces, text(ms)
   if SIZE > 0 then
-    for i = 1, n do redis.call('XADD', L, text(o + i) .. '-' .. ms, 'm', pieces[i]) end
+    for i = 1, n do ours(K, 'XADD', L, text(o + i) .. '-' .. ms, 'm', pieces[i]) end
     redis.call('XTRIM', L, 'MAXLEN', '~', SIZE)
-    if math.floor(o / 16) ~= math.floor((o + n) / 16) then oldest(L, o + n, ms - AGE) end
+    if math.floor(o / 16) ~= math.floor((o + n) / 16) then oldest(K, L, o + n, ms - AGE) end
     redis.call('PEXPIRE', L, ttl)
   end
   redis.call('HSET', K, 'o', text(o + n), 't', ms)
@@ -146,25 +193,33 @@ end
 local function since(K, L, e, o, t, epoch, offset, limit, ms)  -- see `redis_format.replay`; `ms` is what a `Seen` knows, or 0
   local start, gap, entries = o, 0, {{}}
   if epoch ~= '' then
-    local low = oldest(L, o, now() - AGE)
+    local low = oldest(K, L, o, now() - AGE)
     start = low
     if epoch ~= 'oldest' then
       start = tonumber(offset)
       if epoch ~= e or start < low or start > o then
         gap = 1
-        local same = epoch ~= e and ms > 0 and start >= low and start <= o and (start == o and t or time(L, start)) == ms
+        local same = epoch ~= e and ms > 0 and start >= low and start <= o and (start == o and t or time(K, L, start)) == ms
         if not same then start = low end  -- else it has been rewound since, and what followed is in this log, too
       end
     end
     local at, last, room = start, math.min(o, start + limit), BYTES
     while at < last and room > 0 do
-      local lot = redis.call('XRANGE', L, text(at + 1), '+', 'COUNT', math.min(STEP, last - at))
-      if #lot == 0 then break end
-      for _, entry in ipairs(lot) do
-        room = room - #entry[2][2]
-        if room < 0 and at > start then break end
-        at = at + 1
-        entries[at - start] = entry[2][2]
+      local most = math.min(STEP, last - at)
+      local lot = ours(K, 'XRANGE', L, text(at + 1), text(last), 'COUNT', most)
+      for i = 1, #lot + 1 do
+        local entry = lot[i]
+        local offset = entry and tonumber(string.match(entry[1], '^%d+')) or #lot < most and last + 1 or 0
+        while at + 1 < offset do  -- somebody has deleted these
+          at = at + 1
+          entries[at - start] = ''
+        end
+        if entry and offset == at + 1 then
+          room = room - #entry[2][2]
+          if room < 0 and at > start then break end
+          at = at + 1
+          entries[at - start] = entry[2][2]
+        end
       end
     end
   end
@@ -175,10 +230,10 @@ local function vouch(K, L, e, o, t, epoch, offset, ms, new)  -- as it is; or it 
   offset, ms = tonumber(offset), tonumber(ms)
   if e ~= epoch or offset == 0 then return e, o end
   if o >= offset then
-    local there = o == offset and t or time(L, offset)
+    local there = o == offset and t or time(K, L, offset)
     if ms == 0 or not there or there == ms then return e, o end
   end
-  if ms > 0 then oldest(L, o, ms + 1) else redis.call('DEL', L) end
+  if ms > 0 then oldest(K, L, o, ms + 1) else redis.call('DEL', L) end
   redis.call('HSET', K, 'e', new)
   redis.call('{publish}', K, 'G')
   return new, o
@@ -204,7 +259,7 @@ for i = 3, #ARGV, 2 do
   local digest, before = ARGV[i + 1], false
   if digest ~= '' then
     at = at + 1
-    before = redis.call('GET', KEYS[at])
+    before = remembered(KEYS[at], 33, RECEIPT)
   end
   if before then
     answers[#answers + 1] = string.sub(before, 1, 32) == digest and string.sub(before, 33) or '!'
@@ -228,7 +283,7 @@ _SEND: Final = """
 local answers, each, ms = {}, tonumber(ARGV[3]), now()
 for i = 1, #KEYS, each do
   local K, L, mark = KEYS[i], KEYS[i + 1], KEYS[i + 2]
-  local answer = each == 3 and redis.call('GET', mark) or ''
+  local answer = each == 3 and remembered(mark, 1, RECEIPT) or ''
   if answer == '' then
     local e, o, s = known(K)
     if e then
@@ -244,7 +299,7 @@ return answers
 """
 
 _CLAIM: Final = """
-local before = redis.call('GET', KEYS[1])
+local before = remembered(KEYS[1], 33, UNDER_WAY, SENT, RECEIPT)
 if not before then
   redis.call('SET', KEYS[1], ARGV[1], 'PX', KEY_AGE)
   return ''
@@ -288,14 +343,14 @@ _INFO: Final = """
 local K, L = KEYS[1], KEYS[2]
 local e, o, s = known(K)
 if not e then return false end
-return {e, text(o), bury(K, L, s, ARGV[1]), o - oldest(L, o, now() - AGE)}
+return {e, text(o), bury(K, L, s, ARGV[1]), o - oldest(K, L, o, now() - AGE)}
 """
 
 _DELETE: Final = """
 local K, L = KEYS[1], KEYS[2]
 local e, o, s = known(K)
 if not e then return false end
-local answer = {e, text(o), bury(K, L, s, ARGV[1]), o - oldest(L, o, now() - AGE)}
+local answer = {e, text(o), bury(K, L, s, ARGV[1]), o - oldest(K, L, o, now() - AGE)}
 redis.call('DEL', K, L)
 redis.call('%(publish)s', K, 'D ' .. e)
 return answer
@@ -304,7 +359,7 @@ return answer
 _HEARTBEAT: Final = """
 local ms = now()
 redis.call('PEXPIRE', KEYS[1], ARGV[3])  -- first, as `insist`: of a Redis that is full nobody is dead
-local before = redis.call('ZSCORE', KEYS[1], ARGV[1])
+local before = ours(nil, 'ZSCORE', KEYS[1], ARGV[1])
 local gone = before and ms - before > tonumber(ARGV[2])  -- it stays so, for all: it comes back under another id
 if not gone then redis.call('ZADD', KEYS[1], ms - ARGV[4], ARGV[1]) end
 local dead = redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', text(ms - ARGV[2]))

@@ -139,6 +139,32 @@ def test_an_id_is_stored_as_it_is_written(text: str) -> None:
     assert unpack(pack(text)) == text
 
 
+@pytest.mark.parametrize("data", [b"", b"\xff\xfe", b"garbage", b"\x81", b"\x81ab", b"\x00", b"\x7f"])
+def test_what_no_id_is_stored_as_is_none(data: bytes) -> None:
+    with pytest.raises((ValueError, IndexError)):
+        unpack(data)
+
+
+@needs_redis
+def test_what_a_stranger_has_put_among_followers_is_passed_over(server: RedisServer) -> None:
+    server.ask("FLUSHALL")
+    known = RedisSubscriptions(lambda: connect(server.url), PREFIX)
+    known.add_subscriptions([(str(number), "star") for number in range(20)] + [("bob", "star")])
+    for number in range(30):
+        server.ask("ZADD", f"{PREFIX}followers:star", "0", bytes([0x81, number, 0]), "0", f"garbage{number}", "0", "")
+    everybody = [*map(str, range(20)), "bob"]
+    assert known.get_subscribers("star") == everybody
+    assert known.joined_subscribers("star") == ",".join(everybody)
+    assert known.page_of_subscribers("star", None, 5) == everybody[:5]
+    assert known.page_of_subscribers("star", "4", 16) == everybody[5:]
+    server.ask("SET", f"{PREFIX}followers:eve", "x")
+    for what in (lambda: known.get_subscribers("eve"), lambda: known.add_subscriptions([("a", "eve")])):
+        with pytest.raises(Refusal, match="has something else"):
+            what()
+    assert server.ask("GET", f"{PREFIX}followers:eve") == b"x", "subscriptions are no passing thing: nobody knows what stood there"
+    known.close()
+
+
 @needs_redis
 def test_who_can_not_reach_redis_is_told(server: RedisServer) -> None:
     server.ask("FLUSHALL")
