@@ -4,8 +4,8 @@ A line is ``follower followee``. Made for millions of them: an edge list comes i
 who follows, the file is in the order of the one who is followed, and rows that come in another order
 touch a page each. So all lines go into a temporary file of SQLite's first, and are taken out sorted.
 
-An empty database gets them in one transaction, without the index, which is made at its end: all or
-nothing, and rows stand in full pages. One that has rows gets them as a service would write them, in
+An empty database gets them in one transaction, without the index and the counts, which are made at its end: all
+or nothing, and rows stand in full pages. One that has rows gets them as a service would write them, in
 transactions of `TRANSACTION` rows. Either way what was there stays, doubles count once, and who is
 interrupted runs it again: it ends in the same state. A service may run on the file meanwhile.
 """
@@ -23,7 +23,7 @@ from typing import IO, Final
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-from comet.database import DROP_INDEX, MAKE_INDEX, TRANSACTION, Key, Unusable, key, open_writer, prepare, transaction
+from comet.database import AFTER_LOAD, BEFORE_LOAD, TRANSACTION, Key, Unusable, key, open_writer, prepare, transaction
 from comet.errors import Refusal
 from comet.message import USER_PREFIX, check_channel
 
@@ -138,21 +138,23 @@ def _counted(rows: Iterator[tuple[Key, Key]], total: int, progress: Progress) ->
 
 
 def _store(rows: Iterator[tuple[Key, Key]], database: sqlite3.Connection, progress: Progress) -> int:
-    before = database.total_changes
     insert = "INSERT OR IGNORE INTO follows (followee, follower) VALUES (?, ?)"
     with transaction(database):
         empty = database.execute("SELECT 1 FROM follows LIMIT 1").fetchone() is None
         if empty:
-            database.execute(DROP_INDEX)
-            database.executemany(insert, rows)
+            for statement in BEFORE_LOAD:
+                database.execute(statement)
+            added = database.executemany(insert, rows).rowcount
             task = progress.add_task("indexing", total=None, speed="")
-            database.execute(MAKE_INDEX)
+            for statement in AFTER_LOAD:
+                database.execute(statement)
             progress.update(task, total=1, completed=1)
     if not empty:
+        added = 0
         while chunk := list(islice(rows, TRANSACTION)):
             with transaction(database):
-                database.executemany(insert, chunk)
-    return database.total_changes - before
+                added += database.executemany(insert, chunk).rowcount
+    return added
 
 
 def _speed(count: int, began: float) -> str:

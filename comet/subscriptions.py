@@ -19,7 +19,7 @@ SQLite's lock stands, and who waits longer than `comet.database.PATIENCE` for it
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import gevent
 import msgspec
@@ -50,9 +50,11 @@ Pair = tuple[str, str]
 
 
 class _Direction:
-    """The statements of one way to look: the `column` that is wanted of the rows where `given` is the user."""
+    """The statements of one way to look: the `column` that is wanted of the rows where `given` is the user, of whom `counted` is how
+    many there are."""
 
-    def __init__(self, column: str, given: str) -> None:
+    def __init__(self, column: str, given: str, counted: str) -> None:
+        self.count = f"SELECT {counted} FROM counts WHERE user = ?"  # noqa: S608
         rows = f"SELECT {column} AS id FROM follows WHERE {given} = ?"  # noqa: S608
         self.joined = [
             f"SELECT group_concat(id), max(id), count(*) FROM ({rows}{beyond} ORDER BY id LIMIT ?)"  # noqa: S608
@@ -61,8 +63,8 @@ class _Direction:
         self.page = [f"{rows}{beyond} ORDER BY id LIMIT ?" for beyond in ("", f" AND {column} > ?")]
 
 
-_FOLLOWERS = _Direction("follower", "followee")
-_FOLLOWING = _Direction("followee", "follower")
+_FOLLOWERS = _Direction("follower", "followee", "followers")
+_FOLLOWING = _Direction("followee", "follower", "following")
 
 
 class Subscriptions:
@@ -93,23 +95,23 @@ class Subscriptions:
 
     def get_subscribers(self, user: str) -> list[str]:
         """Everyone who follows the user."""
-        return [one for text, _ in self._steps(_FOLLOWERS, user) for one in text.split(",")]
+        return [one for text in self._steps(_FOLLOWERS, user) for one in text.split(",")]
 
     def joined_subscribers(self, user: str) -> str:
         """As `get_subscribers`, joined by commas: that is how SQLite gives them, and no id has one."""
-        return ",".join(text for text, _ in self._steps(_FOLLOWERS, user))
+        return ",".join(text for text in self._steps(_FOLLOWERS, user))
 
     def following(self, user: str) -> list[str]:
         """Everyone whom the user follows."""
-        return [one for text, _ in self._steps(_FOLLOWING, user) for one in text.split(",")]
+        return [one for text in self._steps(_FOLLOWING, user) for one in text.split(",")]
 
     def count_subscribers(self, user: str) -> int:
         """How many follow the user."""
-        return sum(count for _, count in self._steps(_FOLLOWERS, user))
+        return self._count(_FOLLOWERS, user)
 
     def count_following(self, user: str) -> int:
         """How many the user follows."""
-        return sum(count for _, count in self._steps(_FOLLOWING, user))
+        return self._count(_FOLLOWING, user)
 
     def page_of_subscribers(self, user: str, after: str | None, limit: int) -> list[str]:
         """At most `limit`, in order: those behind the id `after`, which need not be one of them. Numbers come
@@ -120,29 +122,31 @@ class Subscriptions:
         """As `page_of_subscribers`."""
         return self._page(_FOLLOWING, user, after, limit)
 
-    def _steps(self, direction: _Direction, user: str) -> Iterator[tuple[str, int]]:
-        """The ids, joined, and how many: step by step."""
+    def _steps(self, direction: _Direction, user: str) -> Iterator[str]:
+        """The ids, joined, step by step."""
         given = key(user)
         text, last, count = self._row(direction.joined[0], given, STEP)
         while count:
-            yield text, count
+            yield text
             if count < STEP:
                 return
             give_way()
             text, last, count = self._row(direction.joined[1], given, last, STEP)
 
     def _row(self, statement: str, *values: Key) -> tuple[str, Key, int]:
-        try:
-            row: tuple[str, Key, int] = self._reader.execute(statement, values).fetchone()
-        except sqlite3.Error as error:
-            _refuse(error)
-            raise
+        row: tuple[str, Key, int] = self._look_up(statement, *values)[0]
         return row
+
+    def _count(self, direction: _Direction, user: str) -> int:
+        return sum(count for (count,) in self._look_up(direction.count, key(user)))  # none, or one
 
     def _page(self, direction: _Direction, user: str, after: str | None, limit: int) -> list[str]:
         beyond = () if after is None else (key(after),)
+        return [str(one) for (one,) in self._look_up(direction.page[len(beyond)], key(user), *beyond, limit)]
+
+    def _look_up(self, statement: str, *values: Key) -> list[Any]:
         try:
-            return [str(one) for (one,) in self._reader.execute(direction.page[len(beyond)], (key(user), *beyond, limit))]
+            return self._reader.execute(statement, values).fetchall()
         except sqlite3.Error as error:
             _refuse(error)
             raise

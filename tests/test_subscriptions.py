@@ -8,7 +8,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import gevent
@@ -42,6 +44,17 @@ def rows(folder: Path) -> list[tuple[database.Key, database.Key]]:
     found = reader.execute("SELECT followee, follower FROM follows").fetchall()
     reader.close()
     return found
+
+
+def assert_counted(folder: Path) -> None:
+    """The counts are those of the rows, and of nobody else."""
+    truth: dict[database.Key, list[int]] = defaultdict(lambda: [0, 0])
+    for followee, follower in rows(folder):
+        truth[followee][0] += 1
+        truth[follower][1] += 1
+    with closing(open_reader(folder)) as reader:
+        counts = reader.execute("SELECT user, followers, following FROM counts").fetchall()
+    assert {user: [followers, following] for user, followers, following in counts} == truth
 
 
 def refused(work: object) -> str:
@@ -333,6 +346,52 @@ def test_a_killed_writer_loses_nothing_that_was_acknowledged(folder: Path) -> No
     assert len(acknowledged) > 10
     assert stored.issuperset(number * 100 + one for number in acknowledged for one in range(100))
     assert not len(stored) % 100, "a transaction is whole or not there"
+    assert_counted(folder)
+
+
+# -- how many there are
+
+
+def test_a_page_of_a_star_and_the_count_cost_no_more_than_another_users(known: Subscriptions, folder: Path) -> None:
+    """In steps of SQLite's machine, which does not depend on who else is busy here."""
+    known.add_subscriptions([(str(number), "star") for number in range(30_000)] + [("fan", str(number)) for number in range(30_000)])
+    known.add_subscriptions([(str(number), "small") for number in range(30)] + [("little", str(number)) for number in range(30)])
+    steps = [0]
+
+    def step() -> None:
+        steps[0] += 1
+
+    def cost(work: Callable[[], object]) -> int:
+        steps[0] = 0
+        work()
+        return steps[0]
+
+    known._reader.set_progress_handler(step, 1)
+    few = cost(lambda: known.page_of_subscribers("small", None, 10)) + cost(lambda: known.count_subscribers("small"))
+    assert 0 < cost(lambda: known.page_of_subscribers("star", "20000", 10)) + cost(lambda: known.count_subscribers("star")) < 2 * few
+    assert 0 < cost(lambda: known.page_of_following("fan", "20000", 10)) + cost(lambda: known.count_following("fan")) < 2 * few
+    assert_counted(folder)
+
+
+def test_a_file_of_an_older_comet_is_counted_and_one_that_writes_to_it_since_keeps_the_counts(folder: Path) -> None:
+    numbers = random.Random(5)
+    with closing(open_writer(folder)) as older:
+        for name in ("TRIGGER followed", "TRIGGER unfollowed", "TABLE counts"):
+            older.execute(f"DROP {name}")
+        insert = "INSERT OR IGNORE INTO follows (followee, follower) VALUES (?, ?)"
+        older.executemany(insert, [(numbers.randrange(300), numbers.choice(("x", 7, 8, 9))) for _ in range(5000)])
+        prepare(folder, whole=False)
+        assert_counted(folder)
+        prepare(folder, whole=True)
+        assert_counted(folder)
+        older.executemany(insert, [(numbers.randrange(900), numbers.choice(("x", "y", 9))) for _ in range(5000)])
+        older.execute("DELETE FROM follows WHERE followee < 50")
+    assert_counted(folder)
+    opened = Subscriptions(folder)
+    assert opened.count_following("y") == len(opened.following("y")) > 500
+    assert opened.add_subscriptions([("y", "900"), ("y", "900"), ("z", "900")]) == 2, "what the triggers change is not counted"
+    opened.close()
+    assert_counted(folder)
 
 
 # -- python -m comet load-friends
@@ -355,6 +414,7 @@ def test_an_edge_list_is_loaded_once_however_often(folder: Path) -> None:
         assert loaded.stdout.startswith(f"4 lines, {new} new subscriptions, ")
         assert rows(folder) == [(0, 1), ("07", 7), ("rj", "alice")]
     assert load(folder, "2 0\n1 0").returncode == 0
+    assert_counted(folder)
     assert rows(folder) == [(0, 1), (0, 2), ("07", 7), ("rj", "alice")]
     prepare(folder, whole=True)
 
@@ -374,6 +434,7 @@ def test_a_large_list_is_loaded_into_an_empty_and_into_a_full_database(tmp_path:
         assert known.following(some) == [str(b) for b in sorted(b for a, b in pairs if str(a) == some)]
         known.close()
         prepare(folder, whole=True)
+        assert_counted(folder)
 
 
 @pytest.mark.parametrize(
@@ -421,4 +482,5 @@ def test_a_load_that_was_killed_ends_in_the_same_state_when_it_is_run_again(fold
     assert kills
     assert subprocess.run(command, cwd=ROOT, capture_output=True, timeout=3 * TIMEOUT, check=False).returncode == 0
     assert len(rows(folder)) == 300_000 + len(before)
+    assert_counted(folder)
     assert sorted(path.name for path in folder.iterdir()) == ["edges", database.NAME]

@@ -62,6 +62,26 @@ def test_adding_and_removing_count_what_has_changed(known: Known) -> None:
     assert known.add_subscriptions([]) == known.remove_subscriptions([]) == 0
 
 
+def test_counts_are_right_whatever_is_added_and_removed(known: Known) -> None:
+    rng = random.Random(4)
+    names = [str(number) for number in range(-3, 4)] + ["a", "b", "07"]
+    truth: set[tuple[str, str]] = set()
+    for _ in range(150):
+        pairs = [tuple(rng.sample(names, 2)) for _ in range(rng.choice((1, 1, 3, 40)))]
+        those = [(follower, followee) for follower, followee in pairs]
+        if rng.random() < 0.5:
+            assert known.add_subscriptions(those) == len(set(those) - truth)
+            truth |= set(those)
+        else:
+            assert known.remove_subscriptions(those) == len(set(those) & truth)
+            truth -= set(those)
+        user = rng.choice(names)
+        assert known.count_subscribers(user) == sum(followee == user for _, followee in truth) == len(known.get_subscribers(user))
+        assert known.count_following(user) == sum(follower == user for follower, _ in truth) == len(known.following(user))
+    known.remove_subscriptions(list(truth))
+    assert all(known.count_subscribers(user) == known.count_following(user) == 0 for user in names)
+
+
 @pytest.mark.parametrize("count", [STEP - 1, STEP, STEP + 1, 3 * STEP])
 def test_long_lists_are_whole_at_every_length(known: Known, count: int) -> None:
     followers = [str(number) for number in range(count - 10)] + [f"t{number}" for number in range(10)]
@@ -120,6 +140,7 @@ def test_an_edge_list_is_loaded_and_what_was_there_stays(made: tuple[Known, list
         assert set(known.get_subscribers(str(user))) == {str(a) for a, b in edges if b == user}
         assert set(known.following(str(user))) == {str(b) for a, b in edges if a == user}
     assert known.count_subscribers("5000") == 4500
+    assert all(known.count_following(str(user)) == sum(a == user for a, _ in edges) for user in (1, 5, 4499, 4500))
     assert (known.get_subscribers("alice"), known.get_subscribers("star")) == (["rj"], ["before"])
 
 
