@@ -108,10 +108,11 @@ from gevent.event import Event  # noqa: E402
 
 import handlers  # noqa: E402
 from comet import collector, policy, service  # noqa: E402
+from comet.backplane import frames  # noqa: E402
 from comet.backplane.memory import Bounds, MemoryBackplane  # noqa: E402
 from comet.backplane.router import RouterBackplane  # noqa: E402
 from comet.board import ROUTER, SUPERVISOR  # noqa: E402
-from comet.generation import ORPHANED_GRACE, Place  # noqa: E402
+from comet.generation import FOREIGN, ORPHANED_GRACE, Place  # noqa: E402
 from comet.hub import Hub  # noqa: E402
 from comet.kernel import check, limits, memory, processes  # noqa: E402
 from comet.kernel.stock import stock  # noqa: E402
@@ -178,18 +179,20 @@ def serve(settings: Settings, listener: socket.socket, data: Path, place: Place 
     backplane = _backplane(settings, place, stats)
     if backplane is None:
         return 1
-    hub = Hub(backplane, stats, settings.backlog, Soon(), _permit(place), settings.busy_backlog)
+    hub = Hub(backplane, stats, settings.backlog, Soon(), _permit(place), settings.busy_backlog, settings.replay_bytes)
     own = _own(place, stats, hub, capacity)
     said = _alone(own, hub) if place is None else partial(_together, place, own, hub if settings.backplane else None)
     subscriptions = _subscriptions(settings, data)
     server = _server(listener, Context(hub, subscriptions, settings, stats, said, place.worker if place else 0), capacity)
     stopping = _Stopping(settings.grace, place)
     collector.set_up(stats)
-    server.start()
     if isinstance(backplane, MemoryBackplane):
         gevent.spawn(_every, 1.0, backplane.expire)
     else:
         backplane.start()
+    if isinstance(backplane, RouterBackplane) and not backplane.wait(settings.backplane_timeout) and backplane.foreign:
+        return FOREIGN  # before it takes a connection: others serve
+    server.start()
 
     rest = Rest() if place is not None and limits.crowding(place.workers, limits.cores()) else None
 
@@ -207,7 +210,8 @@ def serve(settings: Settings, listener: socket.socket, data: Path, place: Place 
         gevent.spawn(_invite, hub, greet(settings, listener.getsockname(), capacity))
         _speak(notifier, stats, capacity)
     else:
-        place.ready()
+        place.heed()
+        gevent.spawn(_tell, place, backplane)
     stopping.wait()
 
     log.info("stopping: %d connections", stats.connections)
@@ -221,6 +225,12 @@ def serve(settings: Settings, listener: socket.socket, data: Path, place: Place 
         place.board.write(place.slot, own())  # the supervisor keeps what was counted
     log.info("stopped; cut off after %g s: %d", stopping.grace, late) if late else log.info("stopped")
     return 0
+
+
+def _tell(place: Place, backplane: "MemoryBackplane | RouterBackplane | RedisBackplane") -> None:
+    """Tell the supervisor that this worker serves: once it is linked to the router. Redis is waited for by nobody: /readyz tells."""
+    if not isinstance(backplane, RouterBackplane) or backplane.wait(None):
+        place.ready()
 
 
 def _invite(hub: Hub, invite: Callable[[], None]) -> None:
@@ -337,7 +347,7 @@ def _own(place: Place | None, stats: Stats, hub: Hub, capacity: int) -> Callable
     """What this process says of itself (`comet.service`)."""
     before = processes.resident()
     number, age = (place.worker, place.generation) if place else (0, 1)
-    fixed = {"role": "worker", "pid": os.getpid(), "capacity": capacity, "worker": number, "generation": age}
+    fixed = {"role": "worker", "pid": os.getpid(), "capacity": capacity, "worker": number, "generation": age, "speaks": frames.VERSION}
 
     def own() -> dict[str, Any]:
         now = processes.resident()

@@ -57,6 +57,8 @@ class Generation:
     leaving: bool = False
     orphaned: bool = False
     """Its process has died: its workers are children of the supervisor."""
+    renewed: bool = False
+    """A new router was started for it: workers of other code have no link any more."""
 
     def __str__(self) -> str:
         return f"generation {self.number}"
@@ -125,8 +127,12 @@ class Generation:
 
 @dataclass(slots=True, eq=False)
 class Router:
+    """The process in which all workers meet."""
+
     process: "subprocess.Popen[bytes]"
     born: float
+    checked: bool = False
+    """It was looked whether it speaks as the workers do."""
 
     @classmethod
     def start(cls, listener: int, lifeline: int, board: int, workers: int, arguments: Sequence[str]) -> Self:

@@ -49,6 +49,9 @@ from comet.kernel.stock import stock
 VARIABLE = "COMET_GENERATION"
 """The environment variable that holds the orders."""
 
+FOREIGN = 4
+"""A worker's exit status, if the router is of another version of the code (`comet.backplane.frames.VERSION`)."""
+
 ORPHANED_GRACE = 2.0
 """Seconds that a worker whose supervisor is gone has to end itself. Nobody would restart it, so its
 clients are better off elsewhere soon."""
@@ -100,9 +103,12 @@ class Place:
     router: str
     events: int
 
-    def ready(self) -> None:
-        """Tell the supervisor that this worker serves, and take signals from now on."""
+    def heed(self) -> None:
+        """Take signals from now on."""
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
+
+    def ready(self) -> None:
+        """Tell the supervisor that this worker serves."""
         _say(self.events, f"ready {self.generation} {self.worker} {os.getpid()}")
 
 

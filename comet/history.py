@@ -10,21 +10,37 @@ history, and a deque (600 bytes empty) would cost more than the channel.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from comet.message import OLDEST, Message, Position, Since
 
+PAGE: Final = 128 << 10
+"""Bytes of messages in one page, as `Message.size` counts them; one that is larger comes alone. A thousand short messages, or two of the
+largest: what a client holds that takes nothing while it is replayed to."""
+
 
 class Joined(NamedTuple):
-    """Where a reader stands and what it has missed: apply `messages` to `position` to reach the head.
+    """Where a reader stands and what it has missed, or the first page of that.
 
-    `gap` is true when something between the asked position and `messages` is gone, or can't be
-    vouched for because the position belongs to another epoch.
+    Apply `messages` to `position` to get as far as the page; `more` messages are kept behind it, up to the newest. `gap` is true when
+    something between the asked position and `messages` is gone, or can't be vouched for because the position belongs to another epoch.
     """
 
     position: Position
     messages: Sequence[Message]
     gap: bool
+    more: int = 0
+
+    @property
+    def end(self) -> Position:
+        """Where the reader stands after this page."""
+        return self.messages[-1].position if self.messages else self.position
+
+    @property
+    def head(self) -> Position:
+        """The newest position of the log."""
+        epoch, offset = self.end
+        return Position(epoch, offset + self.more)
 
 
 class History:
@@ -74,8 +90,9 @@ class History:
             count += 1
         return self.drop(count)
 
-    def since(self, since: Since, limit: int | None = None) -> Joined:
-        """What follows `since`, at most `limit` messages of it, oldest first.
+    def since(self, since: Since, limit: int | None = None, size: int = PAGE) -> Joined:
+        """Return a page of what follows `since`, oldest first: at most `limit` messages, and at most `size` bytes of them, but at least one
+        if `size` is not 0.
 
         A position of another epoch, beyond the head, or from before what is kept is a gap; then
         everything kept follows.
@@ -92,5 +109,17 @@ class History:
             if epoch != self.epoch or not first <= start <= self.head:
                 gap, start = True, first
         index = start - first
-        messages = entries[index:] if limit is None else entries[index : index + limit]
-        return Joined(Position(self.epoch, start), messages, gap)
+        stop = len(entries) if limit is None else min(len(entries), index + limit)
+        messages = entries[index : _page_end(entries, index, stop, size)]
+        return Joined(Position(self.epoch, start), messages, gap, len(entries) - index - len(messages))
+
+
+def _page_end(entries: Sequence[Message], start: int, stop: int, size: int) -> int:
+    """Return where a page of `entries` ends that begins at `start` and must not go beyond `stop`."""
+    if size <= 0:
+        return start
+    for index in range(start, stop):
+        size -= entries[index].size
+        if size < 0:
+            return max(index, start + 1)
+    return stop

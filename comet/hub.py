@@ -15,11 +15,11 @@ from comet.backplane import Backplane
 from comet.errors import Refusal
 from comet.fanout import Fanout, Feeds, Members, Permit
 from comet.framing import batches
-from comet.history import Joined
+from comet.history import PAGE, Joined
 from comet.message import ChannelInfo, Message, Position, Publication, Receipt, Sent, Since
+from comet.replays import Replays
 from comet.stats import Stats
 from comet.subscriber import Awake, Host, Subscriber, Wish
-from comet.turn import give_way
 
 ENDING_PAUSE = 0.05
 """Seconds between two lots of streams that a drain ends."""
@@ -27,16 +27,14 @@ ENDING_PAUSE = 0.05
 ENDED_AT_ONCE = 20
 """Streams a lot at least: few need no spreading."""
 
-AT_ONCE = 100
-"""Subscribers that go on together after something was missed: half a millisecond."""
-
 
 class Hub:
     """The subscribers of this process, by channel.
 
     `backlog` is the bytes of messages that may wait for one client, `busy_backlog`, if it is more, for one that keeps taking.
     `schedule` runs a function soon, of which several may be pending, and `permit` is asked before a sweep of many (see `Fanout`,
-    `Feeds`).
+    `Feeds`). `replay_bytes` is what may be held of history for clients that catch up, as `Message.cost` counts: pages that they have
+    not taken yet, and, a quarter of it, pages for others who come to the same place (see `Replays`).
     """
 
     def __init__(
@@ -47,7 +45,11 @@ class Hub:
         schedule: Callable[[Callable[[], None]], None],
         permit: Permit | None = None,
         busy_backlog: int = 0,
+        replay_bytes: int = 64 << 20,
     ) -> None:
+        self.replaying = 0
+        """See `Home`."""
+        self._replay_bytes = replay_bytes
         self.backlog = backlog
         self.busy_backlog = max(backlog, busy_backlog)
         self.draining = False
@@ -60,8 +62,7 @@ class Hub:
         self._channels: dict[str, Subscriber | Members[Subscriber]] = {}
         # those whose backplane has not answered yet, and what was dropped meanwhile: (channel, epoch)
         self._joining: dict[Subscriber, set[tuple[str, int]]] = {}
-        # those who wait for what was missed, by where they stand
-        self._behind: dict[tuple[tuple[str, Position], ...], list[Subscriber]] = {}
+        self._replays = Replays(self._read_page, replay_bytes // 4)
         backplane.attach(self.deliver, self.dropped, self.lost)
         self.left: Callable[[Subscriber, str], None] | None = None
         """Is told of each subscriber that has ended, and why."""
@@ -76,12 +77,14 @@ class Hub:
         would end a browser's EventSource for good. Raises Refusal where the backplane does.
         """
         channels, since, framing, patience = wish
+        if patience == 0:
+            return self._look(wish)
         subscriber = Subscriber(channels, framing, self, Awake(patience, {}))
         for channel in channels:
             self._register(channel, subscriber)
         dropped = self._joining[subscriber] = set()
         try:
-            answers = self._backplane.subscribe(channels, since)
+            answers = self._backplane.subscribe(channels, since, self._page_size())
         except BaseException:
             for channel in channels:
                 self._expel(channel, subscriber)
@@ -96,6 +99,17 @@ class Hub:
         subscriber.begin(dict(zip(channels, answers, strict=True)), since)
         if self.draining:
             subscriber.end("shutdown")
+        return subscriber
+
+    def _look(self, wish: Wish) -> Subscriber:
+        """As `subscribe`, for one that does not wait: it has what is kept, and nothing is made of a channel that is not there."""
+        channels, since, framing, patience = wish
+        answers = self._backplane.peek(channels, since, self._page_size())
+        subscriber = Subscriber(channels, framing, self, Awake(patience, {}))
+        self._stats.clients[framing.name] += 1
+        subscriber.begin(dict(zip(channels, answers, strict=True)), since)
+        for channel in channels:
+            subscriber.drop(channel)
         return subscriber
 
     def subscribe_asleep(self, wish: Wish, bed: Host) -> Subscriber | None:
@@ -124,7 +138,7 @@ class Hub:
         channel = channels[0]
 
         def joined(answer: Joined) -> None:
-            missed = answer.messages or answer.gap or self.draining
+            missed = answer.messages or answer.more or answer.gap or self.draining
             subscriber = Subscriber(channels, framing, self, Awake(patience, {}) if missed else bed)
             self._stats.clients[framing.name] += 1
             self._register(channel, subscriber)
@@ -136,7 +150,7 @@ class Hub:
                 subscriber.epoch, subscriber.offset = answer.position
             done(subscriber)
 
-        return self._backplane.subscribe_soon(channel, since[0], joined, failed)
+        return self._backplane.subscribe_soon(channel, since[0], joined, failed, self._page_size())
 
     def _register(self, channel: str, subscriber: Subscriber) -> None:
         present = self._channels.get(channel)
@@ -175,45 +189,16 @@ class Hub:
         if subscriber.channels:
             self._backplane.unsubscribe(subscriber.channels)
 
-    def resync(self, subscriber: Subscriber) -> None:
-        """It was delivered a later message than it can take: this process missed some. Those that stand at the
-        same place, often all of a channel, share what is read."""
-        places = tuple(subscriber.awake.offered.items())
-        behind = self._behind.get(places)
-        if behind is None:
-            self._behind[places] = [subscriber]
-            gevent.spawn(self._catch_up, places)
-        else:
-            behind.append(subscriber)
+    def read_on(self, subscriber: Subscriber, channel: str, position: Position) -> None:
+        """Have a subscriber given the page of the channel's history that follows `position`, soon."""
+        self._replays.ask(subscriber, channel, position)
 
-    def _catch_up(self, places: tuple[tuple[str, Position], ...]) -> None:
-        behind = self._behind[places]
-        answers: dict[str, Joined] = {}
-        try:
-            for channel, position in places:
-                if all(subscriber.ended for subscriber in behind):
-                    return
-                answer = self._backplane.read(channel, position)
-                if answer is None:  # deleted meanwhile: `dropped` has ended them; or else forgotten, and they would hold for ever
-                    for subscriber in behind:
-                        subscriber.end("unreadable")
-                    return
-                answers[channel] = answer
-                for subscriber in behind:  # at the answer's place in the stream, so before anything else is lost
-                    if not subscriber.ended:
-                        subscriber.awake.answered(channel)
-        except Exception:
-            for subscriber in behind:
-                subscriber.end("unreadable")  # they would hold for ever; they resume by their cursors
-            raise
-        finally:
-            del self._behind[places]
-        for start in range(0, len(behind), AT_ONCE):
-            if start:
-                give_way()
-            for subscriber in behind[start : start + AT_ONCE]:
-                if not subscriber.ended:  # it may have left while the backplane read
-                    subscriber.join(answers)
+    def _page_size(self) -> int:
+        """Return how many bytes the next page may have: the fewer the more its clients hold. At the bound, a page is a message."""
+        return max(1, min(PAGE, (self._replay_bytes - self.replaying) // 8))
+
+    def _read_page(self, channel: str, position: Position) -> Joined | None:
+        return self._backplane.read(channel, position, None, self._page_size())
 
     # -- what the backplane calls
 

@@ -25,6 +25,10 @@ MESSAGE_COST: Final = 1000
 """Bytes a message may cost beside three times its data: the Message and what it refers to, its place in
 a list, and what its two encoded forms have more than the data; from sys.getsizeof, rounded up."""
 
+FRAMING: Final = 100
+"""Bytes that a message is counted for, beside its data, while it waits to be sent: about what its framing adds. What waits is shared
+with the history and other clients, so this is what it will be on the wire, not in memory."""
+
 DEFAULT_TYPE: Final = "message"
 RESERVED_TYPES: Final = frozenset({"gap", "error", "open", "comet"})
 """Types no publisher may use. A client must be able to trust that a gap is a gap, and to drop the blocks without data that
@@ -125,6 +129,11 @@ class Message:
         """Bytes it is charged against a bound on kept or waiting messages: its data, the two encoded forms
         that `comet.framing` may keep, and the objects around them."""
         return MESSAGE_COST + 3 * len(self.data)
+
+    @property
+    def size(self) -> int:
+        """Bytes that it takes to be sent, about."""
+        return FRAMING + len(self.data)
 
     def __repr__(self) -> str:
         return f"<Message {self.channel} {self.id} {self.type} {len(self.data)} bytes>"

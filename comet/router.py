@@ -47,6 +47,9 @@ READ_SIZE = 1 << 18
 FRAME = 1 << 15
 """Bytes of messages from which on a frame is full: a worker takes a frame at once, and everything else there waits meanwhile."""
 
+RESUMED = 4 << 20
+"""Bytes of messages in one answer to a worker that catches up on its channels, which may be tens of thousands."""
+
 REST_A_WORKER = 0.002
 """Seconds between two turns of the loop, for each worker that the first has woken and that is one too many
 (`limits.crowding`). Their caches are cold, and to wake one costs 100 us and more, whatever for: 60 on two cores are woken 600
@@ -60,6 +63,11 @@ TICK = 1.0
 log = logging.getLogger("comet.router")
 
 _asked = msgspec.msgpack.Decoder(frames.Asked)
+_hello = msgspec.msgpack.Decoder(frames.Hello)
+
+
+class _Foreign(Exception):
+    """A worker speaks another version of `comet.backplane.frames`."""
 
 
 class Link:
@@ -73,6 +81,8 @@ class Link:
         self.missed: dict[str, None] = {}
         self.unread: Iterator[memoryview] | None = None
         """Frames that came with others and wait until it has taken the answers to those."""
+        self.greeted = False
+        """It speaks as this router does."""
         self.watched = select.EPOLLIN
         """What the epoll tells of it: EPOLLOUT while its socket is full."""
         self._items: list[bytes] = []
@@ -159,6 +169,7 @@ class Router:
             frames.Publish: self._publish,
             frames.Send: self._send,
             frames.Subscribe: self._subscribe,
+            frames.Peek: self._peek,
             frames.Resume: self._resume,
             frames.Interest: self._count,
             frames.Logout: self._logout,
@@ -228,11 +239,18 @@ class Router:
                     return
                 link.unread = link.cutter.feed(data)
             for body in link.unread:
+                if not link.greeted:
+                    self._greet(link, body)
+                    continue
                 asked = _asked.decode(body)
                 self._handle[type(asked)](link, asked)
                 if link.full:
                     return
             link.unread = None
+        except _Foreign as error:
+            log.error("%s", error)
+            link.flush()
+            self._end(link)
         except OSError:
             self._end(link)
         except Exception:
@@ -364,6 +382,18 @@ class Router:
     # -- what workers ask
 
     @staticmethod
+    def _greet(link: Link, body: memoryview) -> None:
+        """Answer the first frame of a link. Raises _Foreign if its worker is of code that speaks otherwise."""
+        link.put(frames.frame(frames.Welcome(frames.VERSION)))
+        try:
+            version = _hello.decode(body).version
+        except msgspec.MsgspecError:
+            version = "none"
+        if version != frames.VERSION:
+            raise _Foreign(f"a worker of another version of comet was turned away: it speaks {version}, the router {frames.VERSION}")
+        link.greeted = True
+
+    @staticmethod
     def _answer(link: Link, call: int, value: Any) -> None:
         link.put(frames.frame(frames.Answer(call, msgspec.Raw(frames.encode(value)))))
 
@@ -379,16 +409,20 @@ class Router:
         self._answer(link, asked.call, value)
 
     def _subscribe(self, link: Link, asked: frames.Subscribe) -> None:
-        answers = self.backplane.subscribe(asked.channels, asked.since)
+        answers = self.backplane.subscribe(asked.channels, asked.since, asked.size)
         for channel in asked.channels:
             self._login(link, channel)
             link.channels[channel] += 1
         self._answer(link, asked.call, [_replay(answer) for answer in answers])
 
+    def _peek(self, link: Link, asked: frames.Peek) -> None:
+        answers = self.backplane.peek(asked.channels, asked.since, asked.size)
+        self._answer(link, asked.call, [_replay(answer) for answer in answers])
+
     def _resume(self, link: Link, asked: frames.Resume) -> None:
         answers = []
-        for channel, more, position in asked.places:
-            (answer,) = self.backplane.subscribe([channel], [position])
+        channels, since = [channel for channel, _, _ in asked.places], [position for _, _, position in asked.places]
+        for (channel, more, _), answer in zip(asked.places, self.backplane.subscribe(channels, since, RESUMED), strict=True):
             self.backplane.count(channel, answer.position.epoch, more - 1)
             self._login(link, channel)
             link.channels[channel] += more
@@ -409,7 +443,7 @@ class Router:
                 link.missed.pop(channel, None)
 
     def _read(self, link: Link, asked: frames.Read) -> None:
-        joined = self.backplane.read(asked.channel, asked.since, asked.limit)
+        joined = self.backplane.read(asked.channel, asked.since, asked.limit, asked.size)
         self._answer(link, asked.call, None if joined is None else _replay(joined))
 
     def _info(self, link: Link, asked: frames.Info) -> None:
@@ -423,7 +457,7 @@ class Router:
 
 
 def _replay(joined: Joined) -> frames.Replay:
-    return frames.Replay(joined.position, [(message.type, message.data) for message in joined.messages], joined.gap)
+    return frames.Replay(joined.position, [(message.type, message.data) for message in joined.messages], joined.gap, joined.more)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -464,6 +498,7 @@ def main(arguments: Sequence[str]) -> int:
                 processes.give_back()
             board.write(options.slot, {
                 "role": "router",
+                "speaks": frames.VERSION,
                 "pid": os.getpid(),
                 "workers": len(router.links),
                 "gc_longest_seconds": stats.gc_longest_seconds,

@@ -73,6 +73,12 @@ class Settings:
         "A process that shows no sign of life for so long is killed and replaced; a new generation has twice that to get ready.",
         least=0.5,
     )
+    renew_router: bool = _knob(
+        False,
+        "switch",
+        "Let a reload to code that speaks otherwise than the router start another router: what is kept goes, and everybody is told one "
+        "gap. Without it such a reload fails, and the service goes on as it is.",
+    )
     grace: float = _knob(10.0, "seconds", "From SIGTERM to the exit at the latest: time for answers under way.")
 
     data: str = _knob(
@@ -163,6 +169,13 @@ class Settings:
         least=1024,
     )
 
+    replay_bytes: int = _knob(
+        64 << 20,
+        "bytes",
+        "History that a worker holds for clients which catch up: pages that they have not taken yet (near the bound pages are smaller, at "
+        "it a message each), and, a quarter of it, pages for others at the same place.",
+    )
+
     log: str = _knob("plain", "plain or json", "json is an object a line, tracebacks included.")
     log_clients: bool = _knob(
         False, "switch", "A line for each refusal and each subscriber that ends, with its request's id, address and reason."
@@ -175,7 +188,11 @@ class Settings:
         60.0, "seconds", "A channel without subscribers keeps its place and history so long: a poller is away between polls."
     )
     max_idle: int = _knob(
-        1_000_000, "channels", "Channels without subscribers that linger at most; beyond it the longest idle are forgotten early.", least=1
+        1_000_000,
+        "channels",
+        "Channels without subscribers that linger at most; beyond it the longest idle are forgotten early. So many that never had a "
+        "message linger besides, so that listening pushes out no history.",
+        least=1,
     )
     backplane_timeout: float = _knob(
         5.0, "seconds", "A request waits so long for the process that orders messages; then 503. A restart of it takes a second.", least=0.1

@@ -11,9 +11,9 @@ A sleeper is this one small object and a place in the parking's table; everythin
 needs is in `Awake` and goes with it.
 
 Joining. A subscriber is registered before the backplane answers (but for one who needs no greenlet to wait, at its answer), so
-messages may be delivered while the replay is still under way. They are held until `join` has queued the replay; then those at or
-below its position are dropped as known. A message that skips an offset means that this process
-missed something: the subscriber holds again and asks its hub for the same kind of answer.
+messages may be delivered before. They are held until `join` has queued the first page of the replay; then those at or
+below its position are dropped as known. What is behind that page is read when the client has taken it, page by page (`Awake`). A message
+that skips an offset means that this process missed something: the subscriber reads on in the same way.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,9 +34,9 @@ CATCHING_UP = 60.0
 """Seconds that more than a `Home.backlog` may wait for a client that keeps taking, between two times that it has taken all. So what waits
 beyond backlogs is at most what was published in a minute, however many clients read a little now and then to keep much waiting."""
 
-FRAMING = 100
-"""Bytes a message is counted in a backlog beside its data: about what its framing adds. What waits is
-shared with the history and other clients, so this is what it will be on the wire, not in memory."""
+
+PAGE_WAIT = 5.0
+"""Seconds that a poll which is to be answered at once waits for a page of history. After that it is answered with its cursor alone."""
 
 
 class Wish(NamedTuple):
@@ -53,14 +53,16 @@ class Home(Protocol):
     """The hub, as far as a subscriber knows it.
 
     `backlog` is the bytes of messages that may wait for one client, `busy_backlog` those that may wait for one that keeps taking
-    (see `FRAMING`; a replay is not counted, since history bounds it).
+    (as `Message.size` counts them; a page of a replay is not counted, since one waits at a time). `replaying` is how many bytes of
+    pages its clients have not taken yet, as `Message.cost` counts them.
     """
 
     backlog: int
     busy_backlog: int
+    replaying: int
 
     def leave(self, subscriber: "Subscriber", reason: str) -> None: ...
-    def resync(self, subscriber: "Subscriber") -> None: ...
+    def read_on(self, subscriber: "Subscriber", channel: str, position: Position) -> None: ...
 
 
 class Host(Protocol):
@@ -119,8 +121,21 @@ class Subscriber:
         self.join(answers)
 
     def join(self, answers: Mapping[str, Joined]) -> None:
-        """Queue the replay, one answer a channel, then what was held meanwhile."""
+        """Queue the first page of the replay, one answer a channel, then what was held meanwhile."""
         self.awake.join(self, answers)
+
+    def take(self, timeout: float | None) -> list[Item] | None:
+        """Return all that waits, as soon as something does; [] after `timeout` seconds; None at the end. Asks for the next page of a replay
+        if nothing waits. Blocks."""
+        return self.awake.take(self, timeout)
+
+    def page(self, channel: str, answer: Joined, cost: int) -> None:
+        """Queue a page of history that its home was asked for, and that costs so many bytes for it; then `go_on`."""
+        self.awake.page(self, channel, answer, cost)
+
+    def go_on(self) -> None:
+        """Have its greenlet take what `page` has queued."""
+        self.awake.go_on(self)
 
     def deliver(self, batch: Batch) -> None:
         """Messages of one of its channels."""
@@ -196,6 +211,7 @@ class Subscriber:
 
     def sleep(self, bed: Host, descriptor: int) -> None:
         """From now on `bed` writes to `descriptor`. Nothing may be waiting."""
+        self.awake.give_back(self.home)
         self.descriptor = descriptor
         self.host = bed
 
@@ -206,8 +222,7 @@ class Subscriber:
             if opening:
                 yield opening
             while True:
-                awake = self.awake
-                items = awake.take(awake.patience)
+                items = self.take(self.awake.patience)
                 if self.one_shot:  # what does not fit is in the history, after the cursor of this answer
                     yield from self.encode(next(portions(items or [])))
                     return
@@ -228,18 +243,30 @@ class Subscriber:
         answer ends; a second call does nothing."""
         if self.host is _ENDED:
             return
-        ended_for = self.host.reason if isinstance(self.host, Awake) else None
+        ended_for = None
+        if isinstance(self.host, Awake):
+            ended_for = self.host.reason
+            self.host.give_back(self.home)
         self.host = _ENDED
         self.home.leave(self, ended_for or reason or ("answered" if self.one_shot else "lost"))
 
 
 class Awake:
-    """What waits for a client that has a greenlet. `patience` is how many seconds a silence lasts before
-    a heartbeat (a stream) or an empty answer (a poll), None for ever; `offered` is where the queue
-    ends, by channel; `reason` is None until it is ended; `took` is when the client took something last, and `behind` since when
-    more waits than the backlog, 0.0 while it does not, in seconds of the monotonic clock."""
+    """What waits for a client that has a greenlet.
 
-    __slots__ = ("_bytes", "_held", "_queue", "_skipped", "behind", "offered", "patience", "ready", "reason", "took", "waker")
+    `patience` is how many seconds a silence lasts before a heartbeat (a stream) or an empty answer (a poll), None for ever. `offered` is
+    where the queue ends, by channel. `reason` is None until it is ended. `took` is when the client took something last, and `behind`
+    since when more waits than the backlog, 0.0 while it does not, in seconds of the monotonic clock.
+
+    On a channel it is *live*, and gets what is delivered, or *replayed*: then it reads history by pages, the next one when the client has
+    taken the last, and what is delivered meanwhile is dropped, since a later page has it. It is live again after the page that has the
+    newest message it has dropped.
+    """
+
+    __slots__ = (
+        "_bytes", "_held", "_queue", "_reading", "_replayed", "_sending", "_waiting", "behind", "offered", "patience", "ready", "reason",
+        "took", "waker",
+    )  # fmt: skip
 
     def __init__(self, patience: float | None, offered: dict[str, Position]) -> None:
         self.patience = patience
@@ -255,40 +282,77 @@ class Awake:
         """Called once, when there is something to take or it has ended."""
         self._queue: list[Item] = []
         self._held: list[Message] | None = None if offered else []
-        self._skipped: dict[str, Position] = {}
+        """What was delivered before it has joined."""
+        self._replayed: dict[str, Position | None] = {}
+        """Channels that are replayed, and the newest message that was dropped of each."""
+        self._reading = False
+        """A page is on its way."""
+        self._waiting = self._sending = 0
+        """Bytes of pages that wait to be taken, and of those that were taken and are being sent: part of `Home.replaying`."""
 
     def join(self, subscriber: Subscriber, answers: Mapping[str, Joined]) -> None:
         """See `Subscriber.join`."""
-        skipped, self._skipped = self._skipped, {}
-        if skipped:
-            answers = {**answers, **{channel: Joined(place, (), True) for channel, place in skipped.items()}}
         if any(answer.gap for answer in answers.values()):
             self._queue.append(Gap([answer.position for answer in answers.values()]))
-        for channel, (position, messages, _) in answers.items():
-            self._queue.extend(messages)
-            self.offered[channel] = messages[-1].position if messages else position
+        for channel, answer in answers.items():
+            if answer.messages:
+                self._queue.extend(answer.messages)
+                self._charge(subscriber.home, sum(message.cost for message in answer.messages))
+            self.offered[channel] = answer.end
+            if answer.more:
+                self._replayed[channel] = None
         held, self._held = self._held or (), None
-        self._bytes -= sum(map(_size, held))  # offered again below, and charged then
+        self._bytes -= sum(message.size for message in held)  # offered again below, and charged then
         for message in held:
             if message.epoch == self.offered[message.channel].epoch:  # else of the log before: the next one comes with `skip`
                 self._offer(subscriber, message)
         if self._queue:
             self.notify()
 
-    def answered(self, channel: str) -> None:
-        """One of the answers that `join` will have is there."""
-        self._skipped.pop(channel, None)
+    def page(self, subscriber: Subscriber, channel: str, answer: Joined, cost: int) -> None:
+        """See `Subscriber.page`."""
+        self._reading = False
+        self._charge(subscriber.home, cost)
+        end = self.offered[channel] = answer.end
+        if answer.gap:
+            self.offered[channel] = answer.position
+            self._queue.append(Gap(list(self.offered.values())))
+            self.offered[channel] = end
+        self._queue.extend(answer.messages)
+        dropped = self._replayed[channel]
+        if answer.more or (dropped is not None and dropped.epoch == end.epoch and dropped.offset > end.offset):
+            return
+        if dropped is not None and dropped.epoch != end.epoch:
+            self._replayed[channel] = None  # one of the two logs is gone: the next page tells which
+        else:
+            del self._replayed[channel]
+
+    def _charge(self, home: Home, cost: int) -> None:
+        self._waiting += cost
+        home.replaying += cost
+
+    def give_back(self, home: Home) -> None:
+        """It holds no page any more."""
+        home.replaying -= self._waiting + self._sending
+        self._waiting = self._sending = 0
+
+    def go_on(self, subscriber: Subscriber) -> None:
+        """See `Subscriber.go_on`."""
+        if self._queue:
+            self.notify()
+        else:
+            self._read_on(subscriber)
 
     def skip(self, subscriber: Subscriber, places: Mapping[str, Position]) -> None:
-        """See `Subscriber.skip`. What was held of these channels is from before the loss. An answer that is still to
-        come is from behind it, and tells the gap by itself (`answered`)."""
+        """See `Subscriber.skip`. What was held of these channels is from before the loss. An answer or a page that is still to come tells
+        the gap by itself."""
         if self._held is not None:
-            if self.offered:
-                self._skipped.update(places)
-            self._bytes -= sum(_size(message) for message in self._held if message.channel in places)
+            self._bytes -= sum(message.size for message in self._held if message.channel in places)
             self._held = [message for message in self._held if message.channel not in places]
             return
         ahead = _ahead(self.offered, places)
+        for channel in self._replayed.keys() & ahead.keys():
+            self._replayed[channel] = ahead.pop(channel)
         if ahead:
             self.offered.update(ahead)
             self._queue.append(Gap(list(self.offered.values())))
@@ -309,25 +373,32 @@ class Awake:
             self._offer(subscriber, message)
 
     def _offer(self, subscriber: Subscriber, message: Message) -> None:
-        """Known ones are dropped, a skipped one is fetched."""
+        """Known ones are dropped; one that does not follow on is read from history, with what stands before it."""
         if self.reason is not None:
             return
         if self._held is not None:
             if self._fits(subscriber, message):
                 self._held.append(message)
             return
-        epoch, offset = self.offered[message.channel]
-        if message.epoch != epoch or message.offset > offset + 1:
-            if self._fits(subscriber, message):
-                self._held = [message]
-                subscriber.home.resync(subscriber)
+        channel = message.channel
+        epoch, offset = self.offered[channel]
+        if channel in self._replayed or message.epoch != epoch or message.offset > offset + 1:
+            self._replayed[channel] = message.position
+            self._read_on(subscriber)
         elif message.offset == offset + 1 and self._fits(subscriber, message):
-            self.offered[message.channel] = message.position
+            self.offered[channel] = message.position
             self._queue.append(message)
             self.notify()
 
+    def _read_on(self, subscriber: Subscriber) -> None:
+        """Ask for the next page, if there is one, and nothing else waits."""
+        if self._replayed and not self._queue and not self._reading and self.reason is None:
+            self._reading = True
+            channel = next(iter(self._replayed))
+            subscriber.home.read_on(subscriber, channel, self.offered[channel])
+
     def _fits(self, subscriber: Subscriber, message: Message) -> bool:
-        self._bytes += _size(message)
+        self._bytes += message.size
         home = subscriber.home
         if self._bytes <= home.backlog or (self._bytes <= home.busy_backlog and self._catches_up()):
             return True
@@ -355,19 +426,26 @@ class Awake:
     @property
     def quiet(self) -> bool:
         """Nothing waits, nothing is on its way from a replay, and it has not ended: it could sleep."""
-        return not self._queue and self._held is None and self.reason is None
+        return not self._queue and not self._replayed and self._held is None and self.reason is None
 
-    def take(self, timeout: float | None) -> list[Item] | None:
-        """All that waits, as soon as something does; [] after `timeout` seconds; None at the end."""
+    def take(self, subscriber: Subscriber, timeout: float | None) -> list[Item] | None:
+        """See `Subscriber.take`."""
+        if self._sending:  # which is done now
+            subscriber.home.replaying -= self._sending
+            self._sending = 0
+        self._read_on(subscriber)
+        if self._reading and self.patience == 0:  # a poll waits for what there is, if not for what comes
+            timeout = PAGE_WAIT
         if not self._queue and self.reason is None and timeout != 0:
             event = Event()
             self.waker = event.set
             event.wait(timeout)
             self.waker = None
         items, self._queue = self._queue, []
+        self._sending, self._waiting = self._waiting, 0
         self.took = monotonic()
         self.behind = 0.0
-        self._bytes = sum(map(_size, self._held or ()))
+        self._bytes = 0
         return items if items or self.reason is None else None
 
 
@@ -378,10 +456,6 @@ def _ahead(positions: Mapping[str, Position], places: Mapping[str, Position]) ->
         for channel, place in places.items()
         if channel in positions and (positions[channel].epoch != place.epoch or positions[channel].offset < place.offset)
     }
-
-
-def _size(message: Message) -> int:
-    return FRAMING + len(message.data)
 
 
 class _Ended:

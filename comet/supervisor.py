@@ -34,7 +34,7 @@ from typing import Any
 from comet import listeners, service, systemd
 from comet.board import FIRST_WORKER, ROUTER, SUPERVISOR, Board
 from comet.children import Generation, Reports, Router, Worker
-from comet.generation import Orders
+from comet.generation import FOREIGN, Orders
 from comet.kernel import check, limits, sockets
 from comet.kernel.processes import adopt_orphans, give_back, waitpid
 from comet.loop import Loop
@@ -248,7 +248,7 @@ class Supervisor:
 
     def _unfit(self, one: Generation, why: str, status: int = 1) -> None:
         """Handle a generation that never got ready; `status` is what its process exited with, if it did."""
-        if any(other.ready and not other.leaving and not other.orphaned for other in self._generations):
+        if self._served and not one.renewed:
             self._counts["failed_reloads"] += 1
             log.error("the reload failed: %s %s. The old one goes on; see above for what is wrong with the new.", one, why)
             self._reload_failed = True
@@ -259,6 +259,11 @@ class Supervisor:
         else:
             self._discard(one)
             self._restart_generation(one, why)
+
+    @property
+    def _served(self) -> bool:
+        """Some generation is whole, and serves."""
+        return any(one.ready and not one.leaving and not one.orphaned for one in self._generations)
 
     def _restart_generation(self, one: Generation, why: str) -> None:
         self._counts["generation_restarts"] += 1
@@ -364,6 +369,10 @@ class Supervisor:
                 one.leaving = True
                 self._empty(one)
             return
+        if status == FOREIGN and not one.ready and (self._settings.renew_router or not self._served):
+            self._renew_router(one, worker)
+            self._loop.later(LOOK / 10, lambda: self._fork(one, number))
+            return
         if not one.ready and self._greeted:
             self._unfit(one, f"has a worker that {describe(status)} before all were ready")
             return
@@ -413,6 +422,32 @@ class Supervisor:
             return
         log.error("the router %s; starting another in %.2g s", describe(status), delay)
         self._loop.later(delay, self._start_router)
+
+    def _renew_router(self, one: Generation, worker: Worker) -> None:
+        """Have another router in the place of one that does not speak as the workers of this generation do, of which one has found so."""
+        router = self._router
+        if router is None or router.born > worker.born:
+            return  # it is on its way
+        if not one.renewed:
+            log.warning("the router is of other code than %s: starting another; everybody is told a gap", one)
+            one.renewed = True
+            router.terminate()
+            self._loop.later(MARGIN, router.kill)
+
+    def _check_router(self) -> None:
+        """Reload once if a router that had to be started anew does not speak as the workers do: the code on the disk is newer."""
+        router, said = self._router, self._board.look(ROUTER)
+        if router is None or router.checked or said is None or said.pid != router.pid or len(self._generations) > 1:
+            return
+        router.checked = True
+        speak = {
+            slot.document.get("speaks")
+            for one in self._generations if one.ready and not one.leaving
+            for slot in map(self._board.look, map(one.slot, one.workers)) if slot is not None
+        }  # fmt: skip
+        if speak - {said.document.get("speaks")}:
+            log.warning("the router that was started is of other code than the workers: reloading")
+            self._reload_wanted = True
 
     def _stop_router(self) -> None:
         """The last thing."""
@@ -471,6 +506,7 @@ class Supervisor:
             self._counts["hung"] += 1
             log.error("the router showed no sign of life for %g s: killing it", limit)
             self._router.kill()
+        self._check_router()
         self._board.write(SUPERVISOR, self._document())
         if self._told and not self._stopping and all(one.ready for one in self._generations):
             self._notifier.status(self._said_in_short())

@@ -3,7 +3,7 @@
 from bottle import HTTPResponse
 
 from comet.errors import Refusal
-from comet.framing import batch_json, portions
+from comet.framing import batch_json
 from comet.message import OLDEST, ChannelInfo, check_channel
 from handlers.params import Asked, Context, answer, answer_bytes, number, since
 
@@ -23,7 +23,7 @@ def delete(context: Context, channel: str) -> HTTPResponse:
 
 
 def history(context: Context, channel: str) -> HTTPResponse:
-    """GET /channels/<channel>/history: what is kept after ``?since=`` (the oldest by default), at most
+    """GET /channels/<channel>/history: what is kept after ``?since=`` (the oldest by default), a page of at most
     ``?limit=`` messages; its cursor is where the next page, or a subscription, goes on."""
     check_channel(channel)
     asked = Asked.now()
@@ -32,9 +32,7 @@ def history(context: Context, channel: str) -> HTTPResponse:
     joined = context.hub.read(channel, OLDEST if start is None else start, limit)
     if joined is None:
         raise _unknown(channel)
-    position, kept, gap = joined
-    messages = next(portions(kept))
-    return answer_bytes(batch_json(str(messages[-1].position if messages else position), gap, messages) + b"\n")
+    return answer_bytes(batch_json(str(joined.end), joined.gap, joined.messages) + b"\n")
 
 
 def _answer(channel: str, info: ChannelInfo | None) -> HTTPResponse:

@@ -9,6 +9,7 @@ import pytest
 
 from comet.backplane.memory import EPOCH_BITS, Bounds, MemoryBackplane, _Channel
 from comet.errors import Refusal
+from comet.history import Joined
 from comet.message import OLDEST, ChannelInfo, Message, Position, Publication, Receipt, Since
 from tests.contracts.suite import Clock
 
@@ -18,19 +19,21 @@ CHANNELS = "abcdefgh"
 
 def assert_sound(backplane: MemoryBackplane, bounds: Bounds) -> None:
     """The invariants that the module's docstring rests on."""
-    warm, idle, keys = backplane._warm, backplane._idle, backplane._keys
+    warm, idle, vacant, keys = backplane._warm, backplane._idle, backplane._vacant, backplane._keys
     channels = logs(backplane)
     assert {name for name, log in channels.items() if log.entries is not None} == set(warm)
     assert all(channels[name] is log and log.entries for name, log in warm.items())
-    assert {name for name, log in channels.items() if not log.subscribers} == set(idle)
+    assert {name for name, log in channels.items() if not log.subscribers and log.head} == set(idle)
+    assert {name for name, log in channels.items() if not log.subscribers and not log.head} == set(vacant)
     assert all(log.subscribers >= 0 for log in channels.values())
     assert list(idle.values()) == sorted(idle.values())
+    assert list(vacant.values()) == sorted(vacant.values())
     assert [known.until for known in keys.values()] == sorted(known.until for known in keys.values())
     kept = [log.entries or [] for log in channels.values()]
     assert sum(message.cost for entries in kept for message in entries) == backplane._bytes <= bounds.history_bytes
     assert sum(map(len, kept)) == backplane.totals()["messages_kept"]
     assert all(len(entries) <= bounds.history_size for entries in kept)
-    assert len(idle) <= bounds.max_idle
+    assert max(len(idle), len(vacant)) <= bounds.max_idle
     assert len(keys) <= bounds.max_keys
 
 
@@ -40,7 +43,7 @@ def logs(backplane: MemoryBackplane) -> dict[str, _Channel]:
     for name, log in backplane._channels.items():
         if isinstance(log, int):
             made[name] = _Channel(log)
-            made[name].subscribers = int(name not in backplane._idle)
+            made[name].subscribers = int(name not in backplane._vacant)
         else:
             made[name] = log
     return made
@@ -54,24 +57,32 @@ class Model:
         self.epochs: dict[str, int] = {}
         self.subscribers: dict[str, int] = {}
         self.idle: OrderedDict[str, float] = OrderedDict()
+        self.vacant: OrderedDict[str, float] = OrderedDict()
 
     def open(self, channel: str) -> None:
         if channel not in self.logs:
             self.logs[channel], self.subscribers[channel] = [], 0
 
     def forget(self, channel: str) -> None:
-        for table in (self.logs, self.epochs, self.subscribers, self.idle):
+        for table in (self.logs, self.epochs, self.subscribers):
             table.pop(channel, None)
+        self.hold(channel)
+
+    def hold(self, channel: str) -> None:
+        for lingering in (self.idle, self.vacant):
+            lingering.pop(channel, None)
 
     def rest(self, channel: str, now: float) -> None:
-        self.idle.pop(channel, None)
-        self.idle[channel] = now + BOUNDS.linger
-        if len(self.idle) > BOUNDS.max_idle:
-            self.forget(next(iter(self.idle)))
+        self.hold(channel)
+        lingering = self.idle if self.logs[channel] else self.vacant
+        lingering[channel] = now + BOUNDS.linger
+        if len(lingering) > BOUNDS.max_idle:
+            self.forget(next(iter(lingering)))
 
     def expire(self, now: float) -> None:
-        for channel in [name for name, until in self.idle.items() if until <= now]:
-            self.forget(channel)
+        for lingering in (self.idle, self.vacant):
+            for channel in [name for name, until in lingering.items() if until <= now]:
+                self.forget(channel)
 
 
 class Run:
@@ -86,7 +97,11 @@ class Run:
         self.dropped: list[str] = []
         self.held: list[list[str]] = []
         self.answered: dict[tuple[str, str], tuple[bytes, Receipt, float]] = {}
-        self.conflicts = self.repeats = self.gaps = self.rejoined = 0
+        self.ever: dict[str, list[bytes]] = {channel: [] for channel in CHANNELS}
+        """All that was ordered on a channel, in all its logs."""
+        self.looked: list[tuple[str, Position, int]] = []
+        """Places of channels that were not there, and how much had been ordered on each before."""
+        self.conflicts = self.repeats = self.gaps = self.rejoined = self.lookers = 0
         self.backplane.attach(self.delivered.extend, lambda channel, _: self.dropped.append(channel))
 
     def some(self) -> list[str]:
@@ -96,6 +111,7 @@ class Run:
         """Note in the model what the backplane says it ordered."""
         log = self.model.logs[channel]
         log.append(data)
+        self.ever[channel].append(data)
         assert position == (self.model.epochs.setdefault(channel, position.epoch), len(log))
         message = self.delivered.pop(0)
         assert (message.channel, message.position, message.data) == (channel, position, data)
@@ -117,9 +133,9 @@ class Run:
                 continue  # or it was pushed out by the bound on their number, and is new
             assert isinstance(answer, Receipt)
             self.model.open(channel)
+            self.order(channel, data, answer.position)
             if not self.model.subscribers[channel]:
                 self.model.rest(channel, now)
-            self.order(channel, data, answer.position)
             assert answer.subscribers == self.model.subscribers[channel]
             if key:
                 self.answered[channel, key] = (data, answer, now + BOUNDS.key_age)
@@ -141,6 +157,8 @@ class Run:
         assert (sent.position is None) == (channels[0] not in held)
         for channel, head in zip(held, heads, strict=True):
             self.order(channel, b"sent", Position(self.delivered[0].position.epoch, head + 1))
+            if channel in self.model.vacant:
+                self.model.rest(channel, self.clock.now)
 
     def since(self, channel: str) -> Since:
         epoch = self.model.epochs.get(channel, 7)
@@ -148,8 +166,9 @@ class Run:
 
     def compare(self, channel: str, since: Since, answer: object) -> None:
         """An answer is a run of the whole log; it begins where asked or says so."""
-        assert isinstance(answer, tuple)
-        position, messages, gap = answer
+        assert isinstance(answer, Joined)
+        position, messages, gap, more = answer
+        assert more == 0
         log = self.model.logs[channel]
         if log:
             assert position.epoch == self.model.epochs[channel]
@@ -169,7 +188,7 @@ class Run:
         for channel in channels:
             self.model.open(channel)
             self.model.subscribers[channel] += 1
-            self.model.idle.pop(channel, None)
+            self.model.hold(channel)
         for channel, start, answer in zip(channels, since, self.backplane.subscribe(channels, since), strict=True):
             self.model.epochs.setdefault(channel, answer.position.epoch)
             self.compare(channel, start, answer)
@@ -186,7 +205,7 @@ class Run:
         assert not joined or since.offset == len(log)
         if joined:
             self.model.subscribers[channel] += 1
-            self.model.idle.pop(channel, None)
+            self.model.hold(channel)
             self.held.append([channel])
             self.rejoined += 1
 
@@ -198,6 +217,42 @@ class Run:
                 self.model.subscribers[channel] -= 1
                 if not self.model.subscribers[channel]:
                     self.model.rest(channel, self.clock.now)
+
+    def look(self) -> None:
+        """Look at channels without joining: as subscribing would answer, and of one that is not there a place, nothing else."""
+        channels = self.some()
+        since = [self.since(channel) for channel in channels]
+        for channel, start, answer in zip(channels, since, self.backplane.peek(channels, since), strict=True):
+            if channel in self.model.logs:
+                self.model.epochs.setdefault(channel, answer.position.epoch)
+                self.compare(channel, start, answer)
+                if not self.model.subscribers[channel]:
+                    self.model.rest(channel, self.clock.now)
+            else:
+                assert (answer.messages, answer.more, answer.gap) == ((), 0, isinstance(start, Position))
+                self.looked.append((channel, answer.position, len(self.ever[channel])))
+
+    def go_on(self) -> None:
+        """Go on from where a channel was not there: told, or nothing is missing."""
+        if not self.looked:
+            return
+        channel, place, before = self.looked.pop(self.rng.randrange(len(self.looked)))
+        absent = channel not in self.model.logs
+        if self.rng.random() < 0.5:
+            (answer,) = self.backplane.peek([channel], [place])
+            if not absent and not self.model.subscribers[channel]:
+                self.model.rest(channel, self.clock.now)
+        else:
+            self.model.open(channel)
+            self.model.subscribers[channel] += 1
+            self.model.hold(channel)
+            (answer,) = self.backplane.subscribe([channel], [place])
+            self.held.append([channel])
+        if channel in self.model.logs:
+            self.model.epochs.setdefault(channel, answer.position.epoch)
+        missed = self.ever[channel][before:]
+        assert answer.gap or [message.data for message in answer.messages] == missed
+        self.lookers += not answer.gap and bool(missed)
 
     def read(self) -> None:
         channel = self.rng.choice(CHANNELS)
@@ -236,7 +291,7 @@ class Run:
     def step(self) -> None:
         work: list[Callable[[], None]] = [
             self.publish, self.publish, self.publish, self.repeat, self.send, self.subscribe, self.rejoin, self.unsubscribe,
-            self.read, self.info, self.delete, self.wait,
+            self.read, self.info, self.delete, self.wait, self.look, self.go_on,
         ]  # fmt: skip
         self.rng.choice(work)()
         assert_sound(self.backplane, BOUNDS)
@@ -249,14 +304,14 @@ def test_thousands_of_operations_agree_with_a_naive_model_and_leave_nothing_behi
     run = Run(seed)
     for _ in range(4000):
         run.step()
-    assert min(run.conflicts, run.repeats, run.gaps, run.rejoined) > 20, "the sequence met too little"
+    assert min(run.conflicts, run.repeats, run.gaps, run.rejoined, run.lookers) > 20, "the sequence met too little"
     while run.held:
         run.unsubscribe()
     run.clock.now += 1000
     run.expire()
     backplane = run.backplane
     assert backplane._bytes == 0
-    assert not (backplane._channels or backplane._warm or backplane._idle or backplane._keys)
+    assert not (backplane._channels or backplane._warm or backplane._idle or backplane._vacant or backplane._keys)
     assert set(backplane.totals().values()) == {0}
 
 
@@ -265,7 +320,7 @@ def test_who_was_taken_off_before_joining_leaves_a_channel_that_is_forgotten(sin
     clock = Clock()
     backplane = MemoryBackplane(BOUNDS, clock)
     backplane.attach(lambda messages: None, lambda channel, epoch: None)
-    ((epoch, _), _, _) = backplane.subscribe(["a"], [None])[0]
+    epoch = backplane.subscribe(["a"], [None])[0].position.epoch
     backplane.unsubscribe(["a"])
     assert backplane.count("a", epoch, -1)
     if since == "rejoin":
@@ -311,8 +366,8 @@ def test_epochs_come_from_a_random_source_of_enough_bits() -> None:
     backplane = MemoryBackplane(randbits=bits)
     backplane.attach(lambda messages: None, lambda channel, epoch: None)
     answers = backplane.subscribe(["a", "b"], [None, None])
-    assert [answer.position for answer in answers] == [(1, 0), (2, 0)]
-    assert asked == [EPOCH_BITS, EPOCH_BITS] == [48, 48]
+    assert [answer.position for answer in answers] == [(2, 0), (3, 0)]
+    assert asked == [EPOCH_BITS] * 3 == [48] * 3
 
 
 def test_publish_and_send_under_one_key_are_two_things() -> None:

@@ -246,7 +246,8 @@ class Service:
             info = self.router.backplane.info(name)
             assert info is not None
             assert info.subscribers == held[name], name
-            assert (name in self.router.backplane._idle) == (not held[name]), name
+            lingers = name in self.router.backplane._idle or name in self.router.backplane._vacant
+            assert lingers == (not held[name]), name
 
     def check_empty(self) -> None:
         """All have left: after the linger times nothing is left anywhere."""
@@ -340,7 +341,7 @@ class Reader:
 
     def _run(self, subscriber: Subscriber) -> None:
         awake = subscriber.awake
-        while items := awake.take(None):
+        while items := subscriber.take(None):
             for piece in subscriber.encode(items):
                 self._note(json.loads(piece))
         if subscriber.host is not awake:
@@ -1016,6 +1017,30 @@ def test_counts_are_right_whatever_is_under_way_together(start: Open, seed: int)
 
 
 # -- calls
+
+
+class Other:
+    """The frames of another version of the code."""
+
+    VERSION = "1-0123456789abcdef"
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(frames, name)
+
+
+def test_a_worker_of_another_version_is_not_ready_until_there_is_a_router_of_its_own(start: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    service = start(workers=0)
+    with monkeypatch.context() as other:
+        other.setattr(link_module, "frames", Other())
+        worker = Worker(service)
+        service.workers.append(worker)
+        began = time.monotonic()
+        assert not worker.backplane.wait(TIMEOUT)
+        assert time.monotonic() - began < TIMEOUT, "it knows before its time is over"
+        assert worker.link.foreign.is_set()
+    assert worker.backplane.wait(TIMEOUT)
+    assert not worker.link.foreign.is_set()
+    publish(worker, "a", "1")
 
 
 def test_a_router_that_does_not_answer_is_away_and_its_late_answers_leave_nothing(start: Open) -> None:

@@ -66,7 +66,7 @@ class World:
         self.dice = random.Random(seed)
         self.epochs = 1
         self.logs = {channel: self._log() for channel in channels}
-        self.lost = False
+        self.lost = self.shortened = False
         """Messages after the client's start can't be had any more."""
         for channel in channels:
             self._publish(channel, self.dice.randint(0, 6))
@@ -103,7 +103,7 @@ class World:
             before = self.logs[channel].head
             self._publish(channel, self.dice.randint(0, 2))
             self._offer(channel, before)
-        answers = [log.since(place) for log, place in zip(self.logs.values(), self.since, strict=True)]
+        answers = [log.since(place, self.dice.choice((None, 1, 3))) for log, place in zip(self.logs.values(), self.since, strict=True)]
         self.first = [answer.position for answer in answers]
         self.told = any(answer.gap for answer in answers)
         self.client.join(answers, *self.since)
@@ -112,7 +112,7 @@ class World:
         self.body = subscriber.framing.opening(subscriber.cursor)
         if not subscriber.one_shot:
             for _ in range(self.dice.randint(0, 8)):
-                self.dice.choice((self.write, self.live, self.live, self.lose, self.miss))()
+                self.dice.choice((self.write, self.write, self.live, self.live, self.lose, self.miss, self.shorten))()
         self.write()
 
     def _offer(self, channel: str, after: int) -> None:
@@ -121,9 +121,13 @@ class World:
             self.client.offer(*entries)
 
     def write(self) -> None:
-        """Send what waits."""
+        """Send what waits, or what a page that is asked for then has."""
         subscriber = self.client.subscriber
         items = self.client.take(0)
+        if items == [] and self.client.asked:
+            channel, position = self.client.asked.pop()
+            self.client.page(self.logs[channel].since(position, self.dice.choice((None, 1, 3))), channel)
+            items = self.client.take(0)
         if items or subscriber.one_shot:
             self.body += b"".join(subscriber.encode(items or []))
 
@@ -142,19 +146,15 @@ class World:
         self.client.subscriber.skip({channel: log.position})
 
     def miss(self) -> None:
-        """Let a delivery be missed; the client reads it from history, unless that is too short."""
+        """Let a delivery be missed; the client reads it from history."""
         channel = self.dice.choice(list(self.logs))
-        log = self.logs[channel]
         self._publish(channel, 2)
-        self._offer(channel, log.head - 1)
-        if self.client.resyncs:
-            self.client.resyncs.clear()
-            if self.dice.random() < 0.5:
-                self.lost = log.drop(len(log.entries or ()) - 1) > 0 or self.lost
-            offered = self.client.subscriber.awake.offered
-            if self.dice.random() < 0.5:
-                self.write()
-            self.client.join([self.logs[name].since(place) for name, place in offered.items()])
+        self._offer(channel, self.logs[channel].head - 1)
+
+    def shorten(self) -> None:
+        """Forget what the history of a channel has, but for the newest; who still has to read it is told."""
+        log = self.logs[self.dice.choice(list(self.logs))]
+        self.shortened = log.drop(len(log.entries or ()) - 1) > 0 or self.shortened
 
 
 class Outcome(NamedTuple):
@@ -168,7 +168,7 @@ def resume(world: World, read: Read) -> Outcome | None:
     """Let the client come back with what it knows; None if it has no claim: it knows not even where it began, and asks as before."""
     channels = list(world.logs)
     places: Sequence[Since] = world.since if read.cursor is None else parse_cursor(read.cursor, len(channels))
-    if read.cursor is None and (world.since[0] is None or (world.since[0] == "oldest" and world.lost)):
+    if read.cursor is None and (world.since[0] is None or (world.since[0] == "oldest" and (world.lost or world.shortened))):
         return None
     joined: list[Joined] = [log.since(place) for log, place in zip(world.logs.values(), places, strict=True)]
     ids = [name.split(".") for name in read.ids]

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from comet.history import History
+from comet.history import History, Joined
 from comet.message import MESSAGE_COST, OLDEST, Position, Since
 
 EPOCH = 5
@@ -59,7 +59,7 @@ def test_an_answer_stays_as_it_was_when_the_log_goes_on() -> None:
 def test_a_log_without_messages_keeps_no_list() -> None:
     history = History(EPOCH)
     assert history.entries is None
-    assert history.since(OLDEST) == (Position(EPOCH, 0), [], False)
+    assert history.since(OLDEST) == Joined(Position(EPOCH, 0), [], False)
     assert (history.drop(3), history.trim(0, 1.0)) == (0, 0)
 
 

@@ -3,16 +3,18 @@
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import gevent
 import pytest
 
+from comet import replays
 from comet.backplane import Deliver, Dropped, Lost
 from comet.backplane.memory import MemoryBackplane
 from comet.errors import Refusal
 from comet.framing import LINES, POLL, TEXT, Batch, Framing, ServerSentEvents
-from comet.history import Joined
+from comet.history import PAGE, Joined
 from comet.hub import Hub
 from comet.message import Gap, Message, Position, Publication, Since, parse_cursor
 from comet.stats import Stats
@@ -40,16 +42,16 @@ class Backplane(MemoryBackplane):
         if hook is not None:
             hook()
 
-    def subscribe(self, channels: Sequence[str], since: Sequence[Since]) -> Sequence[Joined]:
+    def subscribe(self, channels: Sequence[str], since: Sequence[Since], size: int = PAGE) -> Sequence[Joined]:
         self._run("before")
-        answers = super().subscribe(channels, since)
+        answers = super().subscribe(channels, since, size)
         self._run("after")
         return answers
 
-    def read(self, channel: str, since: Since, limit: int | None = None) -> Joined | None:
+    def read(self, channel: str, since: Since, limit: int | None = None, size: int = PAGE) -> Joined | None:
         self.reads += 1
         self._run("before")
-        answer = super().read(channel, since, limit)
+        answer = super().read(channel, since, limit, size)
         self._run("after")
         return answer
 
@@ -57,12 +59,12 @@ class Backplane(MemoryBackplane):
 class World:
     """A hub on such a backplane."""
 
-    def __init__(self, backlog: int = 1 << 20) -> None:
+    def __init__(self, backlog: int = 1 << 20, replay_bytes: int = 64 << 20) -> None:
         self.backplane = Backplane()
         self.stats = Stats()
         self.swept: list[Callable[[], None]] = []
         """Sweeps that are to go on; a loop would run them."""
-        self.hub = Hub(self.backplane, self.stats, backlog, self.swept.append)
+        self.hub = Hub(self.backplane, self.stats, backlog, self.swept.append, replay_bytes=replay_bytes)
 
     def join(self, *channels: str, since: Since = None, framing: Framing = LINES) -> Subscriber:
         return self.hub.subscribe(Wish(channels, [since] * len(channels), framing, None))
@@ -108,9 +110,21 @@ def reason(subscriber: Subscriber) -> str | None:
 
 def taken(subscriber: Subscriber) -> list[str]:
     """What waits: a body a message, GAP for a gap."""
-    items = subscriber.awake.take(0)
+    items = subscriber.take(0)
     assert items is not None
     return ["GAP" if isinstance(item, Gap) else item.data.decode() for item in items]
+
+
+def whole(subscriber: Subscriber) -> list[str]:
+    """What waits, and all that is read for it."""
+    got: list[str] = []
+
+    def up_to_date() -> bool:
+        got.extend(taken(subscriber))
+        return subscriber.awake.quiet
+
+    wait_until(up_to_date)
+    return got
 
 
 # -- without a greenlet
@@ -193,7 +207,7 @@ def test_a_published_message_reaches_each_of_the_channels_subscribers_here(world
     first, second, other = world.join("a"), world.join("b", "a"), world.join("b")
     world.publish("a", "1", "2")
     assert [taken(first), taken(second)] == [["1", "2"], ["1", "2"]]
-    assert other.awake.take(0) == []
+    assert other.take(0) == []
     assert (world.stats.offered, world.stats.published) == (4, 2)
     assert world.subscribers("a") == world.subscribers("b") == 2
 
@@ -338,28 +352,144 @@ def test_after_lost_deliveries_history_is_read_and_nothing_is_lost_or_doubled(wo
     world.backplane.before = lambda: world.publish("a", "5")
     world.backplane.after = lambda: world.publish("a", "6")
     world.publish("a", "4")
-    wait_until(lambda: world.backplane.reads == 3)  # one a channel of each place that somebody stands at
+    assert (taken(first), taken(second)) == (["1"], ["1"])
+    assert (taken(first), taken(second)) == ([], [])  # now they ask, for the same
+    got = whole(first), whole(second)
+    assert got == (list("23456"), list("23456"))
     world.publish("a", "7")
-    assert taken(first) == taken(second) == list("1234567")
-    gevent.sleep(0)
-    assert world.backplane.reads == 3
+    assert (taken(first), taken(second)) == (["7"], ["7"])
+    assert world.backplane.reads == 2  # the sixth came behind the answer
 
 
 def test_who_stands_at_the_same_place_shares_what_is_read_and_holds_up_nobody(world: World, crashes: list[Any]) -> None:
     several = [world.join("a") for _ in range(1000)]
-    world.publish("a", "1")
-    lose(world, "2")
+    lose(world, "1", "2")
     world.backplane.after = several[7].close
-    world.publish("a", "3")
+    world.publish("a", "3")  # which none can take
     turns = 0
     while any(len(one.awake._queue) < 3 for one in several if not one.ended):
         gevent.sleep(0)
         turns += 1  # gevent runs dozens of those before it looks at its timers, by which others have their turns
         assert turns < 100_000
-    assert turns > 5, "others had turns meanwhile"
     world.publish("a", "4")
     assert world.backplane.reads == 1
     assert all(taken(one) == list("1234") for one in several if one is not several[7])
+
+
+def test_those_who_share_a_page_take_it_in_turns(world: World, crashes: list[Any]) -> None:
+    several = [world.join("a") for _ in range(1000)]
+    woken: list[int] = []
+    for number, one in enumerate(several):
+        one.awake.waker = partial(woken.append, number)
+    lose(world, "1")
+    world.publish("a", "2")
+    turns = 0
+    while len(woken) < len(several):
+        gevent.sleep(0)
+        turns += 1
+        assert turns < 100_000
+    assert turns > 5, "others had turns meanwhile"
+
+
+def test_pages_are_read_as_they_are_taken_and_shared_by_who_comes_later(world: World, crashes: list[Any]) -> None:
+    sent = [f"{number:030000}" for number in range(20)]  # four a page
+    world.publish("a", *sent)
+    first = world.join("a", since="oldest")
+    assert taken(first) == sent[:4]
+    assert world.backplane.reads == 0
+    assert taken(first) == []
+    gevent.sleep(0)
+    assert len(first.awake._queue) == 4
+    assert world.backplane.reads == 1
+    assert whole(first) == sent[4:]
+    assert world.backplane.reads == 4
+    second = world.join("a", since="oldest")
+    assert whole(second) == sent
+    assert world.backplane.reads == 5  # the last page is read anew
+    world.publish("a", "next")
+    assert taken(first) == taken(second) == ["next"]
+
+
+def test_pages_that_are_kept_are_bounded(crashes: list[Any]) -> None:
+    world = World(replay_bytes=16 * 91_000)
+    sent = [f"{number:030000}" for number in range(20)]
+    world.publish("a", *sent)
+    assert whole(world.join("a", since="oldest")) == sent
+    assert world.hub._replays._bytes <= 4 * 91_000
+    assert whole(world.join("a", since="oldest")) == sent
+    assert world.backplane.reads == 8
+
+
+def test_what_clients_hold_of_history_is_bounded_but_for_a_message_each(crashes: list[Any]) -> None:
+    message = 31_000  # its cost
+    world = World(replay_bytes=100 * message)
+    sent = [f"{number:010000}" for number in range(40)]
+    world.publish("a", *sent)
+    several = [world.join("a", since="oldest") for _ in range(200)]  # who take nothing
+    assert world.hub.replaying <= (100 + 200) * message
+    first, last = (len(one.awake._queue) for one in (several[0], several[-1]))
+    assert (first, last) == (12, 1)
+    assert world.hub.replaying == sum(len(one.awake._queue) for one in several) * message
+    assert whole(several[-1]) == sent  # a message at a time, if need be
+    for one in several[:100]:
+        one.close()
+    for one in several[100:]:
+        assert whole(one) == sent
+    assert world.hub.replaying == 0  # all was taken, and sent
+
+
+def test_what_a_client_holds_is_given_back_however_it_ends(world: World) -> None:
+    world.publish("a", "1", "2")
+    for end in (Subscriber.close, lambda one: one.sleep(one.host, 5)):
+        subscriber = world.join("a", since="oldest")
+        assert world.hub.replaying == 2 * 1003
+        assert taken(subscriber) == ["1", "2"]
+        assert world.hub.replaying == 2 * 1003  # they are being sent
+        end(subscriber)
+        assert world.hub.replaying == 0
+
+
+# -- who does not wait
+
+
+def test_who_does_not_wait_has_what_is_kept_and_is_registered_nowhere(world: World) -> None:
+    world.publish("a", "1")
+    subscriber = world.hub.subscribe(Wish(("a", "b"), ["oldest", None], POLL, 0))
+    assert (world.hub._channels, world.subscribers("a"), world.subscribers("b")) == ({}, 0, None)
+    world.publish("a", "2")
+    assert taken(subscriber) == ["1"]
+    assert world.stats.clients["poll"] == 1
+    assert subscriber.encode([])
+    cursor = list(subscriber.cursor.positions.values())
+    subscriber.close()
+    world.assert_empty("a", "b")
+    world.publish("b", "3")
+    again = world.hub.subscribe(Wish(("a", "b"), cursor, POLL, 0))
+    assert whole(again) == ["1", "2", "3"]  # nothing was encoded for it before
+    again.close()
+
+
+def test_who_does_not_wait_waits_for_a_page_that_is_kept(world: World, crashes: list[Any]) -> None:
+    sent = [f"{number:070000}" for number in range(2)]
+    world.publish("a", *sent)
+    world.publish("b", "1")
+    subscriber = world.hub.subscribe(Wish(("a", "b"), ["oldest", "oldest"], POLL, 0))
+    got = [taken(subscriber) for _ in range(3)]
+    assert got == [[sent[0]], [sent[1]], ["1"]]
+
+
+def test_a_page_that_can_not_be_read_now_is_asked_for_again(world: World, crashes: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replays, "AGAIN", 0.01)
+    subscriber = world.join("a")
+    lose(world, "1")
+
+    def refuse() -> None:
+        raise Refusal("backplane-away", "It is away.")
+
+    world.backplane.before = refuse
+    world.publish("a", "2")
+    assert whole(subscriber) == ["1", "2"]
+    assert world.backplane.reads == 2
 
 
 def test_a_loss_while_the_shared_answer_goes_round_is_told_to_all(world: World, crashes: list[Any]) -> None:
@@ -377,8 +507,7 @@ def test_a_loss_while_the_shared_answer_goes_round_is_told_to_all(world: World, 
     world.backplane.after = lambda: gevent.spawn(lose_the_log)
     world.publish("a", "2")
     wait_until(lambda: all(one.awake.offered["a"].offset == 6 for one in several))
-    got = [taken(one) for one in several]
-    assert {tuple(one) for one in got} == {("1", "2", "GAP", "3"), ("GAP", "3")}
+    assert {tuple(whole(one)) for one in several} == {("1", "2", "GAP", "3")}
     assert world.backplane.reads == 1
 
 
@@ -387,9 +516,9 @@ def test_what_is_lost_and_no_longer_kept_is_told_once(world: World, crashes: lis
     world.publish("a", "1")
     lose(world, *["2"] * 1500)
     world.publish("a", "3")
-    wait_until(lambda: world.backplane.reads)
+    got = whole(subscriber)
     world.publish("a", "4")
-    got = taken(subscriber)
+    got += whole(subscriber)
     assert (got[:2], got[-2:], got.count("GAP"), len(got)) == (["1", "GAP"], ["3", "4"], 1, 2 + 1000 + 1)
 
 
@@ -402,9 +531,9 @@ def test_a_new_epoch_seen_in_a_delivery_is_one_gap_and_all_it_keeps(world: World
     log.entries = None
     world.publish("a", "2")
     world.publish("a", "3")
-    wait_until(lambda: world.backplane.reads)
+    got = whole(subscriber)
     world.publish("a", "4")
-    assert taken(subscriber) == ["1", "GAP", "2", "3", "4"]
+    assert got + taken(subscriber) == ["1", "GAP", "2", "3", "4"]
 
 
 def test_who_leaves_while_history_is_read_harms_nothing(world: World, crashes: list[Any]) -> None:
@@ -423,7 +552,7 @@ def test_a_channel_deleted_while_history_is_read_harms_nothing(world: World, cra
     world.publish("a", "2")  # the reading has been asked for, and comes too late
     world.hub.delete("a")
     wait_until(lambda: world.backplane.reads)
-    assert subscriber.awake.take(None) is None
+    assert subscriber.take(None) is None
     subscriber.close()
     world.assert_empty("a")
 
@@ -520,14 +649,14 @@ def test_who_is_ended_gets_what_was_sent_to_thousands_first(world: World) -> Non
     subscribers = [world.join(f"user:{number}") for number in range(200)]
     everybody = ",".join(f"user:{number}" for number in range(200))
     assert world.hub.send(everybody, "message", b"1", None).delivered == 200
-    assert subscribers[150].awake.take(0) == []
+    assert subscribers[150].take(0) == []
     world.hub.delete("user:150")
-    items = subscribers[150].awake.take(0)
+    items = subscribers[150].take(0)
     assert [item.data for item in items or [] if isinstance(item, Message)] == [b"1"]
     late = world.join("user:199", since=None)  # knows it from the start: it is not to get it again
     world.hub.drain()
     for subscriber in [*subscribers[:150], *subscribers[151:]]:
-        items = subscriber.awake.take(0)
+        items = subscriber.take(0)
         assert [item.data for item in items or [] if isinstance(item, Message)] == [b"1"]
-    assert late.awake.take(0) is None
+    assert late.take(0) is None
     world.sweep()

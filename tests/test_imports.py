@@ -15,7 +15,17 @@ SERVER = {
     "comet.errors", "comet.refusals", "comet.log", "comet.origins", "comet.settings", "comet.stats", "comet.kernel", "comet.server",
     "comet.turn",
 }  # fmt: skip
-HUB = {*SPOKEN, "comet.backplane", "comet.fanout", "comet.framing", "comet.history", "comet.stats", "comet.subscriber", "comet.turn"}
+HUB = {
+    *SPOKEN,
+    "comet.backplane",
+    "comet.fanout",
+    "comet.framing",
+    "comet.history",
+    "comet.replays",
+    "comet.stats",
+    "comet.subscriber",
+    "comet.turn",
+}
 PROCESSES = {"comet.board", "comet.kernel", "comet.settings"}
 REDIS = {
     *SPOKEN, "comet.history", "comet.turn", "comet.backplane", "comet.backplane.redis_dial", "comet.backplane.redis_scripts",
@@ -44,6 +54,7 @@ ALLOWED: dict[str, set[str]] = {
     "comet.errors": set(),
     "comet.origins": set(),
     "comet.refusals": {"comet.errors"},
+    "comet.replays": {*SPOKEN, "comet.history", "comet.turn"},
     "comet.settings": {"comet.arguments", "comet.origins"},
     "comet.stats": set(),
     "comet.turn": set(),

@@ -9,34 +9,38 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import msgspec
+import msgspec.inspect
 import pytest
 
 from comet import router as router_module
 from comet.backplane import frames
 from comet.backplane.memory import Bounds
+from comet.history import PAGE
 from comet.kernel import limits
 from comet.message import Position, Publication
 from comet.router import Router
 from tests.contracts.suite import Clock
+from tests.harness import TIMEOUT
 
 _told = msgspec.msgpack.Decoder(frames.Told)
 
 
 class Peer:
-    """A worker's end of a link."""
+    """A worker's end of a link. If its `version` is not empty, that is what it says first."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, version: str = frames.VERSION) -> None:
         self.sock = socket.socket(socket.AF_UNIX)
         self.sock.connect(path)
         self.sock.setblocking(False)
         self.cutter = frames.Cutter()
+        if version:
+            self.say(frames.Hello(version))
 
     def say(self, *bodies: Any) -> None:
         self.sock.sendall(b"".join(map(frames.frame, bodies)))
 
     def heard(self) -> list[frames.Told]:
-        """All that has come; raises EOFError at the end of the link."""
+        """All that has come but for the greeting; raises EOFError at the end of the link."""
         told: list[frames.Told] = []
         while True:
             try:
@@ -45,7 +49,7 @@ class Peer:
                 return told
             if not data:
                 raise EOFError
-            told += [_told.decode(body) for body in self.cutter.feed(data)]
+            told += [one for one in map(_told.decode, self.cutter.feed(data)) if not isinstance(one, frames.Welcome)]
 
     def answer(self) -> Any:
         """What the last answer that has come says."""
@@ -89,14 +93,38 @@ def served(tmp_path: Path) -> Iterator[Served]:
 
 
 SAID: list[frames.Asked] = [
-    frames.Subscribe(1, ["a", "b"], [None, "oldest"]),
+    frames.Subscribe(1, ["a", "b"], [None, "oldest"], PAGE),
     frames.Publish(2, [Publication("a", b"1"), Publication("b", b"2", "kind", "key")]),
     frames.Send(3, "a,b", "message", b"3", None),
     frames.Info(4, "a"),
     frames.Resume(5, [("c", 2, Position(1, 7))]),
-    frames.Read(6, "a", "oldest", 1),
+    frames.Read(6, "a", "oldest", 1, PAGE),
     frames.Totals(7),
+    frames.Peek(8, ["a", "d"], [None, "oldest"], PAGE),
 ]
+
+
+@pytest.mark.parametrize("version", ["1-0123456789abcdef", ""])
+def test_a_worker_of_another_version_is_told_which_the_router_has_and_turned_away(served: Served, version: str) -> None:
+    peer = Peer(served.path, version)
+    peer.sock.setblocking(True)
+    peer.sock.settimeout(TIMEOUT)
+    if not version:
+        peer.say(frames.Totals(1))  # as before there were greetings
+    served.turn()
+    data = peer.sock.recv(1 << 16)
+    assert [_told.decode(body) for body in peer.cutter.feed(data)] == [frames.Welcome(frames.VERSION)]
+    assert peer.sock.recv(1) == b""
+    assert not served.router.links
+    served.peer().say(frames.Totals(1))
+    served.turn()
+    assert served.peers[0].answer()["channels"] == 0
+    peer.sock.close()
+
+
+def test_the_version_tells_frames_apart_and_nothing_else() -> None:
+    assert frames._version() == frames.VERSION
+    assert "object at" not in repr(msgspec.inspect.multi_type_info([frames.Asked, frames.Told]))
 
 
 def test_frames_may_be_cut_anywhere(served: Served) -> None:
@@ -116,7 +144,7 @@ def test_frames_may_be_cut_anywhere(served: Served) -> None:
 
 def test_with_more_workers_than_cores_what_comes_within_a_rest_is_handled_together(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     publisher, other, subscriber = served.peer(), served.peer(), served.peer()
-    subscriber.say(frames.Subscribe(1, ["a"], [None]))
+    subscriber.say(frames.Subscribe(1, ["a"], [None], PAGE))
     served.turn()
     subscriber.heard()
     monkeypatch.setattr(served.router, "_cores", 0)  # the publisher and the subscriber are two too many
@@ -159,7 +187,7 @@ def test_what_is_sent_byte_by_byte_is_whole_in_the_end() -> None:
 def test_garbage_closes_that_link_only_and_is_logged(served: Served, garbage: bytes, caplog: pytest.LogCaptureFixture) -> None:
     good, bad = served.peer(), served.peer()
     for peer in (good, bad):
-        peer.say(frames.Subscribe(1, ["a"], [None]))
+        peer.say(frames.Subscribe(1, ["a"], [None], PAGE))
     served.turn()
     bad.heard()
     bad.sock.sendall(garbage)
@@ -174,7 +202,7 @@ def test_garbage_closes_that_link_only_and_is_logged(served: Served, garbage: by
 
 def test_a_link_that_ends_in_the_middle_of_a_frame_is_over(served: Served, caplog: pytest.LogCaptureFixture) -> None:
     one, other = served.peer(), served.peer()
-    one.say(frames.Subscribe(1, ["a"], [None]))
+    one.say(frames.Subscribe(1, ["a"], [None], PAGE))
     one.sock.sendall(frames.frame(frames.Totals(2))[:3])
     served.turn()
     one.sock.close()
@@ -194,7 +222,7 @@ def test_answers_to_a_worker_that_does_not_take_them_are_bounded(served: Served,
     peer.say(frames.Publish(0, [Publication("a", b"x" * 100_000)]))
     served.turn()
     peer.heard()
-    peer.say(*(frames.Read(number, "a", "oldest", None) for number in range(1, 1001)))  # which come in one piece
+    peer.say(*(frames.Read(number, "a", "oldest", None, PAGE) for number in range(1, 1001)))  # which come in one piece
     most = 0
     for _ in range(10):
         served.turn()
@@ -216,8 +244,8 @@ def test_answers_to_a_worker_that_does_not_take_them_are_bounded(served: Served,
 def test_a_link_that_ends_where_channels_rest_at_the_bound_harms_nothing(tmp_path: Path) -> None:
     service = Served(tmp_path, max_idle=2)
     one, other = service.peer(), service.peer()
-    one.say(frames.Subscribe(1, [f"c{number}" for number in range(10)], [None] * 10))
-    other.say(frames.Subscribe(1, ["c0", "d"], [None] * 2))
+    one.say(frames.Subscribe(1, [f"c{number}" for number in range(10)], [None] * 10, PAGE))
+    other.say(frames.Subscribe(1, ["c0", "d"], [None] * 2, PAGE))
     service.turn()
     one.sock.close()
     service.turn()
@@ -229,12 +257,17 @@ def test_a_link_that_ends_where_channels_rest_at_the_bound_harms_nothing(tmp_pat
 
 def test_counts_are_of_the_log_they_were_said_for(served: Served) -> None:
     one, other = served.peer(), served.peer()
-    one.say(frames.Subscribe(1, ["a"], [None]))
+    one.say(frames.Subscribe(1, ["a"], [None], PAGE))
     served.turn()
     epoch = one.answer()[0][0][0]
     other.say(frames.Delete(1, "a"))
     served.turn()
-    one.say(frames.Interest([("a", epoch, 5)]), frames.Subscribe(2, ["a"], [None]), frames.Interest([("a", epoch, 5)]), frames.Info(3, "a"))
+    one.say(
+        frames.Interest([("a", epoch, 5)]),
+        frames.Subscribe(2, ["a"], [None], PAGE),
+        frames.Interest([("a", epoch, 5)]),
+        frames.Info(3, "a"),
+    )
     served.turn()
     assert one.answer()[0] == 1
     one.say(frames.Logout(["a"]), frames.Publish(4, [Publication("a", b"1")]))  # it has subscribed again: no logout
@@ -244,7 +277,7 @@ def test_counts_are_of_the_log_they_were_said_for(served: Served) -> None:
 
 def test_what_a_turn_has_for_a_worker_is_one_frame(served: Served) -> None:
     one, other = served.peer(), served.peer()
-    one.say(frames.Subscribe(1, ["a", "b", "c"], [None] * 3))
+    one.say(frames.Subscribe(1, ["a", "b", "c"], [None] * 3, PAGE))
     served.turn()
     one.heard()
     other.say(frames.Publish(1, [Publication("a", b"1"), Publication("b", b"2")]), frames.Send(2, "a,c,d", "greeting", b"3", None))
@@ -257,7 +290,7 @@ def test_what_a_turn_has_for_a_worker_is_one_frame(served: Served) -> None:
 
 def test_a_frame_of_messages_is_never_much_longer_than_one_of_them(served: Served) -> None:
     one, other = served.peer(), served.peer()
-    one.say(frames.Subscribe(1, ["a"], [None]))
+    one.say(frames.Subscribe(1, ["a"], [None], PAGE))
     served.turn()
     one.heard()
     other.say(frames.Publish(1, [Publication("a", b"%04d" % number * 250) for number in range(200)]))
@@ -280,7 +313,7 @@ def test_a_channel_with_one_subscriber_costs_little(served: Served) -> None:
     peer = served.peer()
     count = 20_000
     wires = [
-        frames.frame(frames.Subscribe(start, [f"user:{number:07}" for number in range(start, start + 50)], [None] * 50))
+        frames.frame(frames.Subscribe(start, [f"user:{number:07}" for number in range(start, start + 50)], [None] * 50, PAGE))
         for start in range(0, count, 50)
     ]
     tracemalloc.start()

@@ -8,8 +8,8 @@ import pytest
 
 from comet.framing import LINES, POLL, PORTION, TEXT, Batch, Framing, ServerSentEvents
 from comet.history import History, Joined
-from comet.message import Gap, Item, Message, Position, Since
-from comet.subscriber import CATCHING_UP, FRAMING, TAKING, Awake, Subscriber
+from comet.message import FRAMING, Gap, Item, Message, Position, Since
+from comet.subscriber import CATCHING_UP, TAKING, Awake, Subscriber
 from tests.harness import TIMEOUT, wait_until
 
 EPOCH = 5
@@ -22,25 +22,28 @@ class Client:
     def __init__(
         self, *channels: str, framing: Framing = LINES, patience: float | None = None, backlog: int = 1 << 20, busy_backlog: int = 0
     ) -> None:
-        self.resyncs: list[Subscriber] = []
+        self.asked: list[tuple[str, Position]] = []
+        """Pages that it was asked for: what follows a position of a channel."""
         self.closes: list[tuple[Subscriber, str]] = []
         self.backlog = backlog
         self.busy_backlog = busy_backlog or backlog
+        self.replaying = 0
         self.subscriber = Subscriber(channels or ("a",), framing, self, Awake(patience, {}))
 
     def leave(self, subscriber: Subscriber, reason: str) -> None:
         self.closes.append((subscriber, reason))
 
-    def resync(self, subscriber: Subscriber) -> None:
-        self.resyncs.append(subscriber)
+    def read_on(self, subscriber: Subscriber, channel: str, position: Position) -> None:
+        self.asked.append((channel, position))
 
     def join(self, answers: Sequence[Joined], *since: Since) -> None:
         """What the hub does with a backplane's answers, one a channel; `since` is what the client came with."""
-        subscriber = self.subscriber
-        if subscriber.awake.offered:
-            subscriber.join(dict(zip(subscriber.awake.offered, answers, strict=True)))
-        else:
-            subscriber.begin(dict(zip(subscriber.channels, answers, strict=True)), since or [None] * len(answers))
+        self.subscriber.begin(dict(zip(self.subscriber.channels, answers, strict=True)), since or [None] * len(answers))
+
+    def page(self, answer: Joined, channel: str = "a") -> None:
+        """What the hub does with a page that it was asked for."""
+        self.subscriber.page(channel, answer, sum(message.cost for message in answer.messages))
+        self.subscriber.go_on()
 
     def offer(self, *messages: Message) -> None:
         """What the hub delivers."""
@@ -52,7 +55,7 @@ class Client:
         return self.subscriber.awake.reason
 
     def take(self, timeout: float | None) -> list[Item] | None:
-        return self.subscriber.awake.take(timeout)
+        return self.subscriber.take(timeout)
 
     def join_now(self) -> "Client":
         self.join([Joined(NOW, [], False)] * len(self.subscriber.channels))
@@ -84,7 +87,7 @@ def test_live_messages_that_come_before_the_replay_follow_it() -> None:
         client.offer(message)
     client.join([Joined(NOW, messages[:2], False)])
     assert client.taken() == ["1", "2", "3", "4"]
-    assert not client.resyncs
+    assert not client.asked
 
 
 def test_live_messages_that_the_replay_has_too_come_once() -> None:
@@ -93,7 +96,7 @@ def test_live_messages_that_the_replay_has_too_come_once() -> None:
         client.offer(message)
     client.join([Joined(NOW, messages[:3], False)])
     assert client.taken() == ["1", "2", "3", "4"]
-    assert not client.resyncs
+    assert not client.asked
 
 
 def test_nothing_can_be_taken_before_the_replay_is_there() -> None:
@@ -157,24 +160,25 @@ def test_a_loss_before_the_first_answer_is_in_that_answer() -> None:
     client.offer(*log(1, epoch=7))
     client.join([Joined(Position(7, 0), log(1, epoch=7), True)])
     assert client.taken() == ["GAP@7-0", "1"]
-    assert not client.resyncs
+    assert not client.asked
 
 
 @pytest.mark.parametrize("answered", [False, True])
 def test_a_loss_while_history_is_read_is_one_gap(answered: bool) -> None:
     client, messages = Client("a", "b").join_now(), log(3)
     client.offer(messages[2])
-    assert client.resyncs == [client.subscriber]
-    old, new = Joined(NOW, messages[:2], False), Joined(Position(7, 1), log(2, epoch=7)[1:], True)
-    if answered:  # by the log before; then what it says is of no use
-        client.subscriber.awake.answered("a")
+    assert client.asked == [("a", NOW)]
+    new = Joined(Position(7, 1), log(2, epoch=7)[1:], True)
     client.subscriber.skip({"a": Position(7, 1)})
+    if answered:  # by the log before
+        client.page(Joined(NOW, messages[:2], False))
+        assert client.taken() == ["1", "2"]
     client.offer(log(2, epoch=7)[1])
-    if not answered:
-        client.subscriber.awake.answered("a")
-    client.join([old if answered else new, Joined(NOW, [], False)])
+    assert client.take(0) == []
+    client.page(new)
     assert client.taken() == ["GAP@7-1,5-0", "2"]
-    assert len(client.resyncs) == 1
+    assert client.asked == [("a", NOW), ("a", messages[1].position)][: 1 + answered]
+    assert client.subscriber.awake.quiet
 
 
 def test_asleep_a_loss_is_a_gap_and_what_is_past_it_is_nothing() -> None:
@@ -187,27 +191,33 @@ def test_asleep_a_loss_is_a_gap_and_what_is_past_it_is_nothing() -> None:
 # -- skips
 
 
-def test_after_a_skip_the_rest_is_held_until_history_was_read() -> None:
+def test_after_a_skip_the_rest_is_read_from_history() -> None:
     client, messages = Client().join_now(), log(6)
     for index in (0, 3, 4):  # 2 and 3 were lost on the way
         client.offer(messages[index])
-    assert client.resyncs == [client.subscriber]
     assert client.subscriber.awake.offered == {"a": Position(EPOCH, 1)}
     assert client.taken() == ["1"]
-    client.join([Joined(Position(EPOCH, 1), messages[1:4], False)])
+    assert client.asked == []
+    assert client.take(0) == []
+    assert client.asked == [("a", Position(EPOCH, 1))]
+    client.page(Joined(Position(EPOCH, 1), messages[1:5], False))
     client.offer(messages[5])
     assert client.taken() == ["2", "3", "4", "5", "6"]
-    assert len(client.resyncs) == 1
+    assert client.subscriber.awake.quiet
+    assert len(client.asked) == 1
 
 
-def test_a_second_skip_among_the_held_is_fetched_too() -> None:
+def test_what_came_behind_a_page_is_read_too() -> None:
     client, messages = Client().join_now(), log(7)
     for index in (2, 5, 6):
         client.offer(messages[index])
-    client.join([Joined(NOW, messages[:3], False)])
-    assert len(client.resyncs) == 2
-    client.join([Joined(Position(EPOCH, 3), messages[3:6], False)])
-    assert client.taken() == ["1", "2", "3", "4", "5", "6", "7"]
+    client.page(Joined(NOW, messages[:3], False))
+    assert client.taken() == ["1", "2", "3"]
+    assert client.take(0) == []
+    client.page(Joined(messages[2].position, messages[3:], False))
+    assert client.taken() == ["4", "5", "6", "7"]
+    assert client.asked == [("a", NOW), ("a", messages[2].position)]
+    assert client.subscriber.awake.quiet
 
 
 def test_another_epoch_is_told_as_exactly_one_gap() -> None:
@@ -215,9 +225,96 @@ def test_another_epoch_is_told_as_exactly_one_gap() -> None:
     client.offer(old[0])
     for message in new[1:]:
         client.offer(message)
-    client.join([Joined(Position(6, 0), new, True)])
-    assert client.taken() == ["1", "GAP@6-0", "1", "2", "3"]
-    assert len(client.resyncs) == 1
+    assert client.taken() == ["1"]
+    assert client.take(0) == []
+    client.page(Joined(Position(6, 0), new, True))
+    assert client.taken() == ["GAP@6-0", "1", "2", "3"]
+    assert len(client.asked) == 1
+
+
+# -- pages
+
+
+def pages(messages: Sequence[Message], size: int, start: Position = NOW) -> list[Joined]:
+    """`messages` in pages of so many."""
+    made = []
+    for index in range(0, len(messages), size):
+        page = messages[index : index + size]
+        made.append(Joined(start, page, False, len(messages) - index - len(page)))
+        start = page[-1].position
+    return made
+
+
+def test_a_page_is_asked_for_when_the_last_was_taken() -> None:
+    client, messages = Client(), log(6)
+    first, second, third = pages(messages, 2)
+    client.join([first])
+    assert client.asked == []
+    assert client.taken() == ["1", "2"]
+    assert client.take(0) == [] and client.take(0) == []  # twice, and it is asked for once
+    assert client.asked == [("a", first.end)]
+    assert not client.subscriber.awake.quiet
+    client.page(second)
+    assert client.taken() == ["3", "4"]
+    assert client.take(0) == []
+    client.page(third)
+    assert client.taken() == ["5", "6"]
+    assert client.take(0) == []
+    assert client.asked == [("a", first.end), ("a", second.end)]
+    assert client.subscriber.awake.quiet
+
+
+def test_what_is_delivered_during_a_replay_costs_nothing_and_is_read() -> None:
+    client, messages = Client(backlog=3 * (FRAMING + 1)), log(9)
+    client.join([Joined(NOW, messages[:2], False, 2)])
+    for message in messages[4:]:
+        client.offer(message)
+    assert client.reason is None
+    assert client.taken() == ["1", "2"]
+    assert client.take(0) == []
+    client.page(Joined(messages[1].position, messages[2:7], False, 1))
+    assert client.taken() == ["3", "4", "5", "6", "7"]
+    assert client.take(0) == []
+    client.page(Joined(messages[6].position, messages[7:8], False))  # from before the ninth was ordered
+    assert client.taken() == ["8"]
+    assert client.take(0) == []
+    client.page(Joined(messages[7].position, messages[8:], False))
+    assert client.taken() == ["9"]
+    assert client.subscriber.awake.quiet
+
+
+def test_channels_are_replayed_one_after_the_other_and_those_that_are_not_go_on() -> None:
+    client, a, b, c = Client("a", "b", "c"), log(2), log(2, "b"), log(1, "c")
+    client.join([Joined(NOW, [], False, 2), Joined(NOW, [], False, 2), Joined(NOW, [], False)])
+    assert client.take(0) == []
+    client.offer(c[0])
+    assert client.taken() == ["1"]
+    client.page(Joined(NOW, a, False))
+    assert client.taken() == ["1", "2"]
+    assert client.take(0) == []
+    client.page(Joined(NOW, b, False), "b")
+    assert client.taken() == ["1", "2"]
+    assert client.asked == [("a", NOW), ("b", NOW)]
+    assert client.subscriber.awake.quiet
+
+
+def test_history_that_is_gone_before_it_was_read_is_a_gap() -> None:
+    client, messages = Client("a", "b"), log(9)
+    client.join([Joined(NOW, messages[:2], False, 3), Joined(Position(9, 4), [], False)])
+    assert client.taken() == ["1", "2"]
+    assert client.take(0) == []
+    client.page(Joined(Position(EPOCH, 6), messages[6:], True))
+    assert client.taken() == ["GAP@5-6,9-4", "7", "8", "9"]
+    assert client.subscriber.awake.quiet
+
+
+def test_a_replay_ends_with_its_reason() -> None:
+    client, messages = Client(), log(4)
+    client.join([Joined(NOW, messages[:2], False, 2)])
+    client.subscriber.end("shutdown")
+    assert client.taken() == ["1", "2"]
+    assert client.take(0) is None
+    assert client.asked == []
 
 
 def test_a_gap_on_one_of_several_channels_keeps_the_place_on_the_others() -> None:
@@ -325,17 +422,6 @@ def test_what_was_held_is_charged_once() -> None:
     client.join_now()
     assert client.reason is None
     assert client.taken() == ["1", "2", "3"]
-
-
-def test_what_is_held_stays_charged_while_the_client_takes() -> None:
-    client, messages = Client(backlog=3 * (FRAMING + 1)).join_now(), log(9)
-    client.offer(messages[0])
-    for message in messages[4:7]:  # 4 was lost: these are held
-        client.offer(message)
-        client.take(0)
-    assert client.reason is None
-    client.offer(messages[7])
-    assert client.reason == "backlog-bytes"
 
 
 # -- the end
@@ -505,7 +591,7 @@ def test_woken_it_goes_on_where_it_stood() -> None:
     assert (client.subscriber.descriptor, client.subscriber.awake.patience) == (-1, 1.5)
     client.offer(*messages[1:])
     assert client.taken() == ["4", "5"]
-    assert not client.resyncs
+    assert not client.asked
 
 
 def test_woken_on_several_channels_it_goes_on_where_it_stood_on_each() -> None:
@@ -521,7 +607,7 @@ def test_woken_on_several_channels_it_goes_on_where_it_stood_on_each() -> None:
     client.offer(*a)
     client.offer(*b)
     assert client.taken() == ["2", "2"]
-    assert not client.resyncs
+    assert not client.asked
 
 
 @pytest.mark.parametrize("state", ["joining", "waiting", "skipped", "ended"])

@@ -16,8 +16,8 @@ What every backplane promises
    restarts, nine new messages are ordered and the client comes back: were there no epoch, 7 would
    look like a place in the new log, and messages 1 to 7 of it would be lost in silence. Whatever
    forgets or rewinds an offset begins another epoch, so the client is told a gap instead.
-3. *Joining is atomic.* `subscribe` answers with everything after `since` up to one point of the
-   log; every message after that point reaches `deliver`, and none before it does so later than the
+3. *Joining is atomic.* `subscribe` answers with what follows `since` up to one point of the log, or the first page of that; every
+   message after that point reaches `deliver`, and none before it does so later than the
    answer. So the caller registers its subscriber first, holds back what is delivered meanwhile, and
    drops what the answer already has; or registers it at the answer's place (`subscribe_soon`).
 4. *Acknowledged is kept.* When `publish` answers, the message has its place in the log and is on its
@@ -34,13 +34,17 @@ What every backplane promises
    least recently published to or read pays first). Channels that linger are bounded in number, and
    idempotency keys in age and number. What is bounded in all is bounded by Redis itself, where that is
    the backplane.
+9. *Pages.* An answer holds one page of messages at most: so many bytes as were asked for (`comet.history.PAGE` if nothing is said), over
+   all channels, or one message that is larger; and it says how many are kept behind it. `read` goes on from its end. So whoever reads
+   holds one page, however long the history is.
+10. *Asking makes nothing.* `peek`, `read` and `info` leave no channel behind that was not there.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from comet.errors import Refusal
-from comet.history import Joined
+from comet.history import PAGE, Joined
 from comet.message import ChannelInfo, Message, Position, Publication, Receipt, Sent, Since
 
 Deliver = Callable[[Sequence[Message]], None]
@@ -79,14 +83,16 @@ class Backplane(Protocol):
         idempotency key of the first channel. Raises Refusal ``key-conflict``.
         """
 
-    def subscribe(self, channels: Sequence[str], since: Sequence[Since]) -> Sequence[Joined]:
-        """Join each channel, after its `since`; one answer a channel, in order."""
+    def subscribe(self, channels: Sequence[str], since: Sequence[Since], size: int = PAGE) -> Sequence[Joined]:
+        """Join each channel, after its `since`; one answer a channel, in order, and one page of `size` bytes in all."""
 
     def rejoin(self, channel: str, since: Since) -> Position | None:
         """`subscribe` at once, where nothing has to be read: whoever starts now, or stands at the newest
         position, has missed nothing. That position, or None: then nothing was done. Never blocks."""
 
-    def subscribe_soon(self, channel: str, since: Since, done: Callable[[Joined], object], failed: Callable[[Refusal], object]) -> bool:
+    def subscribe_soon(
+        self, channel: str, since: Since, done: Callable[[Joined], object], failed: Callable[[Refusal], object], size: int = PAGE
+    ) -> bool:
         """`subscribe` for a caller who has no greenlet to wait with: `done` is called at the answer's place among the
         deliveries, so that nothing has to be held back, or `failed` with what `subscribe` would raise later; by the loop, or before this
         returns. Neither may raise or block. False where that is not to be had, and then nothing was done. Raises Refusal
@@ -95,8 +101,15 @@ class Backplane(Protocol):
     def unsubscribe(self, channels: Sequence[str]) -> None:
         """Undo one `subscribe` of these channels."""
 
-    def read(self, channel: str, since: Since, limit: int | None = None) -> Joined | None:
-        """History without joining; None when there is no such channel."""
+    def peek(self, channels: Sequence[str], since: Sequence[Since], size: int = PAGE) -> Sequence[Joined]:
+        """What `subscribe` would answer, without joining, and without making a channel.
+
+        Of a channel that is not there the answer's position is in no log: it says "nothing, as of now". Whoever goes on from there
+        gets everything that is published later, without a gap while that is kept.
+        """
+
+    def read(self, channel: str, since: Since, limit: int | None = None, size: int = PAGE) -> Joined | None:
+        """A page of history, of at most `limit` messages, without joining; None when there is no such channel."""
 
     def info(self, channel: str) -> ChannelInfo | None:
         """None when there is no such channel."""

@@ -1,19 +1,21 @@
 """What router and workers say to each other over their Unix socket: length-prefixed msgpack frames.
 
-Neighbours: `comet.router` and `comet.backplane.link`. Both trust each other (one user, one machine,
-one version of the code), so a frame that can't be read is a bug: it raises, and the link is made anew.
+Neighbours: `comet.router` and `comet.backplane.link`. Both trust each other (one user, one machine), so a frame that can't be read is a
+bug: it raises, and the link is made anew. But a reload brings workers of newer code to the router that is there. So a worker's first frame
+is `Hello`, with the `VERSION` of these frames, and the router answers `Welcome`, with its own; if they differ, it ends the link.
 
 A worker calls and is answered (`Answer` carries the number of the call); all else is told one way.
 Everything on a link stays in order, which is what joining rests on: see `comet.backplane`.
 """
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Final
 
-import msgspec
+import msgspec.inspect
 from msgspec import Raw, Struct
 
-from comet.message import Position, Publication, Since
+from comet.message import ChannelInfo, Position, Publication, Receipt, Sent, Since
 
 MAX_FRAME: Final = 1 << 30
 """Bytes. A frame is as large as what a worker may publish or read at once; more is a broken link."""
@@ -24,6 +26,12 @@ encode = msgspec.msgpack.Encoder().encode
 
 
 # -- worker to router
+
+
+class Hello(Struct, tag=0, array_like=True, gc=False):
+    """The first frame of a link: which `VERSION` the worker speaks. Answered with `Welcome`. These two stay as they are for ever."""
+
+    version: str
 
 
 class Publish(Struct, tag=1, array_like=True, gc=False):
@@ -44,11 +52,21 @@ class Send(Struct, tag=2, array_like=True, gc=False):
 
 
 class Subscribe(Struct, tag=3, array_like=True, gc=False):
-    """Log in to each channel, and count one subscriber more. Answered with a `Replay` a channel."""
+    """Log in to each channel, and count one subscriber more. Answered with a `Replay` a channel, of one page in all."""
 
     call: int
     channels: Sequence[str]
     since: Sequence[Since]
+    size: int
+
+
+class Peek(Struct, tag=11, array_like=True, gc=False):
+    """Answered as `Subscribe`, without logging in."""
+
+    call: int
+    channels: Sequence[str]
+    since: Sequence[Since]
+    size: int
 
 
 class Resume(Struct, tag=4, array_like=True, gc=False):
@@ -73,12 +91,13 @@ class Logout(Struct, tag=6, array_like=True, gc=False):
 
 
 class Read(Struct, tag=7, array_like=True, gc=False):
-    """Answered with a `Replay` or None."""
+    """Answered with a `Replay` of one page, or None."""
 
     call: int
     channel: str
     since: Since
     limit: int | None
+    size: int
 
 
 class Info(Struct, tag=8, array_like=True, gc=False):
@@ -101,9 +120,15 @@ class Totals(Struct, tag=10, array_like=True, gc=False):
     call: int
 
 
-Asked = Publish | Send | Subscribe | Resume | Interest | Logout | Read | Info | Delete | Totals
+Asked = Hello | Publish | Send | Subscribe | Peek | Resume | Interest | Logout | Read | Info | Delete | Totals
 
 # -- router to worker
+
+
+class Welcome(Struct, tag=0, array_like=True, gc=False):
+    """Which `VERSION` the router speaks. If the worker's is another, the link ends behind this."""
+
+    version: str
 
 
 class Item(Struct, array_like=True, gc=False):
@@ -147,7 +172,7 @@ class Lapsed(Struct, tag=5, array_like=True, gc=False):
     channels: Sequence[str]
 
 
-Told = Deliver | Answer | Dropped | Missed | Lapsed
+Told = Welcome | Deliver | Answer | Dropped | Missed | Lapsed
 
 
 class Replay(Struct, array_like=True, gc=False):
@@ -156,6 +181,20 @@ class Replay(Struct, array_like=True, gc=False):
     position: Position
     messages: Sequence[tuple[str, bytes]]
     gap: bool
+    more: int
+
+
+MEANING: Final = 1
+"""To be raised when frames mean something else and look as they did."""
+
+
+def _version() -> str:
+    """Return what tells these frames from those of other versions of the code: a digest of their types, with all that is in them."""
+    types = repr(msgspec.inspect.multi_type_info([Asked, Told, Replay, Publication, Receipt, Sent, ChannelInfo]))
+    return f"{MEANING}-{hashlib.blake2b(types.encode(), digest_size=8).hexdigest()}"
+
+
+VERSION: Final = _version()
 
 
 def frame(body: Asked | Told) -> bytes:

@@ -44,6 +44,9 @@ _READ, _WRITE = 1, 2
 
 log = logging.getLogger("comet.backplane")
 
+RENEW = "restart the service, or start it with --renew-router, so that a reload begins another router where it has to"
+"""What to do about a router of other code."""
+
 _told = msgspec.msgpack.Decoder(frames.Told)
 
 
@@ -105,6 +108,8 @@ class Link:
         self._cutter = frames.Cutter()
         self._heard = False
         """The router has said something on this link."""
+        self.foreign = Event()
+        """The router is of another version of the code, and there is no link to it."""
         self._broken = Event()
         self._out: list[bytes] = []
         self._queued = 0
@@ -277,6 +282,8 @@ class Link:
                     self._answered(told.call, told.value)
                     if self._sock is None:  # whoever got the answer has closed it
                         return
+                elif isinstance(told, frames.Welcome):
+                    self._greeted(told.version)
                 else:
                     self._worker.told(told)
         except BlockingIOError:
@@ -287,14 +294,22 @@ class Link:
             log.exception("the link to the router failed; making another")
         else:
             if data:
-                self._heard = True
+                self._heard = not self.foreign.is_set()
                 if self._cutter.partial:  # what it lacks, which may be much, is sent as fast as it is read
                     PACE.hurry(self)
                 else:
                     PACE.relax(self)
                 return
-            log.warning("the router has closed the link; making another")
+            if not self.foreign.is_set():
+                log.warning("the router has closed the link; making another")
         self._end()
+
+    def _greeted(self, version: str) -> None:
+        if version == frames.VERSION:
+            self.foreign.clear()
+        elif not self.foreign.is_set():
+            self.foreign.set()
+            log.error("the router is of another version of comet, and does not take this worker; %s", RENEW)
 
     # -- making and breaking
 
@@ -328,6 +343,7 @@ class Link:
         self._readable = self._loop.io(sock.fileno(), _READ)
         self._writable = self._loop.io(sock.fileno(), _WRITE)
         earlier = list(self._calls.values())
+        self._append(frames.frame(frames.Hello(frames.VERSION)))
         self._worker.linked()
         for call in earlier:
             self._post(call)

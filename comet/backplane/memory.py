@@ -13,12 +13,18 @@ Bounds, and how each is kept:
 - *age, a channel*: on every append and read the aged go; `expire` takes those of quiet channels.
 - *bytes, in all*: `_warm` holds the channels that have messages, least recently used first. Over
   budget, the first of them gives up its oldest message, and so on.
-- *channels without subscribers*: `_idle` holds them, the longest idle first. They go when the linger
-  time is over, or early when there are more than `max_idle` of them.
+- *channels without subscribers*: `_idle` holds those that have had a message, `_vacant` those that never had one, the longest idle first.
+  They go when the linger time is over, or early when there are more than `max_idle` of their kind: whoever listens to names that
+  nobody publishes to pushes out others of these alone.
+
+`peek` makes no channel. Of one that is not there it says a place of the backplane's own, `_own`: "nothing, as of this time". Whoever
+goes on from there has missed nothing if no log that went since then can have had a message later than that (`_forgotten`), and the
+channel's log, if there is one now, still has all its messages: it was made later.
 - *idempotency keys*: `_keys`, oldest first, by age and number.
 """
 
 import hashlib
+import math
 import random
 import time
 from collections import OrderedDict
@@ -27,8 +33,8 @@ from typing import Any, NamedTuple
 
 from comet.backplane import Deliver, Dropped, Lost
 from comet.errors import Refusal
-from comet.history import History, Joined
-from comet.message import ChannelInfo, Message, Position, Publication, Receipt, Sent, Since
+from comet.history import PAGE, History, Joined
+from comet.message import OLDEST, ChannelInfo, Message, Position, Publication, Receipt, Sent, Since
 
 EPOCH_BITS = 48
 
@@ -89,6 +95,13 @@ class MemoryBackplane:
         self._channels: dict[str, _Channel | int] = {}
         self._warm: OrderedDict[str, _Channel] = OrderedDict()
         self._idle: OrderedDict[str, float] = OrderedDict()
+        self._vacant: OrderedDict[str, float] = OrderedDict()
+        self._own = randbits(EPOCH_BITS)
+        """The epoch of places in no log; their offset is a time of the clock, in microseconds."""
+        self._forgotten = -math.inf
+        """No log that is gone had a message ordered later than this."""
+        self._evicted = -math.inf
+        """When the newest message was ordered that went to keep `history_bytes`."""
         self._keys: OrderedDict[tuple[str, str], _Remembered] = OrderedDict()
         self._bytes = 0
         self._kept = 0  # messages, of all channels: counting a million's would take the router a third of a second
@@ -117,9 +130,9 @@ class MemoryBackplane:
                     answers.append(known)
                     continue
             log = self._open(channel)
+            message = self._append(channel, log, type, data, now)
             if not log.subscribers:
                 self._rest(channel, now)
-            message = self._append(channel, log, type, data, now)
             messages.append(message)
             receipt = Receipt(message.position, log.subscribers)
             if key is not None:
@@ -146,6 +159,8 @@ class MemoryBackplane:
         for channel in filter(self._channels.__contains__, names):  # nearly all are away: 40 ns for each of those
             log = self._open(channel)
             messages.append(self._append(channel, log, type, data, now))
+            if channel in self._vacant:
+                self._rest(channel, now)
             delivered += log.subscribers
         position = messages[0].position if messages and messages[0].channel == first else None
         sent = Sent(position, len(names), delivered)
@@ -169,6 +184,8 @@ class MemoryBackplane:
             self._trim(channel, log, now)
         while self._bytes > bounds.history_bytes:
             coldest, victim = next(iter(self._warm.items()))
+            assert victim.entries is not None, "those that are warm have messages"
+            self._evicted = max(self._evicted, victim.entries[0].time)
             self._drop(victim, 1)
             if victim.entries is None:
                 del self._warm[coldest]
@@ -214,9 +231,10 @@ class MemoryBackplane:
 
     # -- joining and leaving
 
-    def subscribe(self, channels: Sequence[str], since: Sequence[Since]) -> Sequence[Joined]:
+    def subscribe(self, channels: Sequence[str], since: Sequence[Since], size: int = PAGE) -> Sequence[Joined]:
         now = self._clock()
         answers = []
+        room = size
         for channel, start in zip(channels, since, strict=True):
             if start is None and channel not in self._channels:
                 epoch = self._channels[channel] = self._randbits(EPOCH_BITS)
@@ -225,7 +243,9 @@ class MemoryBackplane:
             log = self._open(channel)
             log.subscribers += 1
             self._settle(channel, log.subscribers)
-            answers.append(self._since(channel, log, start, None, now))
+            answer = self._since(channel, log, start, None, now, room)
+            room -= sum(message.size for message in answer.messages)
+            answers.append(answer)
         return answers
 
     def rejoin(self, channel: str, since: Since) -> Position | None:
@@ -238,17 +258,36 @@ class MemoryBackplane:
         head = Position(log, 0) if isinstance(log, int) else log.position
         if since is not None and since != head:
             return None
-        opened = self._open(channel) if isinstance(log, int) and channel not in self._idle else log
+        opened = self._open(channel) if isinstance(log, int) and channel not in self._vacant else log
         if isinstance(opened, int):
-            self._idle.pop(channel, None)
+            self._vacant.pop(channel, None)
         else:
             opened.subscribers += 1
             self._settle(channel, opened.subscribers)
         return head
 
-    def subscribe_soon(self, channel: str, since: Since, done: Callable[[Joined], object], failed: Callable[[Refusal], object]) -> bool:
-        done(self.subscribe((channel,), (since,))[0])
+    def subscribe_soon(
+        self, channel: str, since: Since, done: Callable[[Joined], object], failed: Callable[[Refusal], object], size: int = PAGE
+    ) -> bool:
+        done(self.subscribe((channel,), (since,), size)[0])
         return True
+
+    def peek(self, channels: Sequence[str], since: Sequence[Since], size: int = PAGE) -> Sequence[Joined]:
+        now = self._clock()
+        answers = []
+        room = size
+        for channel, start in zip(channels, since, strict=True):
+            if channel not in self._channels:
+                gap = start is not None and start != OLDEST and self._lacks(start)
+                answers.append(Joined(Position(self._own, int(now * 1e6)), (), gap))
+                continue
+            log = self._open(channel)
+            if not log.subscribers:
+                self._rest(channel, now)
+            answer = self._since(channel, log, start, None, now, room)
+            room -= sum(message.size for message in answer.messages)
+            answers.append(answer)
+        return answers
 
     def unsubscribe(self, channels: Sequence[str]) -> None:
         for channel in channels:
@@ -266,7 +305,7 @@ class MemoryBackplane:
             return False
         log = self._channels[channel]
         if isinstance(log, int):
-            total = int(channel not in self._idle) + change
+            total = int(channel not in self._vacant) + change
             if total not in (0, 1):
                 self._open(channel).subscribers = total
         else:
@@ -281,9 +320,9 @@ class MemoryBackplane:
 
     # -- reading
 
-    def read(self, channel: str, since: Since, limit: int | None = None) -> Joined | None:
+    def read(self, channel: str, since: Since, limit: int | None = None, size: int = PAGE) -> Joined | None:
         log = self._known(channel)
-        return None if log is None else self._since(channel, log, since, limit, self._clock())
+        return None if log is None else self._since(channel, log, since, limit, self._clock(), size)
 
     def info(self, channel: str) -> ChannelInfo | None:
         log = self._known(channel)
@@ -300,10 +339,17 @@ class MemoryBackplane:
             "idempotency_keys": len(self._keys),
         }
 
-    def _since(self, channel: str, log: _Channel, since: Since, limit: int | None, now: float) -> Joined:
+    def _since(self, channel: str, log: _Channel, since: Since, limit: int | None, now: float, size: int = PAGE) -> Joined:
         self._trim(channel, log, now)
         self._use(channel)
-        return log.since(since, limit)
+        if isinstance(since, Position) and since.epoch == self._own:
+            joined = log.since(OLDEST, limit, size)
+            return joined._replace(gap=joined.position.offset > 0 or self._lacks(since))
+        return log.since(since, limit, size)
+
+    def _lacks(self, since: Position) -> bool:
+        """Return whether a log that is gone may have had messages after `since`, a place in no log that is there."""
+        return since.epoch != self._own or since.offset <= self._forgotten * 1e6
 
     # -- forgetting
 
@@ -318,9 +364,10 @@ class MemoryBackplane:
         """Forget what is past its time. Call it about once a second; bounded work a call is not needed,
         since each thing is forgotten once."""
         now = self._clock()
-        idle, warm, keys = self._idle, self._warm, self._keys
-        while idle and next(iter(idle.values())) <= now:
-            self._lapse(next(iter(idle)))
+        warm, keys = self._warm, self._keys
+        for lingering in (self._idle, self._vacant):
+            while lingering and next(iter(lingering.values())) <= now:
+                self._lapse(next(iter(lingering)))
         aged = now - self._bounds.history_age
         while warm:
             channel, log = next(iter(warm.items()))
@@ -341,29 +388,44 @@ class MemoryBackplane:
         if isinstance(log, _Channel):
             return log
         opened = self._channels[channel] = _Channel(self._randbits(EPOCH_BITS) if log is None else log)
-        opened.subscribers = int(log is not None and channel not in self._idle)
+        opened.subscribers = int(log is not None and channel not in self._vacant)
         return opened
 
     def _settle(self, channel: str, subscribers: int) -> None:
         """Have a channel linger if its count has become 0, and else not. Who joins may make it 0: see `count`."""
         if subscribers:
             self._idle.pop(channel, None)
+            self._vacant.pop(channel, None)
         else:
             self._rest(channel, self._clock())
 
     def _rest(self, channel: str, now: float) -> None:
         """Begin (again) the linger time of a channel that has no subscriber."""
-        self._idle[channel] = now + self._bounds.linger
-        self._idle.move_to_end(channel)
-        if len(self._idle) > self._bounds.max_idle:
-            self._lapse(next(iter(self._idle)))
+        log = self._channels[channel]
+        lingering = self._vacant
+        if isinstance(log, _Channel) and log.head:
+            lingering.pop(channel, None)
+            lingering = self._idle
+        lingering[channel] = now + self._bounds.linger
+        lingering.move_to_end(channel)
+        if len(lingering) > self._bounds.max_idle:
+            self._lapse(next(iter(lingering)))
 
     def _forget(self, channel: str) -> None:
         log = self._channels.pop(channel)
-        if isinstance(log, _Channel):
+        if isinstance(log, _Channel) and log.head:
+            self._forgotten = max(self._forgotten, self._newest(log))
             self._drop(log, len(log.entries or ()))
         self._warm.pop(channel, None)
         self._idle.pop(channel, None)
+        self._vacant.pop(channel, None)
+
+    def _newest(self, log: _Channel) -> float:
+        """Return when the newest message of a log was ordered, or a time that was later."""
+        if log.entries:
+            return log.entries[-1].time
+        now = self._clock()
+        return max(now - self._bounds.history_age, self._evicted) if self._bounds.history_size else now
 
     def _lapse(self, channel: str) -> None:
         self._forget(channel)

@@ -15,7 +15,6 @@ has not come so far any more, or has another message there, begins another epoch
 """
 
 import logging
-import math
 import random
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -31,7 +30,7 @@ from comet.backplane.redis_calls import AGAIN, Calls, Gather, away, unconfirmed
 from comet.backplane.redis_dial import Target, dial, reason, service_title, title
 from comet.backplane.redis_dial import read as read_url
 from comet.backplane.redis_following import Following
-from comet.backplane.redis_format import Names, Replay, Seen, and_then, piece, place, stands
+from comet.backplane.redis_format import Names, Seen, piece, place
 from comet.backplane.redis_link import ANSWER, Link
 from comet.backplane.redis_malformed import Garbage
 from comet.backplane.redis_outage import Outage
@@ -297,23 +296,22 @@ class RedisBackplane:
 
     # -- joining and leaving
 
-    def subscribe(self, channels: Sequence[str], since: Sequence[Since]) -> Sequence[Joined]:
+    def subscribe(self, channels: Sequence[str], since: Sequence[Since], size: int = PAGE_BYTES) -> Sequence[Joined]:
         until = self._until()
         self._following.tell()
         gather = Gather(len(channels), partial(self._undo, channels))
         for number, (channel, start) in enumerate(zip(channels, since, strict=True)):
-            gather.asked[number] = self._following.join(channel, start, partial(gather.put, number), _left(until))
+            limit = 0 if number else PAGE  # one page in all
+            gather.asked[number] = self._following.join(
+                channel, start, partial(gather.put, number), _left(until), limit, min(size, PAGE_BYTES)
+            )  # fmt: skip
         answers = gather.wait(self._calls, _left(until))
         for refusal in answers:
             if isinstance(refusal, Refusal):
                 if not gather.over:
                     self._undo(channels, answers)
                 raise refusal
-        try:
-            return [self._whole(channel, answer, until) for channel, answer in zip(channels, answers, strict=True)]
-        except BaseException:
-            self._undo(channels, answers)
-            raise
+        return [answer.joined for answer in answers]
 
     def _undo(self, channels: Sequence[str], answers: Sequence[Any]) -> None:
         """Nobody waits for these joins any more; those that failed have left by themselves."""
@@ -321,22 +319,12 @@ class RedisBackplane:
             if not isinstance(answer, Refusal):
                 self._following.undo(channel, answer)
 
-    def _whole(self, channel: str, answer: Replay, until: float) -> Joined:
-        """With the pages that follow the first, up to where the join was: what is later is delivered."""
-        joined = answer.joined
-        while (end := stands(joined)).offset < answer.head.offset:
-            more = self._read(channel, end, PAGE, until)
-            passed = more is not None and more.malformed and more.head.epoch == answer.head.epoch
-            if more is None or not (more.goes_on or passed):
-                # deleted, or overtaken by what is published: it resumes by its cursor
-                raise Refusal("backplane-busy", "More is published than can be read; subscribe again.")
-            joined = and_then(joined, more)
-        return joined._replace(messages=[one for one in joined.messages if one.offset <= answer.head.offset])
-
     def rejoin(self, channel: str, since: Since) -> Position | None:
         return self._following.rejoin(channel, since)
 
-    def subscribe_soon(self, channel: str, since: Since, done: Callable[[Joined], object], failed: Callable[[Refusal], object]) -> bool:
+    def subscribe_soon(
+        self, channel: str, since: Since, done: Callable[[Joined], object], failed: Callable[[Refusal], object], size: int = PAGE_BYTES
+    ) -> bool:
         return False
 
     def unsubscribe(self, channels: Sequence[str]) -> None:
@@ -345,26 +333,29 @@ class RedisBackplane:
 
     # -- reading
 
-    def read(self, channel: str, since: Since, limit: int | None = None) -> Joined | None:
+    def peek(self, channels: Sequence[str], since: Sequence[Since], size: int = PAGE_BYTES) -> Sequence[Joined]:
         until = self._until()
         self._following.tell()
-        most = math.inf if limit is None else limit
-        answer = self._read(channel, since, min(most, PAGE), until)
-        if answer is None:
-            return None
-        joined = answer.joined
-        while len(joined.messages) < most and (end := stands(joined)).offset < answer.head.offset:
-            more = self._read(channel, end, min(most - len(joined.messages), PAGE), until)
-            passed = more is not None and more.malformed and (limit is None or not joined.messages)
-            if more is None or not (more.goes_on or passed):  # a reader of pages comes to the gap with the next one
-                break
-            joined = and_then(joined, more)
-        return joined
+        gather = Gather(len(channels))
+        for number, (channel, start) in enumerate(zip(channels, since, strict=True)):
+            keys = self._names.both(channel)
+            arguments = (*place(start), 0 if number else PAGE, min(size, PAGE_BYTES))
+            gather.asked[number] = self._calls.ask(
+                keys[0], partial(self._scripts.peek.command, keys, arguments), partial(gather.put, number), timeout=_left(until),
+                answer=ANSWER if number else min(size, PAGE_BYTES),
+            )  # fmt: skip
+        answers = gather.wait(self._calls, _left(until))
+        for refusal in answers:
+            if isinstance(refusal, Refusal):
+                raise refusal
+        return [self._following.replayed(channel, answer).joined for channel, answer in zip(channels, answers, strict=True)]
 
-    def _read(self, channel: str, since: Since, limit: float, until: float) -> Replay | None:
+    def read(self, channel: str, since: Since, limit: int | None = None, size: int = PAGE_BYTES) -> Joined | None:
+        self._following.tell()
         keys = self._names.both(channel)
-        reply = self._ask_one(keys[0], lambda: self._scripts.read.command(keys, (*place(since), limit)), until, answer=PAGE_BYTES)
-        return None if reply is None else self._following.replayed(channel, reply)
+        arguments = (*place(since), PAGE if limit is None else min(limit, PAGE), min(size, PAGE_BYTES))
+        reply = self._ask_one(keys[0], lambda: self._scripts.read.command(keys, arguments), self._until(), answer=min(size, PAGE_BYTES))
+        return None if reply is None else self._following.replayed(channel, reply).joined
 
     def info(self, channel: str) -> ChannelInfo | None:
         self._following.tell()

@@ -130,8 +130,8 @@ class Following:
 
     # -- joining and leaving
 
-    def join(self, channel: str, since: Since, done: Callable[[Replay | Refusal], None], timeout: float) -> Any:
-        """Have one subscriber more; `done` has the answer, at its place in the stream."""
+    def join(self, channel: str, since: Since, done: Callable[[Replay | Refusal], None], timeout: float, limit: int, size: int) -> Any:
+        """Have one subscriber more; `done` has the answer, at its place in the stream, with at most `limit` messages and `size` bytes."""
         state = self._channels.get(channel)
         if state is None:
             state = self._channels[channel] = _Channel()
@@ -140,18 +140,20 @@ class Following:
         self._resting.pop(channel, None)
         return self._calls.ask(
             self._names.log(channel),
-            lambda: self._ask_join(channel, state, since),
+            lambda: self._ask_join(channel, state, since, limit, size),
             partial(self._joined, channel, state, done),
             timeout=timeout,
-            answer=ANSWER if since is None else PAGE_BYTES,
+            answer=size if since is not None and limit else ANSWER,
             before=lambda link: self._have(link, channel, state),
         )
 
-    def _ask_join(self, channel: str, state: _Channel, since: Since, time: int = 0, vouched: Seen = NOWHERE) -> Sequence[Any]:
+    def _ask_join(
+        self, channel: str, state: _Channel, since: Since, limit: int, size: int, time: int = 0, vouched: Seen = NOWHERE
+    ) -> Sequence[Any]:
         state.told = state.count
         lease = self.lease
         gone = f"{lease.dead} {lease.former}"
-        arguments = (random.getrandbits(EPOCH_BITS), gone, lease.node, state.count, *place(since), PAGE, time, *vouched)
+        arguments = (random.getrandbits(EPOCH_BITS), gone, lease.node, state.count, *place(since), limit, time, *vouched, size)
         return self._scripts.join.command(self._names.both(channel), arguments)
 
     def _have(self, link: Link, channel: str, state: _Channel) -> None:
@@ -372,7 +374,7 @@ class Following:
         vouched = known if known is not None and known.epoch == seen.epoch and known.offset > seen.offset else seen
         state.asked = self._calls.ask(
             self._names.log(channel),
-            lambda: self._ask_join(channel, state, since, seen.time, vouched),
+            lambda: self._ask_join(channel, state, since, PAGE, PAGE_BYTES, seen.time, vouched),
             partial(self._resumed, channel, state, state.turn),
             answer=PAGE_BYTES,
             before=lambda link: self._have(link, channel, state),

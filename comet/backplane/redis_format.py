@@ -150,35 +150,19 @@ class Replay(NamedTuple):
     life: Any = None
     malformed: int = 0
 
-    @property
-    def goes_on(self) -> bool:
-        """There are messages, and none is missing in front of them."""
-        return bool(self.joined.messages) and not self.joined.gap
-
 
 def replay(channel: str, reply: Sequence[Any]) -> Replay:
     """Read the answer to a join or a read."""
     epoch, head, start, gap, ms = (int(one) for one in reply[:5])
     skipped, pieces = _readable(reply[5])
     start += skipped
-    joined = Joined(Position(epoch, start), messages(channel, epoch, start + 1, pieces), bool(gap or skipped))
+    more = head - start - len(pieces)
+    joined = Joined(Position(epoch, start), messages(channel, epoch, start + 1, pieces), bool(gap or skipped), more)
     return Replay(Seen(epoch, head, ms), joined, malformed=skipped)
 
 
-def stands(joined: Joined) -> Position:
-    """Return where a reader of it stands then."""
-    return joined.messages[-1].position if joined.messages else joined.position
-
-
-def and_then(joined: Joined, more: Replay) -> Joined:
-    """Return it with the next page. A reader is told one gap, in front of all: what came before one that is in the middle is lost too."""
-    if more.malformed:
-        return more.joined
-    return joined._replace(messages=[*joined.messages, *more.joined.messages])
-
-
 def place(since: Since) -> tuple[Any, Any]:
-    """How a script is told where to start."""
+    """Return how a script is told where to start."""
     if since is None:
         return b"", 0
     if isinstance(since, str):

@@ -7,13 +7,17 @@ Neighbours: `comet.backplane.redis`, who calls them; `comet.backplane.redis_form
 - *the log*, a hash: ``e`` the epoch, ``o`` the newest offset and ``t`` when it was ordered, ``s`` the subscribers in all
   processes, and by each process's id how many it has. It expires by itself: when nobody holds the channel after the linger time, else
   after `HOLD`, which those who hold it prolong. What a process that has died had counted is taken off by
-  whoever publishes next, who knows the dead (`HEARTBEAT`);
+  whoever publishes next, who knows the dead (`HEARTBEAT`). ``g`` is when messages of it went before their time, at the latest, if they
+  did: that it was deleted, or rewound to where it was not there. It may be all that there is;
 - *the stream*: a message an entry, whose id is ``<offset>-<milliseconds>``: so it is found by its offset and
   tells its age. It never outlives the log by more than its last message's age;
 - an answer for each idempotency key, for as long as it is recognized.
 
 A log that is made anew, for whatever reason, has another epoch and no stream. All numbers are text on the
 way: Lua would round an epoch.
+
+Who looks at a channel that is not there (`peek`) makes none. It stands at a place of no log then: epoch 0, and Redis' time. Who
+goes on from there has missed nothing if no log can have come and gone since (`lacks`), and the one that is there has all its messages.
 
 What a stranger has put under one of these keys, of another type or with fields that comet never writes, is no log and no stream: it goes
 when it is met, as if Redis had evicted it (`known`, `ours`), and those who follow the channel are told (`redis_format.MALFORMED`). An
@@ -29,6 +33,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from comet.backplane.memory import Bounds
+from comet.message import FRAMING
 
 HOLD: Final = 600.0
 """Seconds that a held channel outlives those who hold it, should they all die: longer than any outage that is to go
@@ -48,7 +53,7 @@ NOW: Final = "local t = redis.call('TIME') return t[1] * 1000 + math.floor(t[2] 
 """Redis' own clock, since those of many machines differ."""
 
 _PRELUDE: Final = """
-local LINGER, HOLD, SIZE, AGE, KEY_AGE, BYTES, STEP = {linger}, {hold}, {size}, {age}, {key_age}, {page_bytes}, {step}
+local LINGER, HOLD, SIZE, AGE, KEY_AGE, FRAMING, STEP = {linger}, {hold}, {size}, {age}, {key_age}, {framing}, {step}
 local function now() {now} end
 local function text(number) return string.format('%.0f', number) end
 
@@ -100,6 +105,7 @@ local function open(K, L, epoch)  -- as known; a log is made where there is none
   if e then return e, o, s, t end
   if e == false then
     redis.call('DEL', K)
+    redis.call('HSET', K, 'g', text(now()))
     strange(K)
   end
   redis.call('HSET', K, 'e', epoch)
@@ -121,6 +127,14 @@ local function shorten(L, most)  -- the stream goes then, or earlier
   if redis.call('PTTL', L) > most then redis.call('PEXPIRE', L, most) end
 end
 
+local function last(K, L, most)  -- it stays as long as its last message would have stayed all along, but so many ms at most
+  if redis.call('PTTL', L) < 0 then return end
+  local entry = ours(K, 'XREVRANGE', L, '+', '-', 'COUNT', 1)[1]
+  if not entry then return end
+  local left = math.max(1, tonumber(string.match(entry[1], '%d+$')) + AGE - now())
+  redis.call('PEXPIRE', L, math.min(most, left))
+end
+
 local function count(K, L, s, node, n)  -- this process has so many; the sum
   local old = number(redis.call('HGET', K, node))
   s = s + n - (old or 0)
@@ -135,10 +149,7 @@ local function count(K, L, s, node, n)  -- this process has so many; the sum
   end
   if s > 0 then
     redis.call('PEXPIRE', K, HOLD)
-    if old == 0 and redis.call('PTTL', L) >= 0 then  -- as long as its last message would have stayed all along
-      local last = ours(K, 'XREVRANGE', L, '+', '-', 'COUNT', 1)[1]
-      if last then redis.call('PEXPIRE', L, math.max(1, tonumber(string.match(last[1], '%d+$')) + AGE - now())) end
-    end
+    if old == 0 then last(K, L, AGE) end
   elseif old > 0 then
     redis.call('PEXPIRE', K, LINGER)
     shorten(L, LINGER)
@@ -190,12 +201,19 @@ local function publish(K, L, e, o, s, pieces, ms)  -- append, which is a use
   if s <= 0 then redis.call('PEXPIRE', K, LINGER) end  -- last: see `insist`
 end
 
-local function since(K, L, e, o, t, epoch, offset, limit, ms)  -- see `redis_format.replay`; `ms` is what a `Seen` knows, or 0
+local function lacks(K, offset)  -- whether a log may have come and gone since that time
+  local ms, at = tonumber(offset), now()
+  return ms > at or at - ms > LINGER or (number(redis.call('HGET', K, 'g')) or at) >= ms
+end
+
+local function since(K, L, e, o, t, epoch, offset, limit, room, ms)  -- see `redis_format.replay`; `ms` is what a `Seen` knows, or 0
   local start, gap, entries = o, 0, {{}}
   if epoch ~= '' then
     local low = oldest(K, L, o, now() - AGE)
     start = low
-    if epoch ~= 'oldest' then
+    if epoch == '0' then
+      if low > 0 or lacks(K, offset) then gap = 1 end
+    elseif epoch ~= 'oldest' then
       start = tonumber(offset)
       if epoch ~= e or start < low or start > o then
         gap = 1
@@ -203,7 +221,7 @@ local function since(K, L, e, o, t, epoch, offset, limit, ms)  -- see `redis_for
         if not same then start = low end  -- else it has been rewound since, and what followed is in this log, too
       end
     end
-    local at, last, room = start, math.min(o, start + limit), BYTES
+    local at, last = start, math.min(o, start + limit)
     while at < last and room > 0 do
       local most = math.min(STEP, last - at)
       local lot = ours(K, 'XRANGE', L, text(at + 1), text(last), 'COUNT', most)
@@ -215,7 +233,7 @@ local function since(K, L, e, o, t, epoch, offset, limit, ms)  -- see `redis_for
           entries[at - start] = ''
         end
         if entry and offset == at + 1 then
-          room = room - #entry[2][2]
+          room = room - #entry[2][2] - FRAMING
           if room < 0 and at > start then break end
           at = at + 1
           entries[at - start] = entry[2][2]
@@ -313,7 +331,22 @@ local e, o, s, t = open(K, L, ARGV[1])
 if ARGV[9] ~= '-1' then insist(K) end  -- who has been here before
 e, o = vouch(K, L, e, o, t, ARGV[9], ARGV[10], ARGV[11], ARGV[1])
 bury(K, L, count(K, L, s, ARGV[3], tonumber(ARGV[4])), ARGV[2])
-return since(K, L, e, o, t, ARGV[5], ARGV[6], tonumber(ARGV[7]), tonumber(ARGV[8]))
+return since(K, L, e, o, t, ARGV[5], ARGV[6], tonumber(ARGV[7]), tonumber(ARGV[12]), tonumber(ARGV[8]))
+"""
+
+_PEEK: Final = """
+local K, L = KEYS[1], KEYS[2]
+local e, o, s, t = known(K)
+if not e then
+  local lost = ARGV[1] ~= '' and ARGV[1] ~= 'oldest' and (ARGV[1] ~= '0' or e == false or lacks(K, ARGV[2]))
+  local ms = text(now())
+  return {'0', ms, ms, lost and 1 or 0, '0', {}}
+end
+if s <= 0 then  -- a use: it lingers anew
+  redis.call('PEXPIRE', K, LINGER)
+  last(K, L, LINGER)
+end
+return since(K, L, e, o, t, ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4]), 0)
 """
 
 _HOLD: Final = """
@@ -328,7 +361,13 @@ return o
 _VOUCH: Final = """
 local K, L = KEYS[1], KEYS[2]
 local e, o, _, t = known(K)
-if e then vouch(K, L, e, o, t, ARGV[2], ARGV[3], ARGV[4], ARGV[1]) end
+if e then
+  vouch(K, L, e, o, t, ARGV[2], ARGV[3], ARGV[4], ARGV[1])
+elseif e == nil and ARGV[3] ~= '0' then
+  insist(K)
+  redis.call('HSET', K, 'g', text(now()))
+  redis.call('PEXPIRE', K, LINGER)
+end
 return 1
 """
 
@@ -336,7 +375,7 @@ _READ: Final = """
 local K, L = KEYS[1], KEYS[2]
 local e, o, _, t = known(K)
 if not e then return false end
-return since(K, L, e, o, t, ARGV[1], ARGV[2], tonumber(ARGV[3]), 0)
+return since(K, L, e, o, t, ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4]), 0)
 """
 
 _INFO: Final = """
@@ -352,6 +391,8 @@ local e, o, s = known(K)
 if not e then return false end
 local answer = {e, text(o), bury(K, L, s, ARGV[1]), o - oldest(K, L, o, now() - AGE)}
 redis.call('DEL', K, L)
+redis.call('HSET', K, 'g', text(now()))
+redis.call('PEXPIRE', K, LINGER)
 redis.call('%(publish)s', K, 'D ' .. e)
 return answer
 """
@@ -393,7 +434,7 @@ class Scripts:
             now=now,
             publish=publish,
             size=bounds.history_size,
-            page_bytes=PAGE_BYTES,
+            framing=FRAMING,
             step=STEP,
             **{name: max(1, round(1000 * value)) for name, value in times.items()},
         )
@@ -408,6 +449,7 @@ class Scripts:
         self.join = script(_JOIN)
         self.hold = script(_HOLD)
         self.vouch = script(_VOUCH)
+        self.peek = script(_PEEK)
         self.read = script(_READ)
         self.info = script(_INFO)
         self.delete = script(_DELETE % {"publish": publish})

@@ -32,7 +32,7 @@ from gevent.event import Event
 from comet.backplane import Deliver, Dropped, Lost, frames
 from comet.backplane.link import Link
 from comet.errors import Refusal
-from comet.history import Joined
+from comet.history import PAGE, Joined
 from comet.message import ChannelInfo, Message, Position, Publication, Receipt, Sent, Since
 from comet.turn import Alarm
 
@@ -103,10 +103,17 @@ class RouterBackplane:
         up: bool = self._up.is_set()
         return up
 
-    def wait(self, timeout: float) -> bool:
-        """Until it is ready, at most `timeout` seconds; whether it is."""
-        self._up.wait(timeout)
+    def wait(self, timeout: float | None) -> bool:
+        """Wait until it is ready, at most `timeout` seconds, or until the router turns out to be of another version; return whether it is
+        ready."""
+        gevent.wait([self._up, self._link.foreign], timeout, 1)
         return self.ready()
+
+    @property
+    def foreign(self) -> bool:
+        """The router is of another version of the code: there will be no link to it."""
+        foreign: bool = self._link.foreign.is_set()
+        return foreign
 
     # -- what the hub asks
 
@@ -123,19 +130,21 @@ class RouterBackplane:
         sent: Sent = answer
         return sent
 
-    def subscribe(self, channels: Sequence[str], since: Sequence[Since]) -> Sequence[Joined]:
+    def subscribe(self, channels: Sequence[str], since: Sequence[Since], size: int = PAGE) -> Sequence[Joined]:
         joined: dict[str, _Known] = {}
         answers: Sequence[Joined] = self._link.ask(
-            lambda call: frames.Subscribe(call, channels, since),
+            lambda call: frames.Subscribe(call, channels, since, size),
             partial(self._joined, channels, joined),
             undo=partial(self._leave_again, joined),
         )
         return answers
 
-    def subscribe_soon(self, channel: str, since: Since, done: Callable[[Joined], object], failed: Callable[[Refusal], object]) -> bool:
+    def subscribe_soon(
+        self, channel: str, since: Since, done: Callable[[Joined], object], failed: Callable[[Refusal], object], size: int = PAGE
+    ) -> bool:
         joined: dict[str, _Known] = {}
         self._link.ask_soon(
-            lambda call: frames.Subscribe(call, (channel,), (since,)),
+            lambda call: frames.Subscribe(call, (channel,), (since,), size),
             lambda value: self._joined((channel,), joined, value)[0],
             done,
             failed,
@@ -163,8 +172,12 @@ class RouterBackplane:
                 self._rest(channel)
             self._change(channel)
 
-    def read(self, channel: str, since: Since, limit: int | None = None) -> Joined | None:
-        answer = self._link.ask(lambda call: frames.Read(call, channel, since, limit), _replay.decode)
+    def peek(self, channels: Sequence[str], since: Sequence[Since], size: int = PAGE) -> Sequence[Joined]:
+        answers = self._link.ask(lambda call: frames.Peek(call, channels, since, size), _replays.decode)
+        return [_joined(channel, replay) for channel, replay in zip(channels, answers, strict=True)]
+
+    def read(self, channel: str, since: Since, limit: int | None = None, size: int = PAGE) -> Joined | None:
+        answer = self._link.ask(lambda call: frames.Read(call, channel, since, limit, size), _replay.decode)
         return None if answer is None else _joined(channel, answer)
 
     def info(self, channel: str) -> ChannelInfo | None:
@@ -265,7 +278,7 @@ class RouterBackplane:
     def _known(self, channel: str, answer: Joined) -> _Known:
         known = self._channels.get(channel)
         if known is None:
-            known = self._channels[channel] = _Known(*_head(answer), 0, 0)
+            known = self._channels[channel] = _Known(*answer.head, 0, 0)
         return known
 
     def _resume(self, channels: Sequence[str]) -> None:
@@ -280,6 +293,7 @@ class RouterBackplane:
     def _resumed(self, places: _Places, value: msgspec.Raw) -> None:
         messages: list[Message] = []
         lost: dict[str, Joined] = {}
+        further: list[str] = []
         for (channel, more, _), replay in zip(places, _replays.decode(value), strict=True):
             answer = _joined(channel, replay)
             known = self._known(channel, answer)
@@ -288,8 +302,11 @@ class RouterBackplane:
                 self._change(channel)
             if not known.count and channel not in self._resting:  # deleted meanwhile; this is the next log
                 self._rest(channel)
-            self._stale.discard(channel)
-            known.epoch, known.offset = _head(answer)
+            known.epoch, known.offset = answer.end
+            if answer.more:
+                further.append(channel)
+            else:
+                self._stale.discard(channel)
             if answer.gap:
                 lost[channel] = answer
             else:
@@ -299,6 +316,8 @@ class RouterBackplane:
             self._deliver(messages)
         if lost:
             self._lost(lost)
+        if further:
+            self._resume(further)
 
     # -- what the router tells
 
@@ -355,8 +374,4 @@ _TAKE: Mapping[type, Callable[[RouterBackplane, Any], None]] = {
 def _joined(channel: str, replay: frames.Replay) -> Joined:
     epoch, offset = replay.position
     messages = [Message(channel, Position(epoch, offset + index), kind, data) for index, (kind, data) in enumerate(replay.messages, 1)]
-    return Joined(replay.position, messages, replay.gap)
-
-
-def _head(answer: Joined) -> Position:
-    return answer.messages[-1].position if answer.messages else answer.position
+    return Joined(replay.position, messages, replay.gap, replay.more)

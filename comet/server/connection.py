@@ -478,7 +478,7 @@ class Connection(Transport, WSGIHandler):
         awake = parked.awake
         watched = False
         while True:
-            items = awake.take(0)
+            items = parked.take(0)
             if items == [] and (awake.patience != 0 or not parked.one_shot):
                 if server.hibernate and awake.quiet and not self.buffer:
                     server.parking.take(self.descriptor)  # where it was watched
@@ -494,7 +494,7 @@ class Connection(Transport, WSGIHandler):
                         break
                 if ready:
                     continue
-                items = awake.take(0)
+                items = parked.take(0)
             if items is None:
                 self.send(parked.framing.end(parked.cursor, server.date(), server.draining))
                 self.close_connection = server.draining

@@ -52,6 +52,12 @@ LOAD = Load(3000, 300, 60, 500, 100, 30.0) if FULL else Load(300, 30, 30, 150, 1
 
 MANY_BYTES = LOAD._replace(size=10_000)
 
+HOSTILE = 20 if FULL else 2
+"""Clients of each kind of `tests.behaviour.hostile`."""
+
+LEAST_P99 = 0.02
+"""Seconds. Below, the p99 of a direct message is the machine's own: what else runs on two cores."""
+
 FULL_QUEUE = MAX_WAITING if FULL else 1 << 20
 """Bytes that the router lets wait for a worker; in CI the code is changed, so that less load will do."""
 
@@ -292,6 +298,50 @@ def test_all_that_leaves_the_router_alone_at_once(begin: Begin, seed: int) -> No
         go_on(time.monotonic())
     go_on(math.inf)
     no_gaps(chaos.settle())
+    chaos.end()
+
+
+def direct(service: Service, seconds: float) -> list[float]:
+    """Seconds from publishing a message to one client to its arrival, again and again; in order of size."""
+    times: list[float] = []
+    ends = time.monotonic() + seconds
+    with service.client() as publisher, service.events("direct") as events:
+        while time.monotonic() < ends:
+            began = time.monotonic()
+            assert publisher.request("POST", "/publish/direct", b"x").status == 201
+            assert events.next().data == "x"
+            times.append(time.monotonic() - began)
+            gevent.sleep(0.02)
+    return sorted(times)
+
+
+def p99(times: Sequence[float]) -> float:
+    """The slowest but one in a hundred."""
+    return times[int(0.99 * (len(times) - 1))]
+
+
+@seeded
+def test_hostile_clients_cost_the_others_little(begin: Begin, seed: int) -> None:
+    chaos = begin(seed, LOAD._replace(seconds=2 * LOAD.seconds))
+    before = direct(chaos.service, LOAD.seconds - 1)
+    hostile = green.Popen(
+        [sys.executable, "-m", "tests.behaviour.hostile", str(chaos.service.port), str(HOSTILE), str(seed)], cwd=ROOT, stdout=green.PIPE
+    )
+    try:
+        assert hostile.stdout.readline() == b"begun\n"
+        during = direct(chaos.service, chaos.left())
+    finally:
+        hostile.kill()
+        hostile.wait()
+        hostile.stdout.close()
+    no_gaps(chaos.settle())
+    counts = chaos.service.counts()
+    print(  # noqa: T201
+        f"a direct message: p50 {1e3 * before[len(before) // 2]:.1f} ms, p99 {1e3 * p99(before):.1f} ms; beside {HOSTILE} hostile clients of each kind "
+        f"p50 {1e3 * during[len(during) // 2]:.1f} ms, p99 {1e3 * p99(during):.1f} ms"
+    )  # fmt: skip
+    assert p99(during) <= 3 * max(p99(before), LEAST_P99)
+    assert (counts["worker_restarts"], counts["router_restarts"], counts["hung"]) == (0, 0, 0)
     chaos.end()
 
 

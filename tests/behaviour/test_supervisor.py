@@ -450,6 +450,70 @@ def test_a_reload_with_broken_code_leaves_the_old_generation(begin: Begin, code:
     service.log.write_text("")  # the traceback was meant
 
 
+def change_frames(code: Path) -> None:
+    """Have new code whose workers and router say one thing more to each other than the code that runs."""
+    for file, before, after in (
+        ("backplane/frames.py", "    publications: Sequence[Publication]\n", "    publications: Sequence[Publication]\n    origin: str\n"),
+        ("backplane/router.py", "frames.Publish(call, publications)", "frames.Publish(call, publications, 'here')"),
+        ("router.py", "asked.publications)", "asked.publications if asked.origin else [])"),
+    ):
+        path = code / "comet" / file
+        text = path.read_text()
+        assert text.count(before) == 1, file
+        path.write_text(text.replace(before, after))
+
+
+def publishes(service: Service, channel: str) -> None:
+    """Every worker orders messages."""
+    for _ in range(8):
+        assert service.request("POST", f"/publish/{channel}", b"x").status == 201
+        assert service.request("GET", "/readyz").status == 200
+
+
+def test_a_reload_whose_workers_speak_otherwise_than_the_router_fails_and_says_so(begin: Begin, code: Path) -> None:
+    service = begin("--workers", "2", kind=of(code))
+    before, router = service.workers(), service.router()
+    change_frames(code)
+    service.process.send_signal(signal.SIGHUP)
+    service.counted("failed_reloads", 1)
+    wait_until(lambda: len(alive(service.mark)) == 5)
+    assert (service.workers(), service.router()) == (before, router)
+    publishes(service, "a")
+    log = service.log.read_text()
+    assert "the reload failed" in log
+    assert "--renew-router" in log
+
+
+def test_with_renew_router_such_a_reload_starts_another_router_and_tells_one_gap(begin: Begin, code: Path) -> None:
+    service = begin("--workers", "2", "--renew-router", kind=of(code))
+    before, router = service.workers(), service.router()
+    publishes(service, "a")
+    events = service.holds(service.events("a"))
+    change_frames(code)
+    service.process.send_signal(signal.SIGHUP)
+    service.counted("generation", 2)
+    service.gone(router, *before.values())
+    publishes(service, "a")
+    with pytest.raises(EOFError):
+        while True:
+            events.next()
+    again = service.holds(service.events("a", events.cursor))
+    assert (again.next().type, again.next().data) == ("gap", "x")
+    assert (service.counts()["failed_reloads"], service.counts()["reloads"]) == (0, 1)
+
+
+@pytest.mark.parametrize("dies", ["router", "generation"])
+def test_what_dies_after_an_update_and_comes_back_as_new_code_takes_the_rest_with_it(begin: Begin, code: Path, dies: str) -> None:
+    service = begin("--workers", "2", kind=of(code))
+    before, router = service.workers(), service.router()
+    change_frames(code)
+    os.kill(router if dies == "router" else service.generation(), signal.SIGKILL)
+    service.counted("generation", 2)
+    service.gone(router, *before.values())
+    wait_until(lambda: service.request("GET", "/readyz").status == 200)
+    publishes(service, "a")
+
+
 # -- crash loops
 
 

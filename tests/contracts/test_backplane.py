@@ -1,7 +1,7 @@
 """The contract of comet/backplane/__init__.py, promise by promise, for every backplane in `FACTORIES`."""
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -10,8 +10,8 @@ import pytest
 
 from comet.backplane.memory import Bounds
 from comet.errors import Refusal
-from comet.history import Joined
-from comet.message import FOREIGN, MESSAGE_COST, OLDEST, ChannelInfo, Position, Publication, Receipt, Since
+from comet.history import PAGE, Joined
+from comet.message import FOREIGN, MESSAGE_COST, OLDEST, ChannelInfo, Message, Position, Publication, Receipt, Since
 from tests.contracts.suite import FACTORIES, OWN_BOUNDS, Harness, bodies
 from tests.harness import wait_until
 
@@ -187,9 +187,133 @@ def test_joining_several_channels_answers_each_in_order(h: Harness) -> None:
     h.publish("a", "1", "2")
     (second,) = h.publish("b", "3")
     joined = h.backplane.subscribe(["c", "b", "a"], [Position(1, 1), None, OLDEST])
-    assert [bodies(answer.messages) for answer in joined] == [[], [], ["1", "2"]]
+    assert [bodies(whole(h, channel, answer)) for channel, answer in zip("cba", joined, strict=True)] == [[], [], ["1", "2"]]
     assert [answer.gap for answer in joined] == [True, False, False]
     assert joined[1].position == second
+
+
+def whole(h: Harness, channel: str, answer: Joined) -> list[Message]:
+    """The messages of an answer, and those of the pages behind it."""
+    messages = list(answer.messages)
+    while answer.more:
+        page = h.backplane.read(channel, answer.end)
+        assert page is not None and page.messages and not page.gap
+        assert page.position == answer.end
+        answer = page
+        messages += page.messages
+    return messages
+
+
+def size(answers: Sequence[Joined]) -> int:
+    return sum(message.size for answer in answers for message in answer.messages)
+
+
+def test_an_answer_holds_one_page_and_says_how_much_is_behind_it(h: Harness) -> None:
+    sent = [f"{number:020000}" for number in range(30)]
+    last = h.publish("a", *sent)[-1]
+    (joined,) = h.backplane.subscribe(["a"], [OLDEST])
+    assert 0 < size([joined]) <= PAGE
+    assert len(joined.messages) + joined.more == len(sent)
+    assert joined.head == last
+    assert bodies(whole(h, "a", joined)) == sent
+    read = h.backplane.read("a", OLDEST)
+    assert read is not None and size([read]) <= PAGE
+    assert bodies(whole(h, "a", read)) == sent
+
+
+def test_several_channels_share_a_page(h: Harness) -> None:
+    sent = [f"{number:020000}" for number in range(12)]
+    for channel in "abc":
+        h.publish(channel, *sent)
+    joined = h.backplane.subscribe(["a", "b", "c"], [OLDEST] * 3)
+    assert size(joined) <= PAGE
+    for channel, answer in zip("abc", joined, strict=True):
+        assert bodies(whole(h, channel, answer)) == sent
+    (told,) = h.publish("b", "next")
+    assert told == Position(joined[1].head.epoch, joined[1].head.offset + 1)
+
+
+def test_a_message_that_is_larger_than_a_page_comes_alone(h: Harness) -> None:
+    sent = ["1", "2" * 2 * PAGE, "3"]
+    h.publish("a", *sent)
+    (joined,) = h.backplane.subscribe(["a"], [OLDEST])
+    assert len(joined.messages) == 1
+    assert bodies(whole(h, "a", joined)) == sent
+
+
+def test_a_page_is_as_large_as_was_asked_for(h: Harness) -> None:
+    sent = [f"{number:01000}" for number in range(10)]
+    h.publish("a", *sent)
+    (joined,) = h.backplane.subscribe(["a"], [OLDEST], 2500)
+    assert (bodies(joined.messages), joined.more) == (sent[:2], 8)
+    read = h.backplane.read("a", joined.end, size=1)
+    assert read is not None and (bodies(read.messages), read.more) == (sent[2:3], 7)
+    (seen,) = h.backplane.peek(["a"], [read.end], 2500)
+    assert (bodies(seen.messages), seen.more) == (sent[3:5], 5)
+
+
+# -- looking without joining
+
+
+def test_who_looks_sees_what_a_subscriber_would_get_and_counts_nowhere(h: Harness) -> None:
+    sent = h.publish("a", "1", "2")
+    h.join("b")
+    starts: list[list[Since]] = [[None, None], [OLDEST, None], [sent[0], None], [Position(sent[0].epoch, 9), FOREIGN]]
+    for since in starts:
+        seen = h.backplane.peek(["a", "b"], since)
+        joined = h.backplane.subscribe(["a", "b"], since)
+        for one, other in zip(seen, joined, strict=True):
+            assert (one.position, bodies(one.messages), one.gap) == (other.position, bodies(other.messages), other.gap)
+        h.backplane.unsubscribe(["a", "b"])
+    wait_until(lambda: [info and info.subscribers for info in map(h.backplane.info, "ab")] == [0, 1])
+
+
+def test_who_looks_at_a_channel_that_is_not_there_makes_none_and_misses_nothing_that_comes(h: Harness) -> None:
+    (seen,) = h.backplane.peek(["a"], [None])
+    assert (list(seen.messages), seen.gap, seen.more) == ([], False, 0)
+    assert h.backplane.info("a") is None
+    assert h.totals()["channels"] == 0
+    (again,) = h.backplane.peek(["a"], [seen.position])
+    assert not again.gap
+    h.publish("a", "1", "2")
+    for place in (seen.position, again.position):
+        (joined,) = h.backplane.subscribe(["a"], [place])
+        assert (bodies(joined.messages), joined.gap) == (["1", "2"], False)
+
+
+@pytest.mark.parametrize("how", ["deleted", "lapsed", "trimmed"])
+def test_who_has_looked_is_told_when_something_came_and_is_gone(start: Open, how: str) -> None:
+    h = start(linger=60.0, history_size=2)
+    (seen,) = h.backplane.peek(["a"], [None])
+    h.publish("a", *("123" if how == "trimmed" else "1"))
+    if how == "deleted":
+        h.backplane.delete("a")
+    elif how == "lapsed":
+        h.advance(61)
+    for since in (seen.position, seen.position):
+        (joined,) = h.backplane.peek(["a"], [since])
+        assert joined.gap
+    (joined,) = h.backplane.subscribe(["a"], [seen.position])
+    assert joined.gap
+
+
+def test_who_looks_keeps_a_channel_lingering(start: Open) -> None:
+    h = start(linger=60.0)
+    h.publish("a", "1")
+    for _ in range(3):
+        h.advance(40)
+        h.backplane.peek(["a"], [None])
+    assert h.kept("a") == ["1"]
+
+
+def test_a_place_in_no_log_is_another_for_another_service(h: Harness) -> None:
+    (joined,) = h.backplane.subscribe(["a"], [Position(12345, 5)])
+    assert joined.gap
+    (joined,) = h.backplane.peek(["b"], [Position(12345, 5)])
+    assert joined.gap
+
+
+# -- 3. joining, with others
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -430,6 +554,18 @@ def test_a_message_for_nobody_waits_for_a_subscriber(h: Harness) -> None:
     h.publish("a", "1")
     (joined,) = h.backplane.subscribe(["a"], [OLDEST])
     assert bodies(joined.messages) == ["1"]
+
+
+@own_bounds
+def test_who_listens_to_names_without_messages_pushes_out_no_history(start: Open) -> None:
+    h = start(max_idle=2)
+    (position, *_) = h.publish("a", "1")
+    for number in range(10):
+        h.join(f"vacant{number}")
+        h.backplane.unsubscribe([f"vacant{number}"])
+    wait_until(lambda: h.totals()["channels"] == 3)
+    (joined,) = h.backplane.peek(["a"], [Position(position.epoch, 0)])
+    assert (bodies(joined.messages), joined.gap) == (["1"], False)
 
 
 @own_bounds

@@ -1,0 +1,121 @@
+"""Pages of history for the subscribers of this process: each read once for all who stand at the same place.
+
+Neighbours: `comet.hub`, which has one; `comet.subscriber`, whose `Awake` asks for the next page when its client has taken the last. A page
+that has more behind it never changes: nothing is put between two offsets of an epoch. So it is kept, within a bound in bytes, for those
+who come to the same place later. The last page is not: what it lacks is what is delivered.
+"""
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Final, Protocol
+
+import gevent
+from gevent.lock import BoundedSemaphore
+
+from comet.errors import Refusal
+from comet.history import Joined
+from comet.message import Position
+from comet.turn import give_way
+
+AT_ONCE: Final = 100
+"""Subscribers that go on together: half a millisecond."""
+
+READS: Final = 4
+"""Pages that are read at a time: so many are in the memory of whoever orders the messages, for this process, beside live messages."""
+
+AGAIN: Final = 0.5
+"""Seconds until a page is asked for again that could not be read."""
+
+Read = Callable[[str, Position], Joined | None]
+"""Reads the page that follows a position, as large as it may be now; None if there is no such channel. Blocks, and raises Refusal."""
+
+log = logging.getLogger("comet.replays")
+
+
+class Reader(Protocol):
+    """A subscriber, as far as it is known here."""
+
+    @property
+    def ended(self) -> bool: ...
+    def page(self, channel: str, answer: Joined, cost: int) -> None: ...
+    def go_on(self) -> None: ...
+    def end(self, reason: str) -> None: ...
+
+
+class Replays:
+    """Reads pages by `read`, and keeps at most `most` bytes of them (as `Message.cost` counts)."""
+
+    def __init__(self, read: Read, most: int) -> None:
+        self._read = read
+        self._most = most
+        self._waiting: dict[tuple[str, Position], list[Reader]] = {}
+        self._kept: OrderedDict[tuple[str, Position], Joined] = OrderedDict()
+        """The one that was used last at the end."""
+        self._bytes = 0
+        self._slots = BoundedSemaphore(READS)
+
+    def ask(self, reader: Reader, channel: str, position: Position) -> None:
+        """Have `reader` given the page that follows `position`, soon. Does not block."""
+        place = channel, position
+        waiting = self._waiting.get(place)
+        if waiting is None:
+            self._waiting[place] = [reader]
+            gevent.spawn(self._serve, place)
+        else:
+            waiting.append(reader)
+
+    def _serve(self, place: tuple[str, Position]) -> None:
+        channel, _ = place
+        waiting = self._waiting[place]
+        try:
+            kept = place in self._kept
+            page = self._page(place, waiting)
+            del self._waiting[place]
+            cost = 0 if kept or page is None else _cost(page) // len(waiting)
+            for reader in waiting:  # at the answer's place among the deliveries, where it is read just now
+                if page is not None and not reader.ended:
+                    reader.page(channel, page, cost)
+        except BaseException:
+            for reader in self._waiting.pop(place, waiting):
+                reader.end("unreadable")  # they would wait for ever; they resume by their cursors
+            raise
+        for index, reader in enumerate(waiting):
+            if index % AT_ONCE == AT_ONCE - 1:
+                give_way()
+            if reader.ended:
+                continue
+            if page is None:  # deleted meanwhile: `Hub.dropped` has ended them; or else forgotten
+                reader.end("unreadable")
+            else:
+                reader.go_on()
+
+    def _page(self, place: tuple[str, Position], waiting: list[Reader]) -> Joined | None:
+        """Return the page, kept or read; an empty one when nobody waits for it any more."""
+        page = self._kept.get(place)
+        if page is not None:
+            self._kept.move_to_end(place)
+            return page
+        with self._slots:
+            while not all(reader.ended for reader in waiting):
+                try:
+                    page = self._read(*place)
+                except Refusal as refusal:
+                    log.debug("a page of history can't be read: %s", refusal.detail)
+                    gevent.sleep(AGAIN)
+                    continue
+                if page is not None and page.more and not page.gap:
+                    self._keep(place, page)
+                return page
+        return Joined(place[1], (), False)
+
+    def _keep(self, place: tuple[str, Position], page: Joined) -> None:
+        self._kept[place] = page
+        self._bytes += _cost(page)
+        while self._bytes > self._most:
+            _, oldest = self._kept.popitem(last=False)
+            self._bytes -= _cost(oldest)
+
+
+def _cost(page: Joined) -> int:
+    return sum(message.cost for message in page.messages)
