@@ -117,6 +117,7 @@ from comet.kernel import check, limits, memory, processes  # noqa: E402
 from comet.kernel.stock import stock  # noqa: E402
 from comet.permit import Permit  # noqa: E402
 from comet.rest import Rest  # noqa: E402
+from comet.server.addresses import Addresses  # noqa: E402
 from comet.server.wsgi import CometServer  # noqa: E402
 from comet.stats import Stats  # noqa: E402
 from comet.subscriptions import Subscriptions  # noqa: E402
@@ -182,7 +183,7 @@ def serve(settings: Settings, listener: socket.socket, data: Path, place: Place 
     own = _own(place, stats, hub, capacity)
     said = _alone(own, hub) if place is None else partial(_together, place, own, hub if settings.backplane else None)
     subscriptions = _subscriptions(settings, data)
-    server = _server(listener, Context(hub, subscriptions, settings, stats, said, place.worker if place else 0), capacity)
+    server = _server(listener, Context(hub, subscriptions, settings, stats, said, place.worker if place else 0), capacity, place)
     stopping = _Stopping(settings.grace, place)
     collector.set_up(stats)
     server.start()
@@ -268,7 +269,7 @@ class _Stopping:
         self._told.set()
 
 
-def _server(listener: socket.socket, context: Context, capacity: int) -> CometServer:
+def _server(listener: socket.socket, context: Context, capacity: int, place: Place | None) -> CometServer:
     """The endpoints, on the listener."""
     application = Bottle()
     handlers.mount(application, context)
@@ -276,7 +277,9 @@ def _server(listener: socket.socket, context: Context, capacity: int) -> CometSe
     roll = logs.Roll() if context.settings.log_clients else None
     if roll is not None:
         context.hub.left = roll.left
-    return CometServer(listener, application, reader, caller, context.hub, context.settings, context.stats, capacity, roll)
+    most = context.settings.max_per_address
+    addresses = None if place is None else Addresses(most, place.counts, place.column, place.workers)
+    return CometServer(listener, application, reader, caller, context.hub, context.settings, context.stats, capacity, addresses, roll)
 
 
 def _speak(notifier: systemd.Notifier, stats: Stats, capacity: int) -> None:

@@ -40,7 +40,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Self
 
-from comet.board import Board
+from comet.board import FIRST_WORKER, Board
+from comet.counts import Counts
 from comet.kernel import limits
 from comet.kernel.processes import close, fork, give_back, give_way, waitpid
 from comet.kernel.sockets import epoll
@@ -59,7 +60,7 @@ log = logging.getLogger("comet.generation")
 class Orders(NamedTuple):
     """What the supervisor tells a generation. All but `number`, `workers` (how many), `first_slot` (the board's, of
     worker 0) and `router`, the path of the router's socket, are descriptors that it inherits. Where there are fewer `listeners`
-    than workers, some workers share one, with its queue."""
+    than workers, some workers share one, with its queue. A supervisor of an older comet has no `counts`."""
 
     number: int
     workers: int
@@ -69,10 +70,11 @@ class Orders(NamedTuple):
     lifeline: int
     events: int
     router: str
+    counts: int | None = None
 
     def descriptors(self) -> list[int]:
         """Those that it inherits."""
-        return [*self.listeners, self.board, self.lifeline, self.events]
+        return [*self.listeners, self.board, self.lifeline, self.events, *(() if self.counts is None else (self.counts,))]
 
     def text(self) -> str:
         """For the environment."""
@@ -88,7 +90,8 @@ class Orders(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class Place:
     """What a worker has of the service: its number (`worker`, from 0) among how many (`workers`), its listener, its slot
-    of the board, the path of the router's socket, and the end of the lifeline that ends when the supervisor does."""
+    of the board, its column of the counts of connections by address (None if each worker counts for itself), the path of the
+    router's socket, and the end of the lifeline that ends when the supervisor does."""
 
     generation: int
     worker: int
@@ -96,6 +99,8 @@ class Place:
     listener: socket.socket
     board: Board
     slot: int
+    counts: Counts | None
+    column: int
     lifeline: int
     router: str
     events: int
@@ -218,7 +223,10 @@ class _Generation:
                 close(descriptor)
         board = Board.open(orders.board)
         slot = orders.first_slot + worker
-        return Place(orders.number, worker, orders.workers, listener, board, slot, orders.lifeline, orders.router, orders.events)
+        return Place(
+            orders.number, worker, orders.workers, listener, board, slot, None if orders.counts is None else Counts(orders.counts),
+            slot - FIRST_WORKER, orders.lifeline, orders.router, orders.events,
+        )  # fmt: skip
 
     def _reap(self) -> None:
         for worker, pid in list(self._workers.items()):

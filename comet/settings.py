@@ -129,7 +129,8 @@ class Settings:
     max_per_address: int = _knob(
         5000,
         "connections",
-        "One IPv4 address or IPv6 /64, in each worker. Behind a proxy set --trusted-proxies, or all clients share one.",
+        "One IPv4 address or IPv6 /64, in all workers (a tenth or one a worker more). Behind a proxy set --trusted-proxies, or all clients "
+        "share one.",
         least=1,
     )
     trusted_proxies: str = _knob(

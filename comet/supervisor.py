@@ -5,8 +5,8 @@ others. It owns what may never be lost, hands it on as descriptors, and decides 
 
 - the listeners (`comet.listeners`), one a worker, bound before anything is executed: what waits in the queue of a
   worker that died is served by the next one. Or those that a service manager passed on, and no others;
-- the router's Unix socket, the board (`comet.board`), and the *lifeline*, a pipe that nobody writes to:
-  it ends when this process does, and then so do all the others;
+- the router's Unix socket, the board (`comet.board`), the counts of connections by address (`comet.counts`), and the *lifeline*,
+  a pipe that nobody writes to: it ends when this process does, and then so do all the others;
 - the router process (`comet.router`), where no Redis is in its place, and a generation of workers (`comet.generation`).
 
 A new generation (SIGHUP) is the program executed anew: new code. Until it is ready the old one serves;
@@ -34,6 +34,7 @@ from typing import Any
 from comet import listeners, service, systemd
 from comet.board import FIRST_WORKER, ROUTER, SUPERVISOR, Board
 from comet.children import Generation, Reports, Router, Worker
+from comet.counts import Counts
 from comet.generation import Orders
 from comet.kernel import check, limits, sockets
 from comet.kernel.processes import adopt_orphans, give_back, waitpid
@@ -147,6 +148,7 @@ class Supervisor:
     def _open(self) -> None:
         """What the loop waits on, and what the others inherit."""
         self._board = Board.create(FIRST_WORKER + BANKS * self._plan.workers)
+        self._connections = Counts.create(BANKS * self._plan.workers)
         self._lifeline, self._lifeline_held = os.pipe()
         self._reports = Reports()
         self._loop = Loop((signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD), [self._reports.descriptor])
@@ -213,11 +215,17 @@ class Supervisor:
             return
         orders = Orders(
             next(self._numbers), workers, [listener.fileno() for listener in self._listeners], self._board.descriptor,
-            min(banks), self._lifeline, self._reports.inherited, self._router_path,
+            min(banks), self._lifeline, self._reports.inherited, self._router_path, self._connections.descriptor,
         )  # fmt: skip
         one = Generation.start(self._program, orders)
         self._generations.append(one)
+        self._use_columns()
         self._loop.later(2 * self._settings.hang_limit, lambda: self._check_ready(one))
+
+    def _use_columns(self) -> None:
+        """Have workers read the counts of those workers alone that can be there."""
+        first = max((one.first_slot for one in self._generations), default=FIRST_WORKER)
+        self._connections.use(first - FIRST_WORKER + self._plan.workers)
 
     def _fork(self, one: Generation, number: int) -> None:
         if not self._stopping and not one.leaving and not one.orphaned:
@@ -324,6 +332,7 @@ class Supervisor:
             self._loop.later(MARGIN, lambda: self._kill_process(one))
             return
         self._generations.remove(one)
+        self._use_columns()
         log.info("%s has ended", one)
         if self._stopping and not self._generations:
             self._stop_router()
@@ -377,11 +386,12 @@ class Supervisor:
         self._loop.later(delay, lambda: self._fork(one, number))
 
     def _forget(self, one: Generation, number: int) -> None:
-        """A worker has ended: its slot is free, and what it had counted stays the service's."""
+        """Keep what a worker that has ended had counted; free its slot, and give its connections back to their addresses."""
         said = self._board.look(one.slot(number))
         if said is not None:
             service.add(self._ended_counts, said.document, service.LASTING)
         self._board.clear(one.slot(number))
+        self._connections.clear(one.slot(number) - FIRST_WORKER)
 
     # -- the router
 

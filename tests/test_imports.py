@@ -16,7 +16,7 @@ SERVER = {
     "comet.turn",
 }  # fmt: skip
 HUB = {*SPOKEN, "comet.backplane", "comet.fanout", "comet.framing", "comet.history", "comet.stats", "comet.subscriber", "comet.turn"}
-PROCESSES = {"comet.board", "comet.kernel", "comet.settings"}
+PROCESSES = {"comet.board", "comet.counts", "comet.kernel", "comet.settings"}
 REDIS = {
     *SPOKEN, "comet.history", "comet.turn", "comet.backplane", "comet.backplane.redis_dial", "comet.backplane.redis_scripts",
     "comet.backplane.redis_format", "comet.backplane.redis_link", "comet.backplane.redis_shards", "comet.backplane.redis_calls",
@@ -82,6 +82,7 @@ ALLOWED: dict[str, set[str]] = {
     "comet.subscriber": {"comet.message", "comet.framing", "comet.history"},
     "comet.fanout": {"comet.message", "comet.framing"},
     "comet.board": set(),
+    "comet.counts": set(),
     "comet.router": {
         *SPOKEN,
         "comet.history",
@@ -129,6 +130,7 @@ ALLOWED: dict[str, set[str]] = {
     "comet.backplane.redis_malformed": set(),
     # the server, which knows a subscriber only by its small interface
     "comet.server": set(),
+    "comet.server.addresses": {"comet.counts"},
     "comet.server.appointments": set(),
     "comet.server.body": SERVER,
     "comet.server.blocks": SERVER,

@@ -198,7 +198,7 @@ def test_one_newcomer_that_fails_costs_the_others_nothing(server: CometServer, m
     for client in clients:
         client.close()
     wait_until(lambda: not server.stats.connections)
-    assert not server._networks
+    assert not server.addresses.own
 
 
 @pytest.mark.parametrize("seen", [0, 2])

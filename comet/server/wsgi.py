@@ -10,7 +10,6 @@ import logging
 import os
 import socket
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from itertools import count
 from typing import Any
@@ -22,6 +21,7 @@ from gevent.pywsgi import WSGIServer, format_date_time
 from comet.errors import Refusal
 from comet.log import Roll
 from comet.origins import Origins
+from comet.server.addresses import Addresses
 from comet.server.blocks import MAX_REQUEST, STAND_INS, Lifted, lift
 from comet.server.connection import Connection
 from comet.server.crew import Crew
@@ -55,7 +55,8 @@ class CometServer(WSGIServer):
 
     `wishes` is the application's short way for a GET that waits (see `Shortcut`), and `hub` answers a
     wish with a subscriber. `capacity` is how many connections the server holds at most; the rest are
-    told so and closed. `roll` keeps who waits, with ``--log-clients``.
+    told so and closed. `addresses` counts them by address; without it this server counts alone. `roll` keeps who waits, with
+    ``--log-clients``.
     """
 
     max_accept = 1
@@ -71,6 +72,7 @@ class CometServer(WSGIServer):
         settings: Settings,
         stats: Stats,
         capacity: int,
+        addresses: Addresses | None = None,
         roll: Roll | None = None,
     ) -> None:
         super().__init__(listener, application, log=None, error_log=log)
@@ -99,7 +101,7 @@ class CometServer(WSGIServer):
         self._crew = Crew()
         self._newcomers = Newcomers(self, hub, self._crew)
         self.attend_asleep = self._newcomers.attend_asleep
-        self._networks: Counter[str] = Counter()
+        self.addresses = addresses or Addresses(settings.max_per_address)
         self.refusing = 0
         """Connections that are being turned away."""
         self._empty = Event()
@@ -146,9 +148,8 @@ class CometServer(WSGIServer):
     def _admit(self, descriptor: int, host: str) -> None:
         """Serve a new connection, or say why not."""
         network = (None if self.proxies is None else self.proxies.proxy(host)) or network_of(host)
-        refusal = self._refusal(network)
+        refusal = self._count(network)
         if refusal is None:
-            self._count(network, 1)
             self.stats.accepted += 1
             self.stats.connections += 1
             self._newcomers.serve(descriptor, network)
@@ -168,51 +169,47 @@ class CometServer(WSGIServer):
         Raises Refusal ``address-full``."""
         network = Behind(network_of(client))
         network.proxy = proxy
-        refusal = self._address_full(network)
+        refusal = self._count_address(network)
         if refusal is not None:
             raise refusal
-        self._count(network, 1)
         return network
 
     def rested(self, network: str) -> str:
         """An answer is over: the network that its connection is of between two requests."""
         if not isinstance(network, Behind):
             return network
-        self._count(network, -1)
+        self.addresses.remove(network)
         return network.proxy
 
     def new_id(self) -> str:
         """Of a request that was given none."""
         return next(self._ids)
 
-    def _refusal(self, network: str) -> Refusal | None:
+    def _count(self, network: str) -> Refusal | None:
+        """Count a new connection by its address, or return why it is not let in."""
         if self.draining:
             return Refusal("draining", "This server is stopping; connect again, to another one or a little later.")
         if self.stats.connections >= self.capacity:
             return Refusal(
                 "worker-full", f"This process holds its {self.capacity} connections; try again later, or start more (--max-connections)."
             )
-        return None if isinstance(network, Proxy) else self._address_full(network)
+        return None if isinstance(network, Proxy) else self._count_address(network)
 
-    def _address_full(self, network: str) -> Refusal | None:
+    def _count_address(self, network: str) -> Refusal | None:
+        if self.addresses.add(network):
+            return None
         most = self.settings.max_per_address
-        if self._networks[network] >= most:
-            return Refusal("address-full", f"{network} has {most} connections open; close some (--max-per-address is the limit).")
-        return None
+        return Refusal("address-full", f"{network} has {most} connections open; close some (--max-per-address is the limit).")
 
     def gone(self, network: str) -> None:
         """A connection that was let in has been closed."""
-        self._count(self.rested(network), -1)
+        if isinstance(network, Behind):
+            self.rested(network)
+        elif not isinstance(network, Proxy):
+            self.addresses.remove(network)
         self.stats.connections -= 1
         if not self.stats.connections:
             self._empty.set()
-
-    def _count(self, network: str, change: int) -> None:
-        if isinstance(network, Proxy):
-            return
-        self._networks[network] += change
-        if not self._networks[network]:
-            del self._networks[network]
 
     # -- between sleep and greenlet
 

@@ -68,7 +68,7 @@ def note(self, *arguments):
 def probe():
     (server,) = servers
     owned = sum(owner is not None for owner in server.parking._owners)
-    print("probe", json.dumps({"awake": len(server.awake), "parked": owned, "networks": dict(server._networks)}), flush=True)
+    print("probe", json.dumps({"awake": len(server.awake), "parked": owned, "networks": dict(server.addresses.own)}), flush=True)
 
 wsgi.CometServer.__init__ = note
 gevent.signal_handler(signal.SIGUSR1, probe)
