@@ -31,6 +31,7 @@ STATUS: dict[str, int] = {
     # who may
     "unauthorized": 401,
     "origin-refused": 403,
+    "host-refused": 421,
     # limits
     "header-timeout": 408,
     "body-timeout": 408,

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from comet.arguments import Parser, meant
+from comet.hosts import Hosts
 from comet.origins import Origins
 
 AUTO = -1
@@ -57,6 +58,12 @@ class Settings:
         "origins, comma-separated",
         "Web origins whose pages may read and publish (CORS), with credentials, such as https://example.org: scheme, host and perhaps "
         "port. * is all, without credentials.",
+    )
+    hosts: str = _knob(
+        "",
+        "names, comma-separated",
+        "Names by which the service may be asked for (Host), beside addresses and localhost, such as push.example.org; any other is "
+        "refused. Without this, all names with a publish key, and those without a dot where there is none. * is all.",
     )
     workers: int = _knob(
         0,
@@ -135,8 +142,8 @@ class Settings:
     trusted_proxies: str = _knob(
         "",
         "networks, comma-separated",
-        "Proxies whose X-Forwarded-For and X-Request-ID are believed, such as 127.0.0.1,10.0.0.0/8: the client is the right-most address "
-        "there that is none of them.",
+        "Proxies whose X-Forwarded-For, X-Forwarded-Proto and X-Request-ID are believed, such as 127.0.0.1,10.0.0.0/8: the client is "
+        "the right-most address there that is none of them.",
     )
     max_header: int = _knob(16384, "bytes", "Request line and headers; browsers stay below 8 KiB.", least=512, most=1 << 20)
     max_body: int = _knob(65536, "bytes", "One message. Larger things are better pushed as a link.", least=1, most=1 << 26)
@@ -215,6 +222,10 @@ def objection(settings: Settings, hosts: Sequence[str] = ()) -> str | None:
         Origins(settings.origins)
     except ValueError as error:
         return f"--origins: {error}"
+    try:
+        Hosts(settings.hosts)
+    except ValueError as error:
+        return f"--hosts: {error}"
     for host in hosts or (settings.host,):
         loopback = host in ("localhost", "::1") or host.startswith("127.")
         if not settings.publish_key and not settings.open and not loopback:

@@ -18,7 +18,7 @@ from comet.framing import Framing, json_line
 from comet.hub import Hub
 from comet.log import Origin
 from comet.message import Since, parse_cursor, resume_from
-from comet.origins import Origins
+from comet.origins import Origins, is_own
 from comet.refusals import wants_events
 from comet.settings import Settings
 from comet.stats import Stats
@@ -241,7 +241,10 @@ def check_publish_key(settings: Settings, authorization: str) -> None:
 
 def check_origin(origins: Origins) -> None:
     """Raises Refusal ``origin-refused`` for a page of an origin that may not write here: a browser
-    would send a simple POST to any address its user can reach, loopback included."""
+    would send a simple POST to any address its user can reach, loopback included. The service's own is that of its Host, with the
+    scheme that a trusted proxy names, or either where none does."""
     origin = request.headers.get("Origin")
-    if origin is not None and not origins.allow(origin) and origin.partition("://")[2] != request.headers.get("Host"):
+    if origin is None or origins.allow(origin):
+        return
+    if not is_own(origin, request.headers.get("Host", ""), request.environ.get("comet.scheme", "")):
         raise Refusal("origin-refused", f"Pages of {origin[:200]} may not publish here; --origins names those that may.")

@@ -12,8 +12,8 @@ from tests.harness import ROOT
 
 SPOKEN = {"comet.errors", "comet.message"}
 SERVER = {
-    "comet.errors", "comet.refusals", "comet.log", "comet.origins", "comet.settings", "comet.stats", "comet.kernel", "comet.server",
-    "comet.turn",
+    "comet.errors", "comet.refusals", "comet.hosts", "comet.log", "comet.origins", "comet.settings", "comet.stats", "comet.kernel",
+    "comet.server", "comet.turn",
 }  # fmt: skip
 HUB = {*SPOKEN, "comet.backplane", "comet.fanout", "comet.framing", "comet.history", "comet.stats", "comet.subscriber", "comet.turn"}
 PROCESSES = {"comet.board", "comet.kernel", "comet.settings"}
@@ -43,8 +43,9 @@ ALLOWED: dict[str, set[str]] = {
     "comet.database": set(),
     "comet.errors": set(),
     "comet.origins": set(),
+    "comet.hosts": {"comet.origins"},
     "comet.refusals": {"comet.errors"},
-    "comet.settings": {"comet.arguments", "comet.origins"},
+    "comet.settings": {"comet.arguments", "comet.hosts", "comet.origins"},
     "comet.stats": set(),
     "comet.turn": set(),
     "comet.permit": {"comet.turn"},

@@ -26,6 +26,7 @@ from gevent.pywsgi import WSGIHandler
 from comet import log as logs
 from comet import refusals
 from comet.errors import Refusal
+from comet.hosts import Hosts
 from comet.log import Origin, Roll
 from comet.origins import Origins
 from comet.server.blocks import Lifted
@@ -59,6 +60,7 @@ class Owner(Host, Protocol):
     proxies: Proxies | None
     roll: Roll | None
     origins: Origins
+    hosts: Hosts
     hibernate: bool
     draining: bool
     closing: bool
@@ -302,13 +304,14 @@ class Connection(Transport, WSGIHandler):
         self.response_length = 0
         settings = self.server.settings
         self._body = None if head.length == 0 else RequestBody(self, head, settings.body_timeout, settings.max_header)
-        if isinstance(self.network, Proxy):
-            try:
+        try:
+            if isinstance(self.network, Proxy):
                 self._borrow(self.network, head.headers.get("x-forwarded-for", ""), head.headers.get("x-request-id", ""))
-            except Refusal as refusal:
-                self.close_connection = True
-                self.answer_refusal(refusal, head)
-                return
+            self._check_host(head)
+        except Refusal as refusal:
+            self.close_connection = True
+            self.answer_refusal(refusal, head)
+            return
         self.environ = self._environ(head)
         self.application = self.server.application
         self._guard(self._run, None)
@@ -324,6 +327,17 @@ class Connection(Transport, WSGIHandler):
         if _ID.fullmatch(request_id):
             self._request_id = request_id
         self.network = self.server.lend(self._address, proxy)
+
+    def _check_host(self, head: Head) -> None:
+        """Raise Refusal ``host-refused`` if the service is asked for by a name that is none of its own. A short way has asked the same
+        when it learned the headers (`comet.server.blocks`)."""
+        host = head.headers.get("host", "")
+        if not self.server.hosts.allow(host):
+            raise Refusal(
+                "host-refused",
+                f"This service answers to addresses, localhost and the names in --hosts, and {host[:200]} is none of them: ask for one "
+                "of those, or name it there.",
+            )
 
     def origin(self) -> Origin:
         """Whose request is under way, for the log and in answers to what went wrong: ``environ["comet.origin"]``."""
@@ -517,6 +531,7 @@ class Connection(Transport, WSGIHandler):
         environ["REMOTE_ADDR"], environ["REMOTE_PORT"] = self.socket.getpeername()[:2]
         if self._address:
             environ["REMOTE_ADDR"] = self._address
+            environ["comet.scheme"] = head.headers.get("x-forwarded-proto", "")
         for name, value in head.headers.items():
             environ["HTTP_" + name.upper().replace("-", "_")] = value
         if (kind := environ.pop("HTTP_CONTENT_TYPE", None)) is not None:

@@ -20,6 +20,7 @@ from gevent.event import Event
 from gevent.pywsgi import WSGIServer, format_date_time
 
 from comet.errors import Refusal
+from comet.hosts import Hosts
 from comet.log import Roll
 from comet.origins import Origins
 from comet.server.blocks import MAX_REQUEST, STAND_INS, Lifted, lift
@@ -84,6 +85,7 @@ class CometServer(WSGIServer):
         """Who waits for a request is closed."""
         self.roll = roll
         self.origins = Origins(settings.origins)
+        self.hosts = Hosts(settings.hosts, settings.host, keyed=bool(settings.publish_key))
         self.proxies = Proxies(networks(settings.trusted_proxies)) if settings.trusted_proxies else None
         self.parking = Parking(self, settings.idle_timeout, settings.heartbeat, self.date, self.proxies is not None)
         self.awake: set[Connection] = set()
@@ -92,8 +94,8 @@ class CometServer(WSGIServer):
         """Those of them that wait for a request to begin."""
         # these read of a request only what is asked for: not what it is called, which the roll keeps, nor whose it is
         stand_ins = STAND_INS if self.proxies is not None else {}
-        self.shortcut = Shortcut(wishes, settings.max_header, stand_ins) if roll is None else LongWay()
-        self.posts = Posts(calls, settings.max_header, stand_ins) if roll is None else LongWay()
+        self.shortcut = Shortcut(wishes, settings.max_header, stand_ins, self.hosts) if roll is None else LongWay()
+        self.posts = Posts(calls, settings.max_header, stand_ins, self.hosts) if roll is None else LongWay()
         self.subscribe = hub.subscribe
         self._subscribe_asleep = hub.subscribe_asleep
         self._crew = Crew()
