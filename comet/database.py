@@ -17,6 +17,7 @@ How it is kept
 """
 
 import logging
+import os
 import re
 import sqlite3
 import tempfile
@@ -57,6 +58,9 @@ _SCHEMA: Final = (
 DROP_INDEX: Final = "DROP INDEX following"
 MAKE_INDEX: Final = _SCHEMA[1]
 
+_FILES: Final = (NAME, f"{NAME}-wal", f"{NAME}-shm")
+"""The file, and its log and the index of that, which SQLite makes beside it and gives the mode of the file."""
+
 _NUMBER = re.compile(r"0|-?[1-9][0-9]{0,18}", re.ASCII)
 
 log = logging.getLogger("comet.database")
@@ -85,20 +89,23 @@ def path_in(folder: Path) -> Path:
 
 def prepare(folder: Path, *, whole: bool) -> None:
     """Make folder and file where they are missing, and see that they can be used: `whole` reads all of it,
-    about two seconds for 15 million rows. Raises Unusable."""
+    about two seconds for 15 million rows. Nobody but their owner may read them from then on. Raises Unusable."""
     path = path_in(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with closing(_connect(path)) as database:
-            _judge(database, path)
-            _make(database)
-            if whole:
-                _check(database, path)
+        folder.mkdir(0o700, parents=True, exist_ok=True)
     except FileExistsError as error:
         raise Unusable(f"{folder} is not a folder; name another with --data.") from error
     except OSError as error:
         raise Unusable(f"The data folder {folder} can't be made: {error.strerror}. {_ELSEWHERE}") from error
-    except sqlite3.Error as error:
+    try:
+        _create(path)
+        with closing(_connect(path)) as database:
+            _judge(database, path)
+            _make(database)
+            _make_private(folder)
+            if whole:
+                _check(database, path)
+    except (OSError, sqlite3.Error) as error:
         raise Unusable(_unwritable(folder, path) or _why(path, error)) from error
 
 
@@ -139,6 +146,34 @@ def transaction(database: sqlite3.Connection) -> Iterator[None]:
 
 def _connect(path: Path, patience: float = PATIENCE) -> sqlite3.Connection:
     return sqlite3.connect(path, timeout=patience, isolation_level=None, check_same_thread=False)
+
+
+def _create(path: Path) -> None:
+    """Make an empty file if there is none: SQLite would let everybody read it."""
+    try:
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
+    except FileExistsError:
+        pass  # SQLite says what is there
+
+
+def _make_private(folder: Path) -> None:
+    """Take the rights of all but the owner from the files, and from the folder if nothing else is in it: another one, such as /tmp or a
+    home, is not comet's alone. What belongs to another user stays as it is."""
+    for name in _FILES:
+        _keep_to_owner(folder / name, 0o600)
+    if folder.stat().st_uid == os.geteuid() and all(one.name in _FILES for one in folder.iterdir()):
+        _keep_to_owner(folder, 0o700)
+
+
+def _keep_to_owner(path: Path, mode: int) -> None:
+    try:
+        found = path.stat()
+        if found.st_mode & 0o077 and found.st_uid == os.geteuid():
+            path.chmod(mode)
+    except FileNotFoundError:
+        pass  # there is no log, or another process has just put it away
+    except OSError as error:  # a file system without modes has other ways
+        log.warning("%s may be read by others, and that can't be changed: %s", path, error.strerror)
 
 
 def _judge(database: sqlite3.Connection, path: Path) -> None:
@@ -198,7 +233,7 @@ def _unwritable(folder: Path, path: Path) -> str | None:
     return None
 
 
-def _why(path: Path, error: sqlite3.Error) -> str:
+def _why(path: Path, error: OSError | sqlite3.Error) -> str:
     if getattr(error, "sqlite_errorname", "").startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):
         return f"{path} is damaged ({error}); put a copy in its place, or name another folder with --data."
     return f"{path} can't be used: {error}. Free it or its disk, or name another folder with --data."

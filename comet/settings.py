@@ -83,7 +83,10 @@ class Settings:
     grace: float = _knob(10.0, "seconds", "From SIGTERM to the exit at the latest: time for answers under way.")
 
     data: str = _knob(
-        "", "folder", "Where the subscriptions are kept. Without it they last as long as the service: a file that is removed at its end."
+        "",
+        "folder",
+        "Where the subscriptions are kept, for the service's user alone (mode 0700, the file 0600). Without it they last as long as "
+        "the service: a file that is removed at its end.",
     )
 
     backplane: str = _knob(

@@ -1,9 +1,11 @@
 """Who follows whom, in SQLite: what is stored how, and what must not hurt it. The calls: `tests.contracts`."""
 
+import errno
 import os
 import random
 import signal
 import sqlite3
+import stat
 import subprocess
 import sys
 import threading
@@ -219,6 +221,80 @@ def test_many_processes_may_open_it_at_the_same_moment(tmp_path: Path) -> None:
 def test_the_folder_is_made(tmp_path: Path) -> None:
     prepare(tmp_path / "a" / "b", whole=False)
     assert rows(tmp_path / "a" / "b") == []
+
+
+def modes(folder: Path) -> dict[str, int]:
+    """Of the folder (".") and of what is in it."""
+    return {".": stat.S_IMODE(folder.stat().st_mode)} | {one.name: stat.S_IMODE(one.stat().st_mode) for one in folder.iterdir()}
+
+
+PRIVATE = {".": 0o700, database.NAME: 0o600, f"{database.NAME}-wal": 0o600, f"{database.NAME}-shm": 0o600}
+
+
+def test_nobody_but_its_owner_may_read_what_is_made(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        folder = tmp_path / "a" / "data"
+        prepare(folder, whole=True)
+        reader, writer = open_reader(folder), open_writer(folder)
+        writer.execute("INSERT INTO follows VALUES (1, 2)")
+        assert modes(folder) == PRIVATE
+        assert modes(folder.parent)["."] == 0o777, "which may hold something else"
+        writer.close()
+        reader.close()
+    finally:
+        os.umask(before)
+
+
+def test_nor_what_was_there_while_others_have_it_open(folder: Path) -> None:
+    """As an earlier comet made it."""
+    reader = open_reader(folder)
+    for name, mode in modes(folder).items():
+        (folder / name).chmod(mode | 0o055)
+    prepare(folder, whole=False)
+    assert modes(folder) == PRIVATE
+    reader.close()
+
+
+@pytest.mark.parametrize("mode", [0o1777, 0o755])
+def test_a_folder_with_something_else_in_it_is_left_as_it_is(folder: Path, mode: int) -> None:
+    """As /tmp is, or a home: the file is closed to others, they are not."""
+    (folder / "diary").touch(0o644)
+    (folder / "diary").chmod(0o644)
+    database.path_in(folder).chmod(0o644)
+    folder.chmod(mode)
+    prepare(folder, whole=False)
+    assert modes(folder) == {".": mode, "diary": 0o644, database.NAME: 0o600}
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+def test_what_belongs_to_another_user_is_left_as_it_is(folder: Path) -> None:
+    for path in (folder, database.path_in(folder)):
+        path.chmod(0o755)
+        os.chown(path, 65534, 65534)
+    prepare(folder, whole=False)
+    assert modes(folder) == {".": 0o755, database.NAME: 0o755}
+
+
+def test_another_programs_file_keeps_its_mode(folder: Path) -> None:
+    foreign(folder)
+    database.path_in(folder).chmod(0o644)
+    folder.chmod(0o755)
+    with pytest.raises(Unusable):
+        prepare(folder, whole=False)
+    assert modes(folder) == {".": 0o755, database.NAME: 0o644}
+
+
+def test_a_mode_that_can_not_be_changed_is_told_and_no_reason_to_stop(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(path: Path, mode: int) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    database.path_in(folder).chmod(0o644)
+    monkeypatch.setattr(Path, "chmod", refuse)
+    prepare(folder, whole=True)
+    assert f"{database.path_in(folder)} may be read by others, and that can't be changed: Operation not permitted" in caplog.text
 
 
 def corrupted(folder: Path) -> None:
