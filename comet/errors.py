@@ -96,6 +96,7 @@ class Refusal(Exception):
 CLOSINGS: dict[str, str] = {
     "answered": "A long poll got its answer: messages, or an empty one when its time was up.",
     "hang-up": "The client closed its connection, or its sending side, while it waited.",
+    "chatty": "The client sent 64 KiB or more behind the request of a stream, where nothing more is read.",
     "lost": "The connection broke while something was written to it.",
     "backlog-bytes": "More messages waited for the client than --backlog allows, or --busy-backlog, for a minute, if it keeps taking.",
     "backlog-time": "The client took nothing for --send-timeout.",

@@ -25,7 +25,7 @@ class Floor:
     def again(self, descriptor: int, network: str, data: bytes) -> bool:
         return False
 
-    def resume(self, descriptor: int, network: str, subscriber: Any, data: Any) -> None:
+    def resume(self, descriptor: int, network: str, said: bytes, subscriber: Any = None, rest: Any = b"") -> None:
         raise AssertionError("nothing here wakes")
 
     def gone(self, network: str) -> None:

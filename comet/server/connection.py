@@ -31,7 +31,7 @@ from comet.origins import Origins
 from comet.server.blocks import Lifted
 from comet.server.body import RequestBody
 from comet.server.http import Head, origin_in, split_head
-from comet.server.parking import Sleeper
+from comet.server.parking import REQUEST_SIZE, Sleeper
 from comet.server.posts import Call, Posts
 from comet.server.proxies import Behind, Proxies, Proxy
 from comet.server.short import LongWay, Shortcut
@@ -382,7 +382,7 @@ class Connection(Transport, WSGIHandler):
     def _release(self) -> None:
         """The answer is over, or goes on without this greenlet: then the socket is gone."""
         if self.parked is not None and self.descriptor >= 0:
-            self.server.parking.take(self.descriptor)
+            self.buffer += self.server.parking.take(self.descriptor)
             if not self.parked.one_shot:
                 self.close_connection = True  # a stream's connection ends with it: its client may not be reading
             self.parked.close()
@@ -479,10 +479,10 @@ class Connection(Transport, WSGIHandler):
         watched = False
         while True:
             items = awake.take(0)
-            if items == [] and (awake.patience != 0 or not parked.one_shot):
+            if items == [] and not (parked.one_shot and (awake.patience == 0 or len(self.buffer) >= REQUEST_SIZE)):
                 if server.hibernate and awake.quiet and not self.buffer:
-                    server.parking.take(self.descriptor)  # where it was watched
-                    server.parking.sleep(self.descriptor, self.network, parked, awake.patience)
+                    said = server.parking.take(self.descriptor)  # where it was watched
+                    server.parking.sleep(self.descriptor, self.network, parked, awake.patience, said)
                     self.detach()
                     return
                 if not watched:

@@ -237,15 +237,12 @@ class CometServer(WSGIServer):
         self.parking.again(descriptor, network, subscriber, wish.patience)
         return True
 
-    def resume(self, descriptor: int, network: str, subscriber: Sleeper | None, data: bytes | memoryview) -> None:
+    def resume(self, descriptor: int, network: str, said: bytes, subscriber: Sleeper | None = None, rest: bytes | memoryview = b"") -> None:
         """See `Floor`."""
         connection = Connection(descriptor, self, network)
-        if subscriber is None:
-            connection.buffer += data
-            self._crew.run(connection.handle, b"")
-        else:
-            connection.parked = subscriber
-            self._crew.run(connection.handle, data)
+        connection.buffer += said
+        connection.parked = subscriber
+        self._crew.run(connection.handle, rest)
 
     # -- stopping
 
