@@ -193,7 +193,7 @@ def test_who_has_no_heartbeat_is_asked_for_a_sign_of_life(parking: Parking, monk
 def test_who_is_awake_and_watched_is_asked_for_a_sign_of_life_where_nothing_is_ever_sent_by_itself(
     parking: Parking, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """An answer that closes its connection never sleeps (HTTP/1.0)."""
+    """With ``--hibernate off``, or while something is being sent."""
     asked: list[int] = []
     monkeypatch.setattr(module, "SILENCE", 0.6)
     monkeypatch.setattr(module, "GRAIN", 10)

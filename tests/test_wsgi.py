@@ -101,6 +101,7 @@ def test_who_was_to_wait_is_released_where_the_answer_fails_and_the_client_has_g
 
     class Waiting:
         one_shot = True
+        framing = POLL
         said: ClassVar[list[str]] = []
 
         def end(self, reason: str) -> None:

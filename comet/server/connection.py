@@ -98,6 +98,8 @@ class Connection(Transport, WSGIHandler):
         """The request that a short way has read, until it is answered: what to say where it is refused stands in its headers."""
         self.parked: Sleeper | None = None
         """Whose answer is under way, when it is a subscriber's."""
+        self._watched = False
+        """The parking watches the client meanwhile."""
         self.command = self.path = ""
         self._address = self._request_id = ""
         self._web_origin = ""
@@ -383,7 +385,8 @@ class Connection(Transport, WSGIHandler):
         """The answer is over, or goes on without this greenlet: then the socket is gone."""
         if self.parked is not None and self.descriptor >= 0:
             self.buffer += self.server.parking.take(self.descriptor)
-            if not self.parked.one_shot:
+            self._watched = False
+            if self.parked.framing.closes:
                 self.close_connection = True  # a stream's connection ends with it: its client may not be reading
             self.parked.close()
         self.parked = None
@@ -399,31 +402,17 @@ class Connection(Transport, WSGIHandler):
             return
         self.response_headers = [pair for pair in self.response_headers if pair[0] != b"Content-Length"]
         self.provided_content_length = None
-        if self.request_version == "HTTP/1.0" or self.close_connection or self._body_is_left:
-            self._attend_plainly()
-        else:
-            self.parked.framing = self.parked.framing.with_headers(self._more_headers())
-            self._attend()
+        framing = self.parked.framing.with_headers(self._more_headers())
+        if self.close_connection or self._body_is_left or self.server.draining:
+            framing = framing.closing()
+        self.parked.framing = framing.unchunked() if self.request_version == "HTTP/1.0" and not self.parked.one_shot else framing
+        self._attend()
 
     def _more_headers(self) -> list[tuple[str, str]]:
         """What the application's answer has beyond the framing's own headers, such as a web origin's."""
         usual = {name for name, _ in self.parked.framing.headers(self.parked.cursor)} if self.parked else set()
         pairs = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in self.response_headers]
         return [pair for pair in pairs if pair[0] not in usual]
-
-    def _attend_plainly(self) -> None:
-        """For a connection that ends with this answer: it never sleeps, and framing is pywsgi's."""
-        parked = self.parked
-        assert parked is not None
-        self.server.parking.watch(self.descriptor, parked)
-        self.result = list(parked) if parked.one_shot else self._stream_plainly(parked)
-        super().process_result()
-
-    def _stream_plainly(self, parked: Sleeper) -> Iterable[bytes]:
-        """What `parked` gets. pywsgi writes the last chunk behind it, unless the stream is to end without one."""
-        yield from parked
-        if self.server.draining and parked.framing.abort:
-            self.response_use_chunked = False
 
     def _attend(self) -> None:
         """Answer with the headers that the application gave, and what its subscriber gets."""
@@ -476,18 +465,17 @@ class Connection(Transport, WSGIHandler):
             if parked.one_shot:
                 return
         awake = parked.awake
-        watched = False
         while True:
             items = awake.take(0)
+            if items == [] and parked.framing.closes:
+                self.buffer.clear()  # nobody will read it
             if items == [] and not (parked.one_shot and (awake.patience == 0 or len(self.buffer) >= REQUEST_SIZE)):
-                if server.hibernate and awake.quiet and not self.buffer:
-                    said = server.parking.take(self.descriptor)  # where it was watched
-                    server.parking.sleep(self.descriptor, self.network, parked, awake.patience, said)
+                if server.hibernate and awake.quiet:
+                    self.buffer += server.parking.take(self.descriptor)  # where it was watched
+                    server.parking.sleep(self.descriptor, self.network, parked, awake.patience, bytes(self.buffer))
                     self.detach()
                     return
-                if not watched:
-                    server.parking.watch(self.descriptor, parked)
-                    watched = True
+                self._watch()
                 while ready := server.parking.wait(self.descriptor, awake):
                     self.send(ready)
                     if not awake.quiet:
@@ -500,13 +488,21 @@ class Connection(Transport, WSGIHandler):
                 self.close_connection = server.draining
                 return
             date = server.date()
-            if parked.one_shot and server.draining:
-                date += b"Connection: close\r\n"
-                self.close_connection = True
+            if server.draining:
+                parked.framing = parked.framing.closing()
             for data in parked.wires(items, date):
                 self.send(data)
             if parked.one_shot:
                 return
+
+    def _watch(self) -> None:
+        """Have the parking notice what the client does while this greenlet waits. Raises OSError."""
+        if self.parked is not None and not self._watched:
+            self.server.parking.watch(self.descriptor, self.parked)
+            self._watched = True
+
+    def stalled(self) -> None:
+        self._watch()
 
     def _environ(self, head: Head) -> dict[str, Any]:
         environ: dict[str, Any] = self.server.get_environ()

@@ -362,6 +362,9 @@ class Parking:
     def _answered(self, subscriber: Sleeper) -> None:
         """A poll has its answer."""
         descriptor = subscriber.descriptor
+        if subscriber.framing.closes:
+            self._close(descriptor, "answered")
+            return
         self._rest(descriptor)
         subscriber.close()
 
@@ -407,7 +410,7 @@ class Parking:
         except OSError:
             self._close(descriptor, reason)
             return
-        if complete and subscriber.one_shot and not self._draining:
+        if complete and not subscriber.framing.closes and not self._draining:
             self._rest(descriptor)
             subscriber.close(reason)
         else:
@@ -451,10 +454,11 @@ class Parking:
     def _hear(self, descriptor: int, subscriber: Sleeper) -> None:
         """Take what the client of one who waits has sent. Left to the kernel it would cost twice as much and more: a packet of a byte
         takes as much memory as a large one."""
-        last = not subscriber.one_shot
+        last = subscriber.framing.closes
         early = self._early.get(descriptor, b"")
         if len(early) >= REQUEST_SIZE:
-            return  # it is being answered, and the next request read from there
+            self._due(descriptor, subscriber)
+            return  # the rest is read with the next request
         try:
             data = os_read(descriptor, CHATTER if last else REQUEST_SIZE)
         except BlockingIOError:

@@ -1109,6 +1109,60 @@ def test_clients_that_close_after_one_answer_are_served(server: Server, kind: st
     server.assert_healthy()
 
 
+FORMS = {
+    "HTTP/1.0": b"GET %b HTTP/1.0\r\n\r\n",
+    "HTTP/1.0, kept": b"GET %b HTTP/1.0\r\nConnection: keep-alive\r\n\r\n",
+    "close": b"GET %b HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",
+    "a byte behind": b"GET %b HTTP/1.1\r\nHost: x\r\n\r\nG",
+    "a body": b"GET %b HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\nhe",
+}
+"""Requests that wait, in forms that are not the usual one."""
+
+
+@only_asleep
+def test_in_whatever_form_it_asked_who_sleeps_has_no_greenlet(start: Start) -> None:
+    server = start(kind=Probed)
+    assert isinstance(server, Probed)
+    asked = 0
+    for form in (*FORMS.values(), b"GET %b HTTP/1.1\r\nHost: x\r\n\r\n" + b"G" * 15_000):
+        for path in (b"/poll/forms?timeout=300", b"/events/forms", b"/stream/forms", b"/test/forms"):
+            if len(form) < 15_000 or b"poll" not in path:
+                connect(server).send(form % path)
+                asked += 1
+    settled(server, asked)
+    wait_until(lambda: server.awake() == 0)
+    assert server.probe()["parked"] >= asked
+    server.assert_healthy()
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("end", ["message", "deleted", "shutdown"])
+def test_a_poll_in_whatever_form_says_truly_whether_its_connection_goes_on(start: Start, form: str, end: str) -> None:
+    server = start()
+    client = connect(server)
+    client.send(FORMS[form] % b"/poll/a?timeout=300")
+    joined(server, "a")
+    if end == "message":
+        server.publish("a", "message")
+    elif end == "deleted":
+        server.request("DELETE", "/channels/a")
+    else:
+        server.process.send_signal(signal.SIGTERM)
+    answer = client.read()  # no header is there twice
+    assert (answer.status, data_of(answer)) == (200, ["message"] if end == "message" else [])
+    goes_on = end != "shutdown" and form in ("HTTP/1.0, kept", "a byte behind")
+    assert (answer.headers.get("connection") == "close") == (not goes_on)
+    if not goes_on:
+        assert client.at_end()
+    elif form == "a byte behind":
+        client.send(b"ET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert client.read().status == 200
+    else:
+        assert answer.headers["connection"] == "keep-alive"
+        client.send(FORMS[form] % b"/healthz")
+        assert client.read().status == 200
+
+
 @only_asleep
 def test_who_sleeps_has_no_greenlet(start: Start) -> None:
     server = start(kind=Probed)
