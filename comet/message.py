@@ -7,6 +7,7 @@ a broadcast to a million clients is encoded once per framing and not once per cl
 
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Final, Literal, NamedTuple
 
 from comet.errors import Refusal
@@ -141,6 +142,12 @@ Item = Message | Gap
 """What waits for a subscriber, in order."""
 
 
+@lru_cache(maxsize=1024)
+def _position(epoch: int, offset: int) -> Position:
+    """One object for all clients that are delivered the same message: of 64 channels they would be 4.6 KB a client."""
+    return Position(epoch, offset)
+
+
 class Cursor:
     """Where one subscriber stands: a position for each of its channels, in the request's order."""
 
@@ -154,7 +161,7 @@ class Cursor:
         if isinstance(item, Gap):
             self.positions = dict(zip(self.positions, item.positions, strict=True))
         else:
-            self.positions[item.channel] = item.position
+            self.positions[item.channel] = _position(item.epoch, item.offset)
 
     @property
     def ours(self) -> bool:

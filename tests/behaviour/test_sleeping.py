@@ -1135,6 +1135,30 @@ def test_in_whatever_form_it_asked_who_sleeps_has_no_greenlet(start: Start) -> N
     server.assert_healthy()
 
 
+@only_asleep
+def test_what_a_client_that_waits_costs_is_small_whatever_it_sent(start: Start) -> None:
+    server = start()
+    names = ",".join(f"{number}.".ljust(128, "x") for number in range(64)).encode()
+    usual = b"GET %b HTTP/1.1\r\nHost: x\r\n\r\n"
+    count = 0
+
+    def come(form: bytes, path: bytes, clients: int) -> int:
+        nonlocal count
+        for _ in range(clients):
+            connect(server).send(form % path)
+            count += 1
+            if not count % 10:
+                server.request("GET", "/healthz")  # which comes after them
+        settled(server, count)
+        return server.memory()
+
+    for form, path in [*((form, b"/events/costs") for form in FORMS.values()), (usual + b"G" * 15_000, b"/events/costs"), (usual, names)]:
+        path = b"/poll/%b?timeout=300" % names if path is names else path
+        before = come(form, path, 30)
+        each = (come(form, path, 300) - before) / 300
+        assert each < 5000, f"{each:.0f} bytes a client for {(form % path)[:200]!r}"
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("end", ["message", "deleted", "shutdown"])
 def test_a_poll_in_whatever_form_says_truly_whether_its_connection_goes_on(start: Start, form: str, end: str) -> None:
