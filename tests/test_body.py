@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from comet.errors import Refusal
+from comet.server import body as module
 from comet.server.body import RequestBody
-from comet.server.http import Head
+from comet.server.http import PIECES, Head
 from comet.server.transport import Transport
 from comet.settings import Settings
 
@@ -65,6 +66,19 @@ def test_who_waits_to_be_asked_is_asked_once_and_not_when_the_body_is_here(pair:
     transport.socket.shutdown(socket.SHUT_WR)
     assert peer.recv(1000) == b"HTTP/1.1 100 Continue\r\n\r\n"
     assert peer.recv(1000) == b""
+
+
+def test_between_two_pieces_of_a_body_in_very_many_chunks_others_have_a_turn(
+    pair: tuple[Transport, socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transport, _ = pair
+    turns: list[int] = []
+    monkeypatch.setattr(module, "give_way", lambda: turns.append(len(transport.buffer)))
+    transport.buffer[:] = b"1\r\na\r\n" * (10 * PIECES) + b"0\r\n\r\nnext"
+    assert io.BufferedReader(body(transport, None)).read() == b"a" * (10 * PIECES)
+    assert len(turns) >= 10
+    assert turns == sorted(turns, reverse=True)
+    assert transport.buffer == b"next"
 
 
 def test_a_body_that_stops_is_refused(pair: tuple[Transport, socket.socket]) -> None:

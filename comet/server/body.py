@@ -10,6 +10,7 @@ from typing import Any
 from comet.errors import Refusal
 from comet.server.http import ChunkedBody, Head
 from comet.server.transport import Transport
+from comet.turn import give_way
 
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
@@ -26,6 +27,7 @@ class RequestBody(io.RawIOBase):
         self._left = head.length
         self._chunks = ChunkedBody(overhead) if head.length is None else None
         self._pending = b""
+        self._began = False
         self._timeout = timeout
         self.more_time()
         self._expected = head.expects_continue
@@ -53,6 +55,9 @@ class RequestBody(io.RawIOBase):
 
     def _receive(self) -> None:
         transport, buffer = self._transport, self._transport.buffer
+        if buffer and self._began:
+            give_way()  # as `receive` does: others have a turn between two pieces
+        self._began = True
         if not buffer:
             if self._expected:
                 self._expected = False
