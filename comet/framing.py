@@ -235,7 +235,7 @@ class Text(Framing):
         return Text()
 
     def opening(self, cursor: Cursor) -> bytes:
-        user = next(iter(cursor.positions)).partition(":")[2]
+        user = cursor.channels[0].partition(":")[2]
         return f"comet welcomes you! Your id: {user}\n".encode()
 
     def encode(self, items: Sequence[Item], cursor: Cursor) -> Sequence[bytes]:

@@ -77,7 +77,7 @@ class Hub:
         """
         channels, since, framing, patience = wish
         if len(channels) > 1:
-            channels = tuple(map(self._shared_name, channels))
+            channels = self._shared_names(channels)
         subscriber = Subscriber(channels, framing, self, Awake(patience, {}))
         for channel in channels:
             self._register(channel, subscriber)
@@ -151,8 +151,16 @@ class Hub:
         else:
             self._channels[channel] = Members(present, subscriber, name=channel)
 
+    def _shared_names(self, channels: Sequence[str]) -> Sequence[str]:
+        """Return the names of several channels as others hold them: 64 of its own would be 11 KB a client."""
+        present = self._channels.get(channels[0])
+        last = present.present[-1] if isinstance(present, Members) else None
+        if isinstance(last, Subscriber) and last.channels == channels:
+            return last.channels
+        return tuple(map(self._shared_name, channels))
+
     def _shared_name(self, channel: str) -> str:
-        """Return the name of a channel as others hold it: 64 names of its own would be 11 KB a client."""
+        """Return the name of a channel as others hold it, if there are any."""
         present = self._channels.get(channel)
         return present.name if isinstance(present, Members) else channel
 
@@ -163,7 +171,7 @@ class Hub:
             return answer
         if present.place != answer.position:
             present.place = answer.position
-        return Joined(present.place, answer.messages, answer.gap)
+        return answer._replace(position=present.place)
 
     def _expel(self, channel: str, subscriber: Subscriber) -> None:
         """Take one off a channel that it will not unsubscribe from."""

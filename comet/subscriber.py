@@ -115,7 +115,7 @@ class Subscriber:
         if len(starts) == 1 and self.places is None:
             self.epoch, self.offset = starts[0]
         else:
-            self.places = Cursor(list(answers), starts)
+            self.places = Cursor(self.channels if len(self.channels) == len(answers) else list(answers), starts)
         self.join(answers)
 
     def join(self, answers: Mapping[str, Joined]) -> None:
@@ -166,13 +166,12 @@ class Subscriber:
         cursor = self.cursor
         pieces = self.framing.encode(items, cursor)
         if self.places is None:
-            for position in cursor.positions.values():
-                self.epoch, self.offset = position
+            self.epoch, self.offset = cursor.positions[0]
         return pieces
 
     def gap(self, places: Mapping[str, Position]) -> Sequence[bytes]:
         """The bytes that tell it a gap, up to those of `places` that it has not passed; none if it has passed all."""
-        positions = self.cursor.positions
+        positions = self.cursor.by_channel()
         ahead = _ahead(positions, places)
         return self.encode([Gap(list({**positions, **ahead}.values()))]) if ahead else []
 
@@ -192,7 +191,7 @@ class Subscriber:
         """From now on a greenlet takes."""
         cursor = self.cursor
         self.descriptor = -1
-        self.host = Awake(patience, dict(cursor.positions))
+        self.host = Awake(patience, cursor.by_channel())
 
     def sleep(self, bed: Host, descriptor: int) -> None:
         """From now on `bed` writes to `descriptor`. Nothing may be waiting."""

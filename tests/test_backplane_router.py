@@ -323,7 +323,7 @@ class Reader:
 
     def _begin(self, wish: Wish, subscriber: Subscriber) -> None:
         self.subscriber = subscriber
-        for channel, since_there, begin in zip(self.channels, wish.since, subscriber.cursor.positions.values(), strict=True):
+        for channel, since_there, begin in zip(self.channels, wish.since, subscriber.cursor.positions, strict=True):
             if not isinstance(since_there, Position):
                 self.stands[channel] = begin
         if subscriber.host is not self:
@@ -361,7 +361,7 @@ class Reader:
     # -- as its host while it sleeps: what the parking does, without a socket
 
     def deliver(self, subscriber: Subscriber, batch: Batch) -> None:
-        epoch, offset = subscriber.cursor.positions[batch.channel]
+        epoch, offset = subscriber.cursor.at(batch.channel)
         if epoch == batch.epoch and batch.before <= offset:
             for piece in subscriber.encode(batch.messages[offset - batch.before :]):
                 if piece != LINES.heartbeat:

@@ -328,7 +328,7 @@ class Parking:
         if subscriber.places is None:
             epoch, offset = subscriber.epoch, subscriber.offset
         else:
-            epoch, offset = subscriber.places.positions[batch.messages[0].channel]
+            epoch, offset = subscriber.places.at(batch.channel)
         if epoch == batch.epoch and batch.before <= offset:
             items = batch.messages[offset - batch.before :]
             if items:
