@@ -1,5 +1,7 @@
 """The request parser alone: bytes in, heads, bodies and refusals out."""
 
+import random
+import re
 from collections.abc import Sequence
 
 import pytest
@@ -377,6 +379,23 @@ def test_a_body_behind_the_head_does_not_count_as_head() -> None:
     buffer = bytearray(request() + b"x" * 5000)
     assert split_head(buffer, 512) is not None
     assert len(buffer) == 5000
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_cr_or_lf_alone_is_refused_wherever_it_stands(seed: int) -> None:
+    generator = random.Random(seed)
+    bare = re.compile(rb"\r(?!\n|\Z)|(?<!\r)\n|\x00")
+    for _ in range(500):
+        rest = b"".join(generator.choices([b"\r\n", b"A: b", b"\r", b"\n", b"\0"], [20, 20, 1, 1, 1], k=generator.randrange(30)))
+        buffer = bytearray(b"GET / HTTP/1.1\r\nHost: x\r\n" + rest)
+        end = buffer.find(b"\r\n\r\n")
+        wrong = bare.search(buffer[: end + 4] if end >= 0 else buffer)
+        try:
+            split_head(buffer, LIMIT)
+        except Refusal as refusal:
+            assert wrong or "CR or LF alone" not in refusal.detail
+        else:
+            assert not wrong, buffer
 
 
 def test_the_number_of_headers_is_limited() -> None:

@@ -30,7 +30,6 @@ Content-Length and Transfer-Encoding."""
 MAX_HEADERS = 100
 
 _LINE = re.compile(rb"([!-~]{1,32}) ([!-~]+) HTTP/([0-9])\.([0-9])")
-_BARE = re.compile(rb"\r(?!\n|\Z)|(?<!\r)\n|\x00")
 _FOLD = re.compile(rb"\n[ \t]")
 _HOST = re.compile(rb"[A-Za-z0-9._~%!$&'()*+,;=:\[\]-]*")
 _SIZE = re.compile(rb"[0-9A-Fa-f]+")
@@ -66,8 +65,8 @@ def split_head(buffer: bytearray, limit: int) -> Head | None:
         del buffer[: empty.end()]
     end = buffer.find(b"\r\n\r\n", 0, limit + 4)
     block = bytes(buffer[: end + 4]) if end >= 0 else bytes(buffer[:limit])
-    bare = _BARE.search(block)
-    if bare:
+    lines = block.count(b"\r\n")  # counted: a pattern takes 1 ms for 16 KiB, and who drips lines has all judged for each
+    if block.count(b"\n") != lines or block.count(b"\r") != lines + block.endswith(b"\r") or b"\0" in block:
         raise Refusal("bad-request", "A header holds a NUL, or a CR or LF alone; end lines with CR LF.")
     if end < 0:
         line_end = block.find(b"\r\n")
@@ -78,6 +77,8 @@ def split_head(buffer: bytearray, limit: int) -> Head | None:
         return None
     if _FOLD.search(block):
         raise Refusal("bad-request", "A header is folded over several lines; put it on one.")
+    if lines > MAX_HEADERS + 2:  # before llhttp would tell of each of some thousand
+        raise Refusal("header-too-large", f"A request has at most {MAX_HEADERS} headers.")
     head = _parse(block)
     del buffer[: end + 4]
     return head
@@ -154,8 +155,6 @@ def _parse(block: bytes) -> Head:
 
 
 def _merge(pairs: list[tuple[bytes, bytes]]) -> dict[str, str]:
-    if len(pairs) > MAX_HEADERS:
-        raise Refusal("header-too-large", f"A request has at most {MAX_HEADERS} headers.")
     headers: dict[str, str] = {}
     for raw_name, raw_value in pairs:
         name, value = raw_name.decode("latin-1"), raw_value.strip(b" \t").decode("latin-1")

@@ -20,6 +20,9 @@ MAX_BLOCKS = 1000
 MAX_WISHES = 2000
 """Whole requests remembered."""
 
+MAX_PARAMETERS = 20
+"""Query parameters of a request that goes the short way: an EventSource or a poll has one or two."""
+
 _LINE = re.compile(rb"GET (/[A-Za-z0-9_.:@,/-]*)(?:\?([A-Za-z0-9_.:@,&=-]*))? HTTP/1\.1")
 
 
@@ -67,6 +70,8 @@ class Shortcut:
         if found is None:
             return None
         query = found[2]
+        if query and query.count(b"&") >= MAX_PARAMETERS:
+            return None
         pairs = {} if not query else dict(pair.partition("=")[::2] for pair in query.decode().split("&") if pair)
         return found[1].decode(), pairs, self._blocks[block]
 
