@@ -143,7 +143,8 @@ def main(arguments: list[str]) -> int:
     planned = min(settings.clients, capacity) or settings.max_connections or min(capacity, check.UNPLANNED)
     port = passed[0].getsockname()[1] if passed else settings.port
     asked_for = policy.alone(settings.clients, settings.max_connections, limits.capacity())
-    for sentence in (*asked_for, *check.warnings(check.Plan(planned, port, hibernate=settings.hibernate))):
+    asked = check.Plan(planned, port, 1, settings.hibernate, bodies=settings.max_bodies, per_address=settings.max_per_address)
+    for sentence in (*asked_for, *check.warnings(asked)):
         log.warning("%s", sentence)
     with tempfile.TemporaryDirectory(prefix="comet-", ignore_cleanup_errors=True) as temporary:
         if not settings.data:

@@ -30,6 +30,10 @@ NO_SETTINGS = frozenset({"COMET_SHAPE", "COMET_CHAOS", "COMET_CHAOS_SEED", "COME
 """Variables of the load test and the tests: a service that is started beside them inherits them."""
 
 
+BATCH_ANSWER = 8 << 20
+"""Bytes of room for the answer to a batch of the most lines: a refusal a line."""
+
+
 def _knob(default: Any, unit: str, reason: str, least: float = 0, most: float | None = None, words: Mapping[str, Any] | None = None) -> Any:
     meta = {"unit": unit, "reason": reason, "least": least, "most": most, "words": words or {}}
     return dataclasses.field(default=default, metadata=meta)
@@ -141,10 +145,17 @@ class Settings:
     max_header: int = _knob(16384, "bytes", "Request line and headers; browsers stay below 8 KiB.", least=512, most=1 << 20)
     max_body: int = _knob(65536, "bytes", "One message. Larger things are better pushed as a link.", least=1, most=1 << 26)
     max_batch: int = _knob(8 << 20, "bytes", "One POST /publish, which is held in memory.", least=1, most=1 << 30)
+    max_bodies: int = _knob(
+        64 << 20,
+        "bytes",
+        "All bodies under way together, in each process, beyond the first 16,384 of each: a body for which there is no room is refused. At "
+        "least --max-body, and 8 MiB more than --max-batch: the answer to a batch counts too.",
+        least=1,
+    )
     header_timeout: float = _knob(
         10.0, "seconds", "From a request's first byte to its blank line: who drips headers holds a descriptor.", least=0.1
     )
-    body_timeout: float = _knob(30.0, "seconds", "From the blank line to the body's end.", least=0.1)
+    body_timeout: float = _knob(30.0, "seconds", "From the blank line to the body's end; to the next 16 KiB of POST /follows.", least=0.1)
     idle_timeout: float = _knob(
         75.0, "seconds", "A kept-alive connection without a request; above the 60 s that proxies keep theirs.", least=0.1
     )
@@ -207,6 +218,9 @@ def objection(settings: Settings, hosts: Sequence[str] = ()) -> str | None:
         return f"--log is plain or json, not {settings.log}."
     if settings.events_end not in ("orderly", "abort"):
         return f"--events-end is orderly or abort, not {settings.events_end}."
+    largest = max(settings.max_body, settings.max_batch + BATCH_ANSWER)
+    if settings.max_bodies < largest:
+        return f"--max-bodies is {settings.max_bodies}, less than one body may need (--max-body, --max-batch): set it to {largest} or more."
     try:
         networks(settings.trusted_proxies)
     except ValueError as error:

@@ -108,7 +108,8 @@ class Supervisor:
             settings.workers, settings.clients, settings.max_connections, file_limit, limits.system_files(), limits.cores()
         )  # fmt: skip
         port = self._passed[0].getsockname()[1] if self._passed else settings.port
-        asked = check.Plan(self._plan.clients, port, self._plan.workers, settings.hibernate)
+        clients, workers, bodies, per_address = self._plan.clients, self._plan.workers, settings.max_bodies, settings.max_per_address
+        asked = check.Plan(clients, port, workers, settings.hibernate, bodies=bodies, per_address=per_address)
         for warning in (*self._plan.warnings, *check.warnings(asked)):
             log.warning("%s", warning)
         adopt_orphans()

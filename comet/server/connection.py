@@ -29,7 +29,7 @@ from comet.errors import Refusal
 from comet.log import Origin, Roll
 from comet.origins import Origins
 from comet.server.blocks import Lifted
-from comet.server.body import RequestBody
+from comet.server.body import RequestBody, Room
 from comet.server.http import Head, origin_in, split_head
 from comet.server.parking import REQUEST_SIZE, Sleeper
 from comet.server.posts import Call, Posts
@@ -65,6 +65,7 @@ class Owner(Host, Protocol):
     awake: set["Connection"]
     idle: set["Connection"]
     refusing: int
+    bodies: Room
     application: Any
     subscribe: Callable[[Any], Any]
 
@@ -128,6 +129,8 @@ class Connection(Transport, WSGIHandler):
 
     def _over(self) -> None:
         self.server.awake.discard(self)
+        if self._body is not None:
+            self._body.hold(0)
         self._body = None  # it holds this connection: another cycle, with the body's buffer
         if self.descriptor >= 0:
             self.close()
@@ -303,7 +306,7 @@ class Connection(Transport, WSGIHandler):
         self.headers_sent = self.response_use_chunked = False
         self.response_length = 0
         settings = self.server.settings
-        self._body = None if head.length == 0 else RequestBody(self, head, settings.body_timeout, settings.max_header)
+        self._body = None if head.length == 0 else RequestBody(self, head, settings.body_timeout, settings.max_header, self.server.bodies)
         if isinstance(self.network, Proxy):
             try:
                 self._borrow(self.network, head.headers.get("x-forwarded-for", ""), head.headers.get("x-request-id", ""))
@@ -316,6 +319,8 @@ class Connection(Transport, WSGIHandler):
         self._guard(self._run, None)
         self.environ.clear()  # it holds `park`, which holds this handler, and bottle's headers, which hold it: break the cycles
         self._release()
+        if self._body is not None:
+            self._body.hold(0)
         if self._body_is_left:
             self.close_connection = True
 
@@ -496,7 +501,7 @@ class Connection(Transport, WSGIHandler):
                 return
 
     def _watch(self) -> None:
-        """Have the parking notice what the client does while this greenlet waits. Raises OSError."""
+        """Have the parking notice what a subscriber's client does while this greenlet waits. Raises OSError."""
         if self.parked is not None and not self._watched:
             self.server.parking.watch(self.descriptor, self.parked)
             self._watched = True
@@ -522,6 +527,7 @@ class Connection(Transport, WSGIHandler):
         environ["wsgi.input"] = io.BufferedReader(self._body) if self._body is not None else _NO_BODY
         if self._body is not None:
             environ["comet.more_time"] = self._body.more_time
+            environ["comet.hold"] = self._body.hold
         environ["wsgi.input_terminated"] = True
         environ["comet.park"] = self.park
         environ["comet.origin"] = self.origin

@@ -23,6 +23,7 @@ from comet.errors import Refusal
 from comet.log import Roll
 from comet.origins import Origins
 from comet.server.blocks import MAX_REQUEST, STAND_INS, Lifted, lift
+from comet.server.body import Room
 from comet.server.connection import Connection
 from comet.server.crew import Crew
 from comet.server.newcomers import Newcomers, Subscribers
@@ -100,6 +101,7 @@ class CometServer(WSGIServer):
         self._newcomers = Newcomers(self, hub, self._crew)
         self.attend_asleep = self._newcomers.attend_asleep
         self._networks: Counter[str] = Counter()
+        self.bodies = Room(settings.max_bodies)
         self.refusing = 0
         """Connections that are being turned away."""
         self._empty = Event()
