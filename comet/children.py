@@ -63,7 +63,7 @@ class Generation:
 
     @classmethod
     def start(cls, program: Sequence[str], orders: generation.Orders) -> Self:
-        """Execute the program anew. It says when it has loaded, and can fork its workers."""
+        """Execute the program anew. It says when it has loaded, and can fork its workers. Raises OSError if the kernel refuses."""
         process = subprocess.Popen(  # noqa: S603 - the very program that runs here
             program,
             stdin=subprocess.PIPE,
@@ -130,7 +130,8 @@ class Router:
 
     @classmethod
     def start(cls, listener: int, lifeline: int, board: int, workers: int, arguments: Sequence[str]) -> Self:
-        """On descriptors that it inherits, for so many workers, with the supervisor's own `arguments`."""
+        """On descriptors that it inherits, for so many workers, with the supervisor's own `arguments`. Raises OSError if the kernel
+        refuses."""
         process = subprocess.Popen(  # noqa: S603 - our own module
             [
                 sys.executable, "-m", "comet.router", "--listener-fd", str(listener), "--lifeline-fd", str(lifeline),

@@ -15,6 +15,7 @@ once:
     born <generation> <worker> <pid>            by the worker, before anything else
     ready <generation> <worker> <pid>           by the worker, when it serves
     died <generation> <worker> <pid> <status>
+    unborn <generation> <worker> <errno>        the kernel refused the fork
 
 It decides nothing: what is restarted, and when, is the supervisor's (`comet.supervisor`). It is the
 parent of its workers and nobody else reaps them; so a process id that it signals is theirs.
@@ -180,7 +181,11 @@ class _Generation:
                     raise ValueError(f"not a command: {unknown}")
 
     def _fork(self, worker: int) -> None:
-        pid = fork()
+        try:
+            pid = fork()
+        except OSError as error:  # no process is left, or no memory: the supervisor decides when to try again
+            _say(self._orders.events, f"unborn {self._orders.number} {worker} {error.errno}")
+            return
         if pid:
             self._workers[worker] = pid
             return
@@ -189,8 +194,11 @@ class _Generation:
             status = self._work(self._place(worker))
         except SystemExit as ended:
             status = ended.code if isinstance(ended.code, int) else 1
-        except BaseException:
-            log.exception("worker %d failed", worker)
+        except BaseException as error:
+            if limits.is_shortage(error):
+                log.error("worker %d can't start: %s", worker, error)
+            else:
+                log.exception("worker %d failed", worker)
         finally:
             logging.shutdown()
             os._exit(status)  # nothing here may run the end of the parent's program

@@ -3,7 +3,8 @@
 What is logged is what a person has to know: starts, ends, failures; never a message or a request that went well. A
 failure says whose request it was (`Origin`: its id, the client's address, what was asked), so that it can be found
 again in the logs of the proxy in front. Refusals and the ends of subscribers are counters, and with
-``--log-clients`` a line each. Standard library only, since `comet.supervisor` is.
+``--log-clients`` a line each. A shortage of the machine (`comet.kernel.limits`) is no bug: it is told without a traceback. Standard
+library only, since `comet.supervisor` is.
 """
 
 import json
@@ -16,6 +17,8 @@ import traceback
 from collections.abc import Mapping, MutableMapping
 from types import TracebackType
 from typing import Any, NamedTuple
+
+from comet.kernel.limits import is_shortage
 
 _PRIORITIES = {logging.CRITICAL: 2, logging.ERROR: 3, logging.WARNING: 4, logging.INFO: 6, logging.DEBUG: 7}
 """Of syslog. In front of a line, as <3>, it is for the journal, which takes it off."""
@@ -143,11 +146,16 @@ def set_up(form: str, *, pid: bool, clients: bool = False, environ: MutableMappi
 def _uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     if issubclass(kind, KeyboardInterrupt):
         sys.__excepthook__(kind, error, trace)
+    elif is_shortage(error):
+        logging.getLogger("comet").critical("the process ends: %s", error)
     else:
         logging.getLogger("comet").critical("the process ends by an exception", exc_info=(kind, error, trace))
 
 
 def failed_outside(context: Any, kind: Any, error: Any, trace: Any) -> None:
     """For gevent's hub (`print_exception`): an exception that ended a greenlet or a callback."""
-    named = context if isinstance(context, str) else repr(context)
-    logging.getLogger("comet").error("%s failed", named if context is not None else "the event loop", exc_info=(kind, error, trace))
+    named = "the event loop" if context is None else context if isinstance(context, str) else repr(context)
+    if is_shortage(error):
+        logging.getLogger("comet").error("%s failed: %s", named, error)
+    else:
+        logging.getLogger("comet").error("%s failed", named, exc_info=(kind, error, trace))

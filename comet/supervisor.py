@@ -112,12 +112,16 @@ class Supervisor:
         for warning in (*self._plan.warnings, *check.warnings(asked)):
             log.warning("%s", warning)
         adopt_orphans()
-        self._open()  # signals are kept from here on: one that comes early must not leave the folder behind
-        listening = listeners.listen(settings, self._passed, self._plan.workers)
-        if listening is None:
+        try:
+            self._open()  # signals are kept from here on: one that comes early must not leave the folder behind
+            listening = listeners.listen(settings, self._passed, self._plan.workers)
+            if listening is None:
+                return 1
+            self._listeners = listening
+            folder = Path(tempfile.mkdtemp(prefix="comet-", dir=systemd.runtime_folder(os.environ)))
+        except OSError as error:
+            log.error("can't start: %s", error)
             return 1
-        self._listeners = listening
-        folder = Path(tempfile.mkdtemp(prefix="comet-", dir=systemd.runtime_folder(os.environ)))
         try:
             path = folder / "router"
             try:
@@ -185,7 +189,9 @@ class Supervisor:
                     one.workers[worker].ready = True
                     self._is_ready(one)
             case "died", [worker, pid, status]:
-                self._worker_died(one, worker, status)
+                self._worker_died(one, worker, describe(status))
+            case "unborn", [worker, number]:
+                self._worker_died(one, worker, f"can't be started ({os.strerror(number)})")
             case _:
                 raise ValueError(f"{one} said: {what} {more}")
 
@@ -193,7 +199,7 @@ class Supervisor:
         worker = one.workers.setdefault(number, Worker(number, time.monotonic()))
         worker.pid = pid
         if one.orphaned and not worker.lives():
-            self._worker_died(one, number, -signal.SIGKILL)
+            self._worker_died(one, number, describe(-signal.SIGKILL))
         elif one.leaving:
             one.signal(worker, signal.SIGTERM)
 
@@ -215,7 +221,11 @@ class Supervisor:
             next(self._numbers), workers, [listener.fileno() for listener in self._listeners], self._board.descriptor,
             min(banks), self._lifeline, self._reports.inherited, self._router_path,
         )  # fmt: skip
-        one = Generation.start(self._program, orders)
+        try:
+            one = Generation.start(self._program, orders)
+        except OSError as error:
+            self._generation_failed(f"generation {orders.number}", f"can't be started ({error.strerror})")
+            return
         self._generations.append(one)
         self._loop.later(2 * self._settings.hang_limit, lambda: self._check_ready(one))
 
@@ -248,26 +258,30 @@ class Supervisor:
 
     def _unfit(self, one: Generation, why: str, status: int = 1) -> None:
         """Handle a generation that never got ready; `status` is what its process exited with, if it did."""
+        self._generation_failed(str(one), why, time.monotonic() - one.born, status)
+        if not self._stopping:
+            self._discard(one)
+
+    def _generation_failed(self, name: str, why: str, lived: float = 0.0, status: int = 1) -> None:
+        """Handle the failed start of a generation, which may have no process: leave the old one if it serves, else try again."""
         if any(other.ready and not other.leaving and not other.orphaned for other in self._generations):
             self._counts["failed_reloads"] += 1
-            log.error("the reload failed: %s %s. The old one goes on; see above for what is wrong with the new.", one, why)
+            log.error("the reload failed: %s %s. The old one goes on; see above for what is wrong with the new.", name, why)
             self._reload_failed = True
             self._notifier.ready(self._said_in_short())
-            self._discard(one)
         elif not self._greeted:
-            self._give_up(f"{one}, the first, {why}; what is wrong should stand above", WRONG if status == WRONG else 1)
+            self._give_up(f"{name}, the first, {why}; what is wrong should stand above", WRONG if status == WRONG else 1)
         else:
-            self._discard(one)
-            self._restart_generation(one, why)
+            self._restart_generation(name, why, lived, ready=False)
 
-    def _restart_generation(self, one: Generation, why: str) -> None:
+    def _restart_generation(self, name: str, why: str, lived: float, ready: bool) -> None:
         self._counts["generation_restarts"] += 1
         try:
-            delay = self._generation_restarts.after(time.monotonic() - one.born, one.ready)
+            delay = self._generation_restarts.after(lived, ready)
         except CrashLoop:
-            self._give_up(f"{one} {why}, as did {MOST_DEATHS - 1} before it; what is wrong should stand above")
+            self._give_up(f"{name} {why}, as did {MOST_DEATHS - 1} before it; what is wrong should stand above")
             return
-        log.error("%s %s; starting another in %.2g s", one, why, delay)
+        log.error("%s %s; starting another in %.2g s", name, why, delay)
         self._loop.later(delay, self._start_generation)
 
     def _reload_if_wanted(self) -> None:
@@ -342,14 +356,15 @@ class Supervisor:
         elif not one.ready:
             self._unfit(one, describe(status), status)
         else:
-            self._restart_generation(one, describe(status))
+            self._restart_generation(str(one), describe(status), time.monotonic() - one.born, ready=True)
             if not one.workers:
                 one.leaving = True
                 self._empty(one)
 
     # -- workers
 
-    def _worker_died(self, one: Generation, number: int, status: int) -> None:
+    def _worker_died(self, one: Generation, number: int, why: str) -> None:
+        """Handle the end of a worker, or a fork that was refused; `why` goes on behind its name."""
         worker = one.workers.pop(number, None)
         if worker is None:
             return  # its end was seen before it was told
@@ -359,21 +374,22 @@ class Supervisor:
                 self._empty(one)
             return
         if one.orphaned:
-            log.error("worker %d of %s (process %d) %s; the next generation will replace it", number, one, worker.pid, describe(status))
+            log.error("worker %d of %s (process %d) %s; the next generation will replace it", number, one, worker.pid, why)
             if not one.workers:
                 one.leaving = True
                 self._empty(one)
             return
         if not one.ready and self._greeted:
-            self._unfit(one, f"has a worker that {describe(status)} before all were ready")
+            self._unfit(one, f"has a worker that {why} before all were ready")
             return
         self._counts["worker_restarts"] += 1
         try:
             delay = one.restarts[number].after(time.monotonic() - worker.born, worker.ready)
         except CrashLoop:
-            self._give_up(f"worker {number} {describe(status)}, as it did {MOST_DEATHS - 1} times before; what is wrong should stand above")
+            self._give_up(f"worker {number} {why}, as it did {MOST_DEATHS - 1} times before; what is wrong should stand above")
             return
-        log.error("worker %d (process %d) %s; starting another in %.2g s", number, worker.pid, describe(status), delay)
+        process = f" (process {worker.pid})" if worker.pid else ""
+        log.error("worker %d%s %s; starting another in %.2g s", number, process, why, delay)
         self._loop.later(delay, lambda: self._fork(one, number))
 
     def _forget(self, one: Generation, number: int) -> None:
@@ -389,9 +405,12 @@ class Supervisor:
         """Its socket waits here meanwhile, with the workers that connect to it."""
         if self._stopping or self._settings.backplane:  # Redis orders the messages
             return
-        self._router = Router.start(
-            self._router_listener.fileno(), self._lifeline, self._board.descriptor, self._plan.workers, self._arguments
-        )
+        try:
+            self._router = Router.start(
+                self._router_listener.fileno(), self._lifeline, self._board.descriptor, self._plan.workers, self._arguments
+            )
+        except OSError as error:
+            self._restart_router(f"can't be started ({error.strerror})", 0.0, ready=False)
 
     def _router_died(self, status: int) -> None:
         assert self._router is not None
@@ -405,13 +424,16 @@ class Supervisor:
             if not self._generations:
                 self._finished = True
             return
+        self._restart_router(describe(status), lived, ready)
+
+    def _restart_router(self, why: str, lived: float, ready: bool) -> None:
         self._counts["router_restarts"] += 1
         try:
             delay = self._router_restarts.after(lived, ready)
         except CrashLoop:
-            self._give_up(f"the router {describe(status)}, as it did {MOST_DEATHS - 1} times before; what is wrong should stand above")
+            self._give_up(f"the router {why}, as it did {MOST_DEATHS - 1} times before; what is wrong should stand above")
             return
-        log.error("the router %s; starting another in %.2g s", describe(status), delay)
+        log.error("the router %s; starting another in %.2g s", why, delay)
         self._loop.later(delay, self._start_router)
 
     def _stop_router(self) -> None:
@@ -445,7 +467,7 @@ class Supervisor:
                 return
             for number, worker in list(one.workers.items()):
                 if worker.pid == pid and one.orphaned:
-                    self._worker_died(one, number, status)
+                    self._worker_died(one, number, describe(status))
                     return
         # else an orphan of an orphan: a worker that was born and died while its generation did
 

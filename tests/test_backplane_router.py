@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import random
+import select
 import signal
 import socket
 import time
@@ -1125,3 +1126,27 @@ def test_a_router_that_speaks_nonsense_is_left_and_found_again(start: Open, capl
     wait_until(lambda: reader.got == ["1"])
     assert len([record for record in caplog.records if record.levelno == logging.ERROR]) == 8
     caplog.clear()
+
+
+def test_a_worker_without_a_descriptor_for_its_link_tries_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refused = [OSError(24, "Too many open files")] * 3
+    make = socket.socket
+
+    def short(*arguments: Any, **more: Any) -> Any:
+        if refused:
+            raise refused.pop()
+        return make(*arguments, **more)
+
+    monkeypatch.setattr(socket, "socket", short)
+    listener = make(socket.AF_UNIX)
+    listener.bind(str(tmp_path / "router"))
+    listener.listen()
+    link = link_module.Link(str(tmp_path / "router"), TIMEOUT, Nobody())
+    link.start()
+    wait_until(lambda: not refused)
+    listener.setblocking(False)
+    wait_until(lambda: select.select([listener], [], [], 0)[0])
+    accepted = listener.accept()[0]
+    link.close()
+    accepted.close()
+    listener.close()

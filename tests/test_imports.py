@@ -38,7 +38,7 @@ ALLOWED: dict[str, set[str]] = {
     "comet.loading": {*SPOKEN, "comet.database"},
     "comet.top": set(),
     "comet.service": set(),
-    "comet.log": set(),
+    "comet.log": {"comet.kernel"},
     "comet.systemd": {"comet.kernel.stock"},
     "comet.database": set(),
     "comet.errors": set(),

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from comet.log import Json, Origin, Plain, Roll, fields
+from comet.log import Json, Origin, Plain, Roll, failed_outside, fields
 from tests.harness import ROOT
 
 ORIGIN = Origin("id-1", "192.0.2.1", "GET /poll/a")
@@ -71,3 +71,19 @@ def test_the_roll_forgets_who_has_ended(caplog: pytest.LogCaptureFixture) -> Non
     roll.left(subscriber, "hang-up")
     assert [one.message for one in caplog.records] == ["ended: hang-up"]
     assert vars(roll) == {"_origins": {}}
+
+
+def test_a_shortage_that_ends_the_process_is_a_sentence() -> None:
+    code = "import comet.log as l; l.set_up('plain', pid=False); raise OSError(24, 'Too many open files')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.endswith("CRITICAL comet: the process ends: [Errno 24] Too many open files\n") and done.stderr.count("\n") == 1
+
+
+def test_a_shortage_outside_a_request_is_a_sentence_and_a_bug_has_its_traceback(caplog: pytest.LogCaptureFixture) -> None:
+    for error in (OSError(24, "Too many open files"), MemoryError(), ValueError("a bug")):
+        failed_outside(None, type(error), error, None)
+    assert [one.message for one in caplog.records] == [
+        "the event loop failed: [Errno 24] Too many open files", "the event loop failed: ", "the event loop failed",
+    ]  # fmt: skip
+    assert [bool(one.exc_info) for one in caplog.records] == [False, False, True]
