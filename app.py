@@ -12,7 +12,7 @@ import os
 import socket
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from comet import database, generation, listeners, systemd
@@ -58,12 +58,13 @@ def take_over() -> tuple[list[socket.socket], systemd.Notifier]:
 
 def prepare_data(folder: Path, *, whole: bool) -> None:
     """Have a file of subscriptions that can be used, before any fork and before anybody opens it. Exits with
-    status 1 and a sentence where there can't be one."""
+    status 1 and a sentence where there can't be one; a generation goes on, since messages do not need it (`database-away`)."""
     try:
         database.prepare(folder, whole=whole)
     except database.Unusable as error:
         log.error("%s", error)
-        sys.exit(1)
+        if orders is None:
+            sys.exit(1)
 
 
 def greet(settings: Settings, address: tuple[str, int], clients: int) -> Callable[[], None]:
@@ -111,9 +112,9 @@ from comet import collector, policy, service  # noqa: E402
 from comet.backplane.memory import Bounds, MemoryBackplane  # noqa: E402
 from comet.backplane.router import RouterBackplane  # noqa: E402
 from comet.board import ROUTER, SUPERVISOR  # noqa: E402
-from comet.generation import ORPHANED_GRACE, Place  # noqa: E402
+from comet.generation import ORPHANED_GRACE, Place, Unfit  # noqa: E402
 from comet.hub import Hub  # noqa: E402
-from comet.kernel import check, limits, memory, processes  # noqa: E402
+from comet.kernel import check, limits, memory, processes, sockets  # noqa: E402
 from comet.kernel.stock import stock  # noqa: E402
 from comet.permit import Permit  # noqa: E402
 from comet.rest import Rest  # noqa: E402
@@ -148,7 +149,11 @@ def main(arguments: list[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="comet-", ignore_cleanup_errors=True) as temporary:
         if not settings.data:
             prepare_data(Path(temporary), whole=False)
-        return serve(settings, listening[0], Path(settings.data or temporary), None, notifier)
+        try:
+            return serve(settings, listening[0], Path(settings.data or temporary), None, notifier)
+        except Unfit as error:
+            log.error("%s", error)
+            return 1
 
 
 def check_backplane(settings: Settings) -> None:
@@ -170,20 +175,20 @@ def capacity_of(settings: Settings) -> int:
 def serve(settings: Settings, listener: socket.socket, data: Path, place: Place | None, notifier: systemd.Notifier) -> int:
     """Build the server on a bound listener and run it until it is told to stop. `data` is a prepared folder
     (`prepare_data`); `place` is a worker's in its service, None where there is one process alone, which speaks to the
-    service manager by itself. The exit status."""
+    service manager by itself. The exit status. Raises Unfit."""
     get_hub().print_exception = logs.failed_outside
     capacity = capacity_of(settings)
     stats = Stats()
     backplane = _backplane(settings, place)
-    if backplane is None:
-        return 1
     hub = Hub(backplane, stats, settings.backlog, Soon(), _permit(place), settings.busy_backlog)
     own = _own(place, stats, hub, capacity)
     said = _alone(own, hub) if place is None else partial(_together, place, own, hub if settings.backplane else None)
     subscriptions = _subscriptions(settings, data)
-    server = _server(listener, Context(hub, subscriptions, settings, stats, said, place.worker if place else 0), capacity)
+    context = Context(hub, subscriptions, settings, stats, said, place.worker if place else 0, partial(_missing, place))
+    server = _server(listener, context, capacity)
     stopping = _Stopping(settings.grace, place)
     collector.set_up(stats)
+    sockets.listen_again(listener)  # its queue was closed if earlier workers could not start
     server.start()
     if isinstance(backplane, MemoryBackplane):
         gevent.spawn(_every, 1.0, backplane.expire)
@@ -302,15 +307,14 @@ def _speak(notifier: systemd.Notifier, stats: Stats, capacity: int) -> None:
     gevent.spawn(live)
 
 
-def _backplane(settings: Settings, place: Place | None) -> "MemoryBackplane | RouterBackplane | RedisBackplane | None":
-    """None, and a sentence in the log, where there can't be one."""
+def _backplane(settings: Settings, place: Place | None) -> "MemoryBackplane | RouterBackplane | RedisBackplane":
+    """Raises Unfit where there can't be one."""
     if settings.backplane:
         try:
             # a byte of the board that no permit has
             return RedisBackplane.of(settings, Outage() if place is None else Outage(place.board.descriptor, limits.cores()))
         except (Denied, ValueError) as error:
-            log.error("%s", error)
-            return None
+            raise Unfit(str(error)) from error
     if place is None:
         return MemoryBackplane(Bounds.of(settings))
     return RouterBackplane(place.router, settings.backplane_timeout)
@@ -351,8 +355,15 @@ def _together(place: Place, own: Callable[[], dict[str, Any]], hub: Hub | None) 
     said = {slot.slot: {**slot.document, "age": round(slot.age, 2)} for slot in place.board.read()}
     supervisor, router = said.pop(SUPERVISOR, {}), hub.totals() if hub else said.pop(ROUTER, {})
     said[place.slot] = own()
-    workers = [said[slot] for slot in sorted(said)]
+    workers = [said[slot] for slot in sorted(said) if said[slot]["role"] == "worker"]
     return service.summary(workers, router, supervisor, memory.sockets())
+
+
+def _missing(place: Place | None) -> Mapping[str, Any]:
+    """How many workers are missing, as the supervisor has said it."""
+    said = None if place is None else place.board.look(SUPERVISOR)
+    missing: Mapping[str, Any] = service.NOBODY_MISSING if said is None else said.document["missing"]
+    return missing
 
 
 def _every(seconds: float, work: Callable[[], None]) -> None:

@@ -25,6 +25,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Final
+from urllib.parse import quote
 
 NAME: Final = "follows.db"
 """The file, in its folder."""
@@ -99,24 +100,41 @@ def prepare(folder: Path, *, whole: bool) -> None:
     except OSError as error:
         raise Unusable(f"The data folder {folder} can't be made: {error.strerror}. {_ELSEWHERE}") from error
     except sqlite3.Error as error:
-        raise Unusable(_unwritable(folder, path) or _why(path, error)) from error
+        raise Unusable(_unwritable(folder, path) or why(path, error)) from error
 
 
-def open_reader(folder: Path) -> sqlite3.Connection:
-    """For look-ups; none waits for a lock. The opening does: the first of all processes puts the log in order and
-    keeps the others out meanwhile. The file must have been prepared."""
-    database = _connect(path_in(folder))
+def identity(folder: Path) -> tuple[int, int] | None:
+    """Return which file there is, as the kernel knows it; None if there is none."""
+    try:
+        status = path_in(folder).stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def open_reader(folder: Path, patience: float = PATIENCE) -> sqlite3.Connection:
+    """For look-ups; none waits for a lock. The opening does, for `patience` seconds: the first of all processes puts the log in order
+    and keeps the others out meanwhile. The file must have been prepared. Raises sqlite3.Error."""
+    database = _connect(path_in(folder), patience, make=False)
+    try:
+        _set_up_reader(database)
+    except BaseException:
+        database.close()
+        raise
+    return database
+
+
+def _set_up_reader(database: sqlite3.Connection) -> None:
     database.execute("PRAGMA query_only = ON")
     database.execute(f"PRAGMA cache_size = -{_READER_CACHE}")
     database.execute("SELECT 1 FROM follows LIMIT 1").fetchall()  # opens the log's files now, and not in a request
     database.execute("PRAGMA busy_timeout = 0")
-    return database
 
 
 def open_writer(folder: Path, patience: float = PATIENCE) -> sqlite3.Connection:
     """For writes, in whatever thread; it waits `patience` seconds for others who write. The file must have been
-    prepared."""
-    database = _connect(path_in(folder), patience)
+    prepared. Raises sqlite3.Error."""
+    database = _connect(path_in(folder), patience, make=False)
     database.execute("PRAGMA synchronous = FULL")
     database.execute(f"PRAGMA journal_size_limit = {_LOG_KEPT}")
     database.execute("PRAGMA cache_size = -16384")  # KiB
@@ -137,8 +155,10 @@ def transaction(database: sqlite3.Connection) -> Iterator[None]:
         raise
 
 
-def _connect(path: Path, patience: float = PATIENCE) -> sqlite3.Connection:
-    return sqlite3.connect(path, timeout=patience, isolation_level=None, check_same_thread=False)
+def _connect(path: Path, patience: float = PATIENCE, *, make: bool = True) -> sqlite3.Connection:
+    """Unless it is to `make` the file, one that is missing is an error: an empty one in its place would hide that it is gone."""
+    name = f"file:{quote(str(path.absolute()))}?mode={'rwc' if make else 'rw'}"
+    return sqlite3.connect(name, uri=True, timeout=patience, isolation_level=None, check_same_thread=False)
 
 
 def _judge(database: sqlite3.Connection, path: Path) -> None:
@@ -198,7 +218,10 @@ def _unwritable(folder: Path, path: Path) -> str | None:
     return None
 
 
-def _why(path: Path, error: sqlite3.Error) -> str:
+def why(path: Path, error: sqlite3.Error) -> str:
+    """Return a sentence: why the file can't be used, and what to do."""
+    if not path.exists():
+        return f"{path} is gone; put a copy in its place, or reload the service, which makes an empty one."
     if getattr(error, "sqlite_errorname", "").startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):
         return f"{path} is damaged ({error}); put a copy in its place, or name another folder with --data."
     return f"{path} can't be used: {error}. Free it or its disk, or name another folder with --data."

@@ -44,6 +44,7 @@ STATUS: dict[str, int] = {
     "backplane-busy": 503,
     "backplane-full": 503,
     "unconfirmed": 503,
+    "database-away": 503,
     "database-busy": 503,
     "disk-full": 507,
     # ours
@@ -62,6 +63,7 @@ HEADERS: dict[str, dict[str, str]] = {
     "backplane-busy": {"Retry-After": "1"},
     "backplane-full": {"Retry-After": "5"},
     "unconfirmed": {"Retry-After": "1"},
+    "database-away": {"Retry-After": "5"},
     "database-busy": {"Retry-After": "5"},
 }
 """Slug -> headers that go with the answer. Retry-After is in seconds; a refusal that has it will pass."""

@@ -54,7 +54,14 @@ ORPHANED_GRACE = 2.0
 """Seconds that a worker whose supervisor is gone has to end itself. Nobody would restart it, so its
 clients are better off elsewhere soon."""
 
+WHY = 300
+"""Characters of the reason for which a worker ends that are kept."""
+
 log = logging.getLogger("comet.generation")
+
+
+class Unfit(Exception):
+    """This process can't serve; one sentence says why."""
 
 
 class Orders(NamedTuple):
@@ -105,6 +112,12 @@ class Place:
         """Tell the supervisor that this worker serves, and take signals from now on."""
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
         _say(self.events, f"ready {self.generation} {self.worker} {os.getpid()}")
+
+    def failed(self, why: str) -> None:
+        """Leave word on the board why this worker ends: the supervisor tells it in the log and in /stats."""
+        said = self.board.look(self.slot)
+        counted = said.document if said is not None and said.pid == os.getpid() else {}
+        self.board.write(self.slot, {**counted, "role": "failed", "why": " ".join(why.split())[:WHY]})
 
 
 Work = Callable[[Place], int]
@@ -191,17 +204,27 @@ class _Generation:
             return
         status = 1
         try:
-            status = self._work(self._place(worker))
-        except SystemExit as ended:
-            status = ended.code if isinstance(ended.code, int) else 1
-        except BaseException as error:
-            if limits.is_shortage(error):
-                log.error("worker %d can't start: %s", worker, error)
-            else:
-                log.exception("worker %d failed", worker)
+            status = self._be(worker)
         finally:
             logging.shutdown()
             os._exit(status)  # nothing here may run the end of the parent's program
+
+    def _be(self, worker: int) -> int:
+        """Be a worker, in the new process; its exit status."""
+        place = None
+        try:
+            place = self._place(worker)
+            return self._work(place)
+        except SystemExit as ended:
+            return ended.code if isinstance(ended.code, int) else 1
+        except BaseException as error:
+            if isinstance(error, Unfit) or limits.is_shortage(error):
+                log.error("worker %d can't serve: %s", worker, error)
+            else:
+                log.exception("worker %d failed", worker)
+            if place is not None:
+                place.failed(str(error) or type(error).__name__)
+            return 1
 
     def _place(self, worker: int) -> Place:
         """In the new process: let go of what is the parent's and the other workers'."""

@@ -38,6 +38,9 @@ TOTALS = ("channels", "messages_kept", "history_bytes", "idempotency_keys")
 TELLING = 1000
 """Connections from which on the memory of one can be told from what a process takes to get going."""
 
+NOBODY_MISSING: Document = {"workers": 0, "seconds": 0, "why": ""}
+"""How many workers are missing, for how many seconds the first of them has been, and why it could not be started."""
+
 RESTARTS = ("worker_restarts", "router_restarts", "generation_restarts", "reloads", "failed_reloads", "hung")
 
 
@@ -66,5 +69,6 @@ def summary(workers: Iterable[Document], totals: Document, supervisor: Document,
     document["bytes_a_connection"] = growth // connections if connections >= TELLING else None
     document["sockets"] = kernel
     document["restarts"] = {name: supervisor.get(name, 0) for name in RESTARTS}
+    document["missing"] = supervisor.get("missing", NOBODY_MISSING)
     document["workers"] = [{name: worker[name] for name in OF_WORKERS if name in worker} for worker in workers]
     return document

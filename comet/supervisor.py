@@ -18,6 +18,7 @@ processes are to it, and how it tells them, is `comet.children`; the rules by wh
 speaks to the service manager, if there is one (`comet.systemd`).
 """
 
+import errno
 import logging
 import os
 import shutil
@@ -26,7 +27,7 @@ import socket
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ from comet.generation import Orders
 from comet.kernel import check, limits, sockets
 from comet.kernel.processes import adopt_orphans, give_back, waitpid
 from comet.loop import Loop
-from comet.policy import MOST_DEATHS, CrashLoop, Plan, Restarts, Vigil, describe, plan
+from comet.policy import MOST_DEATHS, Plan, Restarts, Vigil, describe, plan
 from comet.settings import WRONG, Settings
 
 BANKS = 3
@@ -88,6 +89,8 @@ class Supervisor:
         self._router_restarts = Restarts()
         self._generation_restarts = Restarts()
         self._greeted = False
+        self._ordered = False
+        """A router has been ready."""
         self._reload_wanted = self._reload_failed = False
         self._stopping = False
         self._finished = False
@@ -144,6 +147,8 @@ class Supervisor:
                     self._step()
             finally:
                 self._kill_everything()
+                for listener in self._passed:
+                    sockets.listen_again(listener)  # the manager holds it, for the next service
         finally:
             shutil.rmtree(folder, ignore_errors=True)  # who noticed the end first may have removed it
         return self._status
@@ -187,6 +192,7 @@ class Supervisor:
             case "ready", [worker, pid]:
                 if worker in one.workers and one.workers[worker].pid == pid:
                     one.workers[worker].ready = True
+                    one.missing.pop(worker, None)
                     self._is_ready(one)
             case "died", [worker, pid, status]:
                 self._worker_died(one, worker, describe(status))
@@ -234,26 +240,36 @@ class Supervisor:
             one.fork(number)
 
     def _is_ready(self, one: Generation) -> None:
-        """Once all its workers are."""
-        if (
-            one.ready
-            or one.leaving
-            or not (len(one.workers) == self._plan.workers and all(worker.ready for worker in one.workers.values()))
-        ):
+        """Once all its workers are; or, where nobody else serves, once all are that can be started."""
+        waited_for = [
+            number
+            for number, restarts in enumerate(one.restarts)
+            if not (number in one.workers and one.workers[number].ready) and not (self._greeted and restarts.hopeless)
+        ]
+        if one.ready or one.leaving or waited_for:
             return
         one.ready = True
         if not self._greeted:
             self._greeted = True
             self._invite(self._greet(self._settings, self._listeners[0].getsockname(), self._plan.clients))
-        log.info("%s is ready after %.1f s", one, time.monotonic() - one.born)
+        without = f" without {len(one.missing)} of its workers" if one.missing else ""
+        log.info("%s is ready%s after %.1f s", one, without, time.monotonic() - one.born)
         if self._told:
             self._notifier.ready(self._said_in_short())  # a reload is over
         for other in list(self._generations):
             if other is not one:
                 self._leave(other)
 
+    def _serves(self, besides: Generation | None = None) -> bool:
+        """Return whether somebody serves: the service has been ready, and still has a worker, of another generation than `besides`."""
+        return self._greeted and any(
+            worker.ready for one in self._generations if one is not besides and not one.leaving for worker in one.workers.values()
+        )
+
     def _check_ready(self, one: Generation) -> None:
         if one in self._generations and not one.ready and not one.leaving:
+            if self._serves() and not self._serves(besides=one):
+                return  # nobody but this one serves
             self._unfit(one, f"was not ready after {2 * self._settings.hang_limit:g} s")
 
     def _unfit(self, one: Generation, why: str, status: int = 1) -> None:
@@ -276,9 +292,8 @@ class Supervisor:
 
     def _restart_generation(self, name: str, why: str, lived: float, ready: bool) -> None:
         self._counts["generation_restarts"] += 1
-        try:
-            delay = self._generation_restarts.after(lived, ready)
-        except CrashLoop:
+        delay = self._generation_restarts.after(lived, ready)
+        if self._generation_restarts.hopeless and not self._serves():
             self._give_up(f"{name} {why}, as did {MOST_DEATHS - 1} before it; what is wrong should stand above")
             return
         log.error("%s %s; starting another in %.2g s", name, why, delay)
@@ -348,6 +363,7 @@ class Supervisor:
             if worker.pid == 0 or not worker.lives():
                 del one.workers[number]
                 self._forget(one, number)
+                one.lacks(number, f"worker {number} has ended, and so has the process that forks workers")
             elif worker.killed:
                 os.kill(worker.pid, signal.SIGKILL)
         if one.leaving:
@@ -368,36 +384,63 @@ class Supervisor:
         worker = one.workers.pop(number, None)
         if worker is None:
             return  # its end was seen before it was told
-        self._forget(one, number)
+        reason = self._forget(one, number)
+        if reason:
+            why = f"{why} ({reason})"
         if one.leaving:
             if not one.workers:
                 self._empty(one)
             return
         if one.orphaned:
             log.error("worker %d of %s (process %d) %s; the next generation will replace it", number, one, worker.pid, why)
+            one.lacks(number, f"worker {number} {why}")
             if not one.workers:
                 one.leaving = True
                 self._empty(one)
             return
-        if not one.ready and self._greeted:
+        if not one.ready and self._serves(besides=one):
             self._unfit(one, f"has a worker that {why} before all were ready")
             return
         self._counts["worker_restarts"] += 1
-        try:
-            delay = one.restarts[number].after(time.monotonic() - worker.born, worker.ready)
-        except CrashLoop:
+        restarts = one.restarts[number]
+        delay = restarts.after(time.monotonic() - worker.born, worker.ready)
+        if restarts.hopeless and not self._serves():
             self._give_up(f"worker {number} {why}, as it did {MOST_DEATHS - 1} times before; what is wrong should stand above")
             return
         process = f" (process {worker.pid})" if worker.pid else ""
         log.error("worker %d%s %s; starting another in %.2g s", number, process, why, delay)
+        one.lacks(number, f"worker {number} {why}")
+        if restarts.hopeless:
+            self._turn_away(number)
+            self._is_ready(one)
         self._loop.later(delay, lambda: self._fork(one, number))
 
-    def _forget(self, one: Generation, number: int) -> None:
-        """A worker has ended: its slot is free, and what it had counted stays the service's."""
+    def _turn_away(self, number: int) -> None:
+        """Have other workers get the new connections of one that can't be started: in its queue nobody would answer them. It listens again
+        by itself, once it can serve. Where workers share a queue there is nothing to do."""
+        if len(self._listeners) == self._plan.workers:
+            try:
+                sockets.stop_listening(self._listeners[number])
+            except OSError as error:
+                if error.errno != errno.ENOTCONN:  # it does not listen, since the last failed start
+                    raise
+
+    def _forget(self, one: Generation, number: int) -> str:
+        """A worker has ended: its slot is free, and what it had counted stays the service's. Return the reason that it left, "" if none."""
         said = self._board.look(one.slot(number))
-        if said is not None:
-            service.add(self._ended_counts, said.document, service.LASTING)
+        if said is None:
+            return ""
+        service.add(self._ended_counts, said.document, service.LASTING)
         self._board.clear(one.slot(number))
+        return str(said.document.get("why", ""))
+
+    def _missing(self) -> Mapping[str, Any]:
+        """How many workers are missing, since when, and why, for /readyz and /stats."""
+        missing = sorted((lost.since, lost.why) for one in self._generations if not one.leaving for lost in one.missing.values())
+        if not missing:
+            return service.NOBODY_MISSING
+        since, why = missing[0]
+        return {"workers": len(missing), "seconds": int(time.monotonic() - since), "why": why}
 
     # -- the router
 
@@ -428,9 +471,9 @@ class Supervisor:
 
     def _restart_router(self, why: str, lived: float, ready: bool) -> None:
         self._counts["router_restarts"] += 1
-        try:
-            delay = self._router_restarts.after(lived, ready)
-        except CrashLoop:
+        self._ordered |= ready
+        delay = self._router_restarts.after(lived, ready)
+        if self._router_restarts.hopeless and not self._ordered:
             self._give_up(f"the router {why}, as it did {MOST_DEATHS - 1} times before; what is wrong should stand above")
             return
         log.error("the router %s; starting another in %.2g s", why, delay)
@@ -507,18 +550,22 @@ class Supervisor:
         elif self._notifier.watchdog:
             self._loop.later(min(LOOK, self._notifier.watchdog / 3), self._sign)
         said = self._board.look(ROUTER)
+        now = time.monotonic()
         beats = {} if said is None else {ROUTER: said.beat}
+        if self._router is None:
+            beats[ROUTER] = now  # it is being replaced, or there is none
         for one in self._generations:
             for worker in one.workers.values():
                 place = FIRST_WORKER + worker.number
                 beat = self._beat(one.slot(worker.number), worker.pid)
                 if beat:
                     beats[place] = max(beats.get(place, 0.0), beat)
+            beats |= {FIRST_WORKER + number: now for number in one.missing}  # they are being replaced
         routed = said is not None or bool(self._settings.backplane)  # Redis is not ours to wait for: /readyz tells
         if not self._told and self._greeted and routed and not self._stopping:
             self._told = True
             self._notifier.ready(self._said_in_short())
-        if self._vigil.alive(time.monotonic(), beats) or self._stopping:
+        if self._vigil.alive(now, beats) or self._stopping:
             self._notifier.beat()
 
     def _invite(self, invite: Callable[[], None]) -> None:
@@ -534,7 +581,9 @@ class Supervisor:
         clients = sum(sum(said.document.get("clients", {}).values()) for said in self._board.read() if said.slot >= FIRST_WORKER)
         failed = "; the last reload failed, its log says why" if self._reload_failed else ""
         workers = f"{self._plan.workers} worker{'s' if self._plan.workers > 1 else ''}"
-        return f"{workers}, {clients:,} of {self._plan.clients:,} clients{failed}"
+        missing = self._missing()
+        lacking = f" ({missing['workers']} missing: {missing['why']})" if missing["workers"] else ""
+        return f"{workers}{lacking}, {clients:,} of {self._plan.clients:,} clients{failed}"
 
     def _beat(self, slot: int, pid: int) -> float:
         """When it was last alive, as far as can be held against it."""
@@ -554,6 +603,7 @@ class Supervisor:
             "planned_clients": self._plan.clients,
             "generation": max((one.number for one in self._generations if one.ready and not one.leaving), default=0),
             **{name: self._counts[name] for name in service.RESTARTS},
+            "missing": self._missing(),
             "ended": self._ended_counts,
         }
 

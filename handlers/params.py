@@ -63,7 +63,8 @@ class Asked(NamedTuple):
 
 
 class Context(NamedTuple):
-    """What handlers work with; `service` answers what `/stats` says, `worker` is this process's number."""
+    """What handlers work with; `service` answers what `/stats` says, `worker` is this process's number, and `missing` answers how many
+    workers can't be started."""
 
     hub: Hub
     subscriptions: "Subscriptions | RedisSubscriptions"
@@ -71,6 +72,7 @@ class Context(NamedTuple):
     stats: Stats
     service: Callable[[], Mapping[str, Any]]
     worker: int = 0
+    missing: Callable[[], Mapping[str, Any]] = lambda: {"workers": 0}
 
 
 def encode(document: Any) -> bytes:

@@ -5,7 +5,7 @@ import signal
 import pytest
 
 from comet.kernel.limits import RESERVE
-from comet.policy import LEAST_LIFE, MOST_DEATHS, CrashLoop, Restarts, Vigil, alone, describe, plan
+from comet.policy import LEAST_LIFE, MOST_DEATHS, MOST_DELAY, Restarts, Vigil, alone, describe, plan
 from comet.settings import AUTO
 
 PLENTY = 1 << 40
@@ -13,15 +13,21 @@ PLENTY = 1 << 40
 
 def test_the_first_death_is_mended_at_once_and_the_next_ones_later() -> None:
     restarts = Restarts()
-    assert [restarts.after(1, ready=False) for _ in range(MOST_DEATHS - 1)] == [0, 0.5, 1, 2]
+    assert [restarts.after(1, ready=False) for _ in range(10)] == [0, 0.5, 1, 2, 4, 8, 16, 32, 60, 60]
+    for _ in range(10_000):  # a week
+        assert restarts.after(1, ready=False) == MOST_DELAY
 
 
-def test_what_never_gets_ready_is_given_up() -> None:
+def test_what_never_gets_ready_is_hopeless_until_it_does() -> None:
     restarts = Restarts()
     for _ in range(MOST_DEATHS - 1):
         restarts.after(100, ready=False)
-    with pytest.raises(CrashLoop):
-        restarts.after(100, ready=False)
+        assert not restarts.hopeless
+    restarts.after(100, ready=False)
+    assert restarts.hopeless
+    assert restarts.after(100, ready=True) == 0
+    assert not restarts.hopeless
+    assert [restarts.after(1, ready=False) for _ in range(3)] == [0, 0.5, 1]
 
 
 def test_who_was_ready_is_started_again_however_often_but_not_faster_than_that() -> None:

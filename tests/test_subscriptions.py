@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import gevent
@@ -422,3 +422,118 @@ def test_a_load_that_was_killed_ends_in_the_same_state_when_it_is_run_again(fold
     assert subprocess.run(command, cwd=ROOT, capture_output=True, timeout=3 * TIMEOUT, check=False).returncode == 0
     assert len(rows(folder)) == 300_000 + len(before)
     assert sorted(path.name for path in folder.iterdir()) == ["edges", database.NAME]
+
+
+# -- a file that is damaged or gone
+
+
+def damage(folder: Path) -> None:
+    """Overwrite all but the first page, as a broken disk does."""
+    path = database.path_in(folder)
+    with open_writer(folder) as writer:
+        writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    writer.close()
+    with path.open("r+b") as file:
+        file.seek(4096)
+        file.write(os.urandom(path.stat().st_size - 4096))
+
+
+def remove(folder: Path) -> None:
+    for path in folder.glob(database.NAME + "*"):
+        path.unlink()
+
+
+def empty(folder: Path) -> None:
+    """Another file in its place, that has nothing."""
+    remove(folder)
+    database.path_in(folder).touch()
+
+
+CALLS: list[Callable[[Subscriptions], object]] = [
+    lambda known: known.get_subscribers("user1"),
+    lambda known: known.joined_subscribers("user1"),
+    lambda known: known.following("f1"),
+    lambda known: known.count_following("f1"),
+    lambda known: known.page_of_subscribers("user1", None, 10),
+    lambda known: known.page_of_following("f1", "a", 10),
+    lambda known: known.add_subscriptions([("new", "user1")]),
+    lambda known: known.remove_subscriptions([("f1", "user1")]),
+]
+
+
+@pytest.mark.parametrize("harm", [damage, remove, empty])
+@pytest.mark.parametrize("already", [False, True], ids=["before", "while it is open"])
+def test_a_file_that_can_not_be_used_refuses_each_call_until_there_is_a_copy_in_its_place(
+    folder: Path, tmp_path: Path, harm: Callable[[Path], None], already: bool, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(subscriptions, "LOOK", 0.0)
+    first = Subscriptions(folder)
+    first.add_subscriptions([(f"f{number}", f"user{number % 5}") for number in range(20_000)])
+    first.close()
+    copy = database.path_in(folder).read_bytes()
+    known = Subscriptions(folder) if already else None
+    harm(folder)
+    known = known or Subscriptions(folder)
+    for call in CALLS:
+        assert refused(lambda call=call: call(known)) == "database-away"
+    assert sum("database-away" in one.message for one in caplog.records) == 1, "once, however often it is asked"
+    remove(folder)
+    database.path_in(folder).write_bytes(copy)
+    for call in CALLS:
+        call(known)
+    assert len(known.get_subscribers("user1")) == 4000
+    known.close()
+
+
+def test_of_a_damaged_file_what_can_be_read_is_answered(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    known = Subscriptions(folder)
+    known.add_subscriptions([(f"f{number}", f"user{number % 500}") for number in range(20_000)])
+    path = database.path_in(folder)
+    with open_writer(folder) as writer:
+        writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    writer.close()
+    with path.open("r+b") as file:
+        file.seek(path.stat().st_size // 2)
+        file.write(os.urandom(64 << 10))
+    known.close()
+    known = Subscriptions(folder)
+    answered = away = 0
+    for number in range(500):
+        try:
+            answered += len(known.get_subscribers(f"user{number}")) == 40
+        except Refusal as refusal:
+            assert refusal.slug == "database-away"
+            away += 1
+    assert answered + away == 500 and answered and away, (answered, away)
+    assert sum("is damaged" in one.message for one in caplog.records) == 1
+    known.close()
+
+
+def test_a_file_is_looked_at_again_once_a_second_and_what_is_back_is_told(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    moved = folder / "moved"
+    database.path_in(folder).rename(moved)
+    known = Subscriptions(folder)
+    assert refused(lambda: known.following("a")) == "database-away"
+    moved.rename(database.path_in(folder))
+    monkeypatch.setattr(subscriptions, "LOOK", 1e9)
+    began = known._looks
+    assert refused(lambda: known.following("a")) == "database-away"
+    assert known._looks == began
+    known._looks = 0.0
+    assert known.following("a") == []
+    assert [one.message for one in caplog.records][-1].endswith("can be used again")
+    known.close()
+
+
+def test_a_write_that_gets_no_thread_is_refused(known: Subscriptions, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_thread(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr("gevent.threadpool.start_new_thread", no_thread)
+    assert refused(lambda: known.add_subscriptions([("a", "b")])) == "database-away"
+    monkeypatch.undo()
+    assert known.add_subscriptions([("a", "b")]) == 1

@@ -1,16 +1,25 @@
-"""What the machine may refuse a service that runs: processes and descriptors. A test for each of its processes: what is refused is a
-failed start, the others serve on, and all is as before once the machine has room again."""
+"""What may be refused to a service that runs: processes, descriptors, its file of subscriptions, its disk, Redis. A test for each of its
+processes: what is refused is a failed start, the others serve on, and all is as before once what was missing is there again."""
 
 import os
 import re
 import resource
 import signal
-from collections.abc import Iterator
+import subprocess
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import pytest
+
+from comet import database
+from comet.policy import MOST_DEATHS
+from tests.behaviour.test_starting import may_mount
 from tests.behaviour.test_supervisor import Begin, Callers, Service, answers, begin, code, of
-from tests.harness import wait_until
+from tests.harness import TIMEOUT, wait_until
+from tests.redis_server import RedisServer, needs_redis
 
 __all__ = ["begin", "code"]  # fixtures
 
@@ -27,6 +36,24 @@ def no_descriptors(pid: int) -> Iterator[None]:
         yield
     finally:
         resource.prlimit(pid, resource.RLIMIT_NOFILE, (soft, hard))
+
+
+class Unfit:
+    """Which workers of a service, a copy of the program, can't serve when they are started."""
+
+    def __init__(self, code: Path) -> None:
+        self._numbers = code / "unfit"
+        path = code / "comet" / "generation.py"
+        there = "            place = self._place(worker)\n"
+        text = path.read_text()
+        assert there in text
+        path.write_text(text.replace(there, f"""{there}\
+            if str(worker) in (Path({str(self._numbers)!r}).read_text() if os.path.exists({str(self._numbers)!r}) else "").split():
+                raise Unfit("somebody must have changed a password")
+"""))  # fmt: skip
+
+    def say(self, *numbers: int) -> None:
+        self._numbers.write_text(" ".join(map(str, numbers)))
 
 
 class Forks:
@@ -167,3 +194,237 @@ def test_workers_that_the_router_has_no_descriptor_for_are_let_in_later(begin: B
     wait_until(lambda: all(one["ready"] for one in service.stats()["workers"]))
     assert orders(service)
     assert service.router() == router
+
+
+# -- one that can't start again
+
+
+def missing(service: Service) -> dict[str, Any]:
+    """What /stats says of workers that are missing."""
+    found: dict[str, Any] = service.stats()["missing"]
+    return found
+
+
+def hopeless(service: Service, number: int) -> None:
+    """Wait until this worker has failed so often that its connections go to others."""
+    wait_until(lambda: service.log.read_text().count(f"ERROR comet.supervisor: worker {number} ") >= MOST_DEATHS + 1)
+
+
+def test_one_worker_that_can_not_start_again_leaves_the_others_alone(begin: Begin, code: Path) -> None:
+    unfit = Unfit(code)
+    service = begin("--workers", "3", kind=of(code))
+    assert service.request("GET", "/readyz").json == {"status": "ready"}
+    assert missing(service) == {"workers": 0, "seconds": 0, "why": ""}
+    before = service.workers()
+    unfit.say(0, 1)
+    for number in (0, 1):
+        os.kill(before[number], signal.SIGKILL)
+    began = time.monotonic()
+    hopeless(service, 0)
+    hopeless(service, 1)
+    assert service.workers() == {2: before[2]}
+    said = wait_until(lambda: missing(service)["seconds"] >= 2 and missing(service))
+    why = "exited with status 1 (somebody must have changed a password)"
+    assert said["workers"] == 2 and said["why"] in (f"worker 0 {why}", f"worker 1 {why}")
+    assert said["seconds"] <= time.monotonic() - began + 1
+    ready = service.request("GET", "/readyz")
+    assert (ready.status, ready.json["status"], ready.json["missing"]["workers"]) == (200, "ready", 2)
+    assert service.request("POST", "/publish/a", b"x").status == 201
+    unfit.say(0)
+    wait_until(lambda: missing(service)["workers"] == 1)
+    unfit.say()
+    wait_until(lambda: missing(service)["workers"] == 0 and len(service.workers()) == 3)
+    assert service.workers()[2] == before[2]
+    assert service.request("GET", "/readyz").json == {"status": "ready"}
+
+
+def test_new_connections_go_to_those_that_serve(begin: Begin, code: Path) -> None:
+    """The kernel spreads them over all that listen; in the queue of a worker that can't start they would wait for ever."""
+    unfit = Unfit(code)
+    service = begin("--workers", "3", kind=of(code))
+    unfit.say(0, 1)
+    for number in (0, 1):
+        os.kill(service.workers()[number], signal.SIGKILL)
+    for number in (0, 1):
+        hopeless(service, number)
+    for _ in range(60):
+        answers(service)
+    unfit.say()
+    wait_until(lambda: len(service.workers()) == 3)
+    wait_until(lambda: {service.request("GET", "/healthz").json["worker"] for _ in range(20)} == {0, 1, 2})
+
+
+def test_a_service_in_which_nobody_serves_ends(begin: Begin, code: Path) -> None:
+    unfit = Unfit(code)
+    service = begin("--workers", "2", kind=of(code))
+    before = service.workers()
+    unfit.say(0, 1)
+    os.kill(before[0], signal.SIGKILL)
+    hopeless(service, 0)
+    assert service.process.poll() is None
+    os.kill(before[1], signal.SIGKILL)
+    assert service.ended() == 1
+    assert "giving up: worker " in service.log.read_text()
+
+
+def test_a_reload_with_a_worker_missing_may_mend_it_or_leaves_what_there_is(begin: Begin, code: Path) -> None:
+    unfit = Unfit(code)
+    service = begin("--workers", "2", kind=of(code))
+    before = service.workers()
+    unfit.say(0)
+    os.kill(before[0], signal.SIGKILL)
+    hopeless(service, 0)
+    service.process.send_signal(signal.SIGHUP)
+    service.counted("failed_reloads", 1)
+    assert service.workers() == {1: before[1]}
+    unfit.say()
+    service.process.send_signal(signal.SIGHUP)
+    wait_until(lambda: service.counts()["generation"] > 1)
+    wait_until(lambda: len(service.workers()) == 2 and not missing(service)["workers"])
+    for _ in range(20):
+        answers(service)
+
+
+def test_a_generation_that_nobody_stands_in_for_serves_without_the_worker_that_can_not_start(begin: Begin, code: Path) -> None:
+    unfit = Unfit(code)
+    service = begin("--workers", "3", kind=of(code))
+    unfit.say(1)
+    for pid in (service.generation(), *service.workers().values()):
+        os.kill(pid, signal.SIGKILL)
+    service.counted("generation", 2)
+    assert set(service.workers()) == {0, 2}
+    assert "generation 2 is ready without 1 of its workers" in service.log.read_text()
+    for _ in range(20):
+        answers(service)
+    unfit.say()
+    wait_until(lambda: len(service.workers()) == 3)
+
+
+def test_a_router_that_can_not_start_again_is_tried_on(begin: Begin, code: Path) -> None:
+    service = begin("--workers", "2", kind=of(code))
+    before = service.workers()
+    path = code / "comet" / "router.py"
+    good = path.read_text()
+    path.write_text("raise SystemExit(3)")
+    os.kill(service.router(), signal.SIGKILL)
+    service.counted("router_restarts", MOST_DEATHS + 1)
+    assert service.workers() == before
+    answers(service)
+    assert service.request("GET", "/readyz").status == 503
+    path.write_text(good)
+    wait_until(lambda: orders(service))
+    assert service.workers() == before
+
+
+@needs_redis
+@pytest.mark.parametrize("change", [("requirepass", "another"), ("maxclients", "4")])
+def test_a_redis_that_takes_nobody_new_costs_one_worker(begin: Begin, tmp_path: Path, change: tuple[str, str]) -> None:
+    folder = tmp_path / "redis"
+    folder.mkdir()
+    redis = RedisServer(folder)
+    try:
+        service = begin("--workers", "2", COMET_BACKPLANE=redis.url)
+        wait_until(lambda: orders(service))
+        before = service.workers()
+        redis.ask("CONFIG", "SET", *change)
+        os.kill(before[0], signal.SIGKILL)
+        if change[0] == "requirepass":
+            hopeless(service, 0)
+            assert "NOAUTH" in wait_until(lambda: missing(service)["why"])
+        else:
+            service.counted("worker_restarts", 1)
+        assert service.workers()[1] == before[1]
+        assert orders(service)
+        redis.stop()
+        redis = RedisServer(folder, port=redis.port)
+        wait_until(lambda: len(service.workers()) == 2 and orders(service) and not missing(service)["workers"])
+        assert service.workers()[1] == before[1]
+    finally:
+        redis.stop()
+
+
+# -- the file of the subscriptions
+
+
+def harmed(data: Path, how: str) -> None:
+    """Damage the file under a running service, or take it away."""
+    path = database.path_in(data)
+    if how == "gone":
+        for one in data.iterdir():
+            one.unlink()
+        return
+    writer = database.open_writer(data)
+    writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # else the log still has it all, and would be written back
+    writer.close()
+    with path.open("r+b") as file:
+        file.seek(4096)
+        file.write(os.urandom(path.stat().st_size - 4096))
+
+
+def killed_worker(service: Service) -> None:
+    os.kill(service.workers()[0], signal.SIGKILL)
+    service.counted("worker_restarts", 1)
+    wait_until(lambda: len(service.workers()) == 2)
+
+
+def reloaded(service: Service) -> None:
+    service.process.send_signal(signal.SIGHUP)
+    service.counted("generation", 2)
+
+
+def killed_generation(service: Service) -> None:
+    os.kill(service.generation(), signal.SIGKILL)
+    service.counted("generation", 2)
+
+
+def undisturbed(service: Service) -> None:
+    answers(service)
+
+
+@pytest.mark.parametrize("then", [undisturbed, killed_worker, reloaded, killed_generation])
+@pytest.mark.parametrize("how", ["damaged", "gone"])
+def test_messages_do_not_need_the_file_of_subscriptions(begin: Begin, tmp_path: Path, how: str, then: Callable[[Service], None]) -> None:
+    data = tmp_path / "data"
+    service = begin("--workers", "2", "--data", str(data))
+    lines = b"".join(b"f%d user%d\n" % (number, number % 10) for number in range(2000))
+    assert service.request("POST", "/follows", lines).json["added"] == 2000
+    harmed(data, how)
+    then(service)
+    assert orders(service)
+    with service.events("news") as events:
+        service.publish("news", "goes on")
+        assert events.next().data == "goes on"
+    if how == "gone" and then in (reloaded, killed_generation):  # which make an empty one
+        assert service.request("GET", "/users/user1/followers").json["followers"] == []
+        return
+
+    def away(method: str, path: str) -> bool:
+        said = service.request(method, path, None if method == "GET" else b"")
+        return said.status == 503 and said.json["error"] == "database-away" and "retry-after" in said.headers
+
+    for method, path in (("GET", "/users/user1/followers"), ("PUT", "/users/a/following/b"), ("POST", "/send/user1")):
+        wait_until(lambda method=method, path=path: all(away(method, path) for _ in range(10)))  # type: ignore[misc]
+    assert service.stats()["errors"] == 0
+    assert "database-away" in service.log.read_text()
+
+
+@may_mount
+def test_a_full_disk_stops_no_start_of_a_generation(begin: Begin, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(disk)], check=True)
+    try:
+        service = begin("--workers", "2", "--data", str(disk / "data"))
+        assert service.request("PUT", "/users/a/following/b").status < 300
+        with pytest.raises(OSError, match="No space left"), (disk / "fill").open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+        killed_worker(service)
+        reloaded(service)
+        assert orders(service)
+        assert service.request("PUT", "/users/c/following/b").status in (503, 507)
+        (disk / "fill").unlink()
+        wait_until(lambda: service.request("PUT", "/users/c/following/b").status == 200, TIMEOUT)
+        assert service.end(signal.SIGTERM) == 0
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
