@@ -13,15 +13,20 @@ import socket
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 
 from comet import database, generation, listeners, systemd
 from comet import log as logs
 from comet import settings as knobs
+from comet.kernel.output import Output
 from comet.settings import Settings
 
 STOPPING = 5.0
 """Seconds beyond the grace time that an end takes at most."""
+
+SILENCE = 2.0
+"""Seconds without a sign of life of the router, which gives one a second, after which this process is not ready (`/readyz`)."""
 
 SPREAD = 0.8
 """Of the grace time over which a drain ends the streams; the rest is for what is still to be written to them."""
@@ -67,6 +72,13 @@ def prepare_data(folder: Path, *, whole: bool) -> None:
             sys.exit(1)
 
 
+def say(text: str) -> None:
+    """Write a line to standard output, and wait for whoever reads it for a second at most."""
+    with closing(Output(sys.stdout.fileno())) as output:
+        output.write(f"{text}\n".encode())
+        output.drain(logs.ENDING)
+
+
 def greet(settings: Settings, address: tuple[str, int], clients: int) -> Callable[[], None]:
     """Say where the service listens, on standard output: whoever started this may wait for the line. In the journal, or where
     the log is JSON and to be nothing else, it is a line of the log. Return what invites to try it, once it is usable."""
@@ -76,11 +88,9 @@ def greet(settings: Settings, address: tuple[str, int], clients: int) -> Callabl
     if settings.log == "json" or logs.to_journal():
         log.info("comet listens on %s for up to %d connections", url, clients)
         return lambda: None
-    print(f"comet listens on {url} for up to {clients} connections.", flush=True)
+    say(f"comet listens on {url} for up to {clients} connections.")
     key = ' -H "Authorization: Bearer $COMET_PUBLISH_KEY"' if settings.publish_key else ""
-    return lambda: print(
-        f"Try it, in two terminals:\n  curl -N {url}/events/news\n  curl{key} -d 'hello, world' {url}/publish/news", flush=True
-    )
+    return lambda: say(f"Try it, in two terminals:\n  curl -N {url}/events/news\n  curl{key} -d 'hello, world' {url}/publish/news")
 
 
 orders = generation.Orders.take(os.environ) if __name__ == "__main__" else None
@@ -111,7 +121,7 @@ import handlers  # noqa: E402
 from comet import collector, policy, service  # noqa: E402
 from comet.backplane.memory import Bounds, MemoryBackplane  # noqa: E402
 from comet.backplane.router import RouterBackplane  # noqa: E402
-from comet.board import ROUTER, SUPERVISOR  # noqa: E402
+from comet.board import ROUTER, SUPERVISOR, Board  # noqa: E402
 from comet.generation import ORPHANED_GRACE, Place, Unfit  # noqa: E402
 from comet.hub import Hub  # noqa: E402
 from comet.kernel import check, limits, memory, processes, sockets  # noqa: E402
@@ -198,6 +208,7 @@ def serve(settings: Settings, listener: socket.socket, data: Path, place: Place 
     rest = Rest() if place is not None and limits.crowding(place.workers, limits.cores()) else None
 
     def beat() -> None:
+        logs.tend()
         stats.sample(time.monotonic())
         if place is not None:
             place.board.write(place.slot, own())  # from the loop, so that one that is stuck is noticed
@@ -317,7 +328,13 @@ def _backplane(settings: Settings, place: Place | None) -> "MemoryBackplane | Ro
             raise Unfit(str(error)) from error
     if place is None:
         return MemoryBackplane(Bounds.of(settings))
-    return RouterBackplane(place.router, settings.backplane_timeout)
+    return RouterBackplane(place.router, settings.backplane_timeout, lives=partial(_router_lives, place.board))
+
+
+def _router_lives(board: Board) -> bool:
+    """Whether the router has lately shown that it lives. One that is just being started has said nothing yet: its link tells."""
+    said = board.look(ROUTER)
+    return said is None or said.age <= SILENCE
 
 
 def _subscriptions(settings: Settings, data: Path) -> "Subscriptions | RedisSubscriptions":
@@ -340,6 +357,7 @@ def _own(place: Place | None, stats: Stats, hub: Hub, capacity: int) -> Callable
         now = processes.resident()
         return {
             **fixed, **stats.document(), "draining": hub.draining, "ready": hub.ready(),
+            "log_dropped": logs.dropped(),
             "resident_bytes": now, "growth_bytes": max(0, now - before), "peak_memory_bytes": processes.peak(),
         }  # fmt: skip
 
@@ -362,7 +380,8 @@ def _together(place: Place, own: Callable[[], dict[str, Any]], hub: Hub | None) 
 def _missing(place: Place | None) -> Mapping[str, Any]:
     """How many workers are missing, as the supervisor has said it."""
     said = None if place is None else place.board.look(SUPERVISOR)
-    missing: Mapping[str, Any] = service.NOBODY_MISSING if said is None else said.document["missing"]
+    document = {} if said is None else said.document
+    missing: Mapping[str, Any] = document.get("missing", service.NOBODY_MISSING)  # a supervisor that is older than this code has none
     return missing
 
 

@@ -41,6 +41,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Self
 
+from comet import log as logs
 from comet.board import Board
 from comet.kernel import limits
 from comet.kernel.processes import close, fork, give_back, give_way, waitpid
@@ -53,6 +54,9 @@ VARIABLE = "COMET_GENERATION"
 ORPHANED_GRACE = 2.0
 """Seconds that a worker whose supervisor is gone has to end itself. Nobody would restart it, so its
 clients are better off elsewhere soon."""
+
+TEND = 5.0
+"""Seconds between two looks whether what this process has logged is written."""
 
 WHY = 300
 """Characters of the reason for which a worker ends that are kept."""
@@ -159,7 +163,8 @@ class _Generation:
         self._epoll.register(0, select.EPOLLIN)
         _say(self._orders.events, f"loaded {self._orders.number}")
         while self._workers or not self._ending:
-            for descriptor, _ in self._epoll.poll(None if self._abandoned is None else 0.2):
+            logs.tend()
+            for descriptor, _ in self._epoll.poll(TEND if self._abandoned is None else 0.2):
                 if descriptor == 0:
                     self._obey()
                 else:

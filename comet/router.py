@@ -484,6 +484,7 @@ def main(arguments: Sequence[str]) -> int:
             next_tick = time.monotonic() + TICK
             router.backplane.expire()
             router.accept_again()
+            logs.tend()
             collector.keep()
             if next_tick >= next_tidying:
                 next_tidying = next_tick + collector.TIDYING
@@ -493,6 +494,7 @@ def main(arguments: Sequence[str]) -> int:
                 "pid": os.getpid(),
                 "workers": len(router.links),
                 "gc_longest_seconds": stats.gc_longest_seconds,
+                "log_dropped": logs.dropped(),
                 **router.backplane.totals(),
             })  # fmt: skip
     router.close()

@@ -11,7 +11,7 @@ from typing import Any
 
 Document = Mapping[str, Any]
 
-LASTING = ("accepted", "requests", "published", "offered", "closed", "refused", "errors", "gc_full_collections")
+LASTING = ("accepted", "requests", "published", "offered", "closed", "refused", "errors", "gc_full_collections", "log_dropped")
 """Counters that a worker's end must not take with it; the supervisor keeps them."""
 
 PRESENT = (
@@ -65,6 +65,7 @@ def summary(workers: Iterable[Document], totals: Document, supervisor: Document,
         add(document, worker, (*LASTING, *PRESENT))
     document["gc_longest_seconds"] = max((one.get("gc_longest_seconds", 0.0) for one in (*workers, totals)), default=0.0)
     document |= {name: totals.get(name, 0) for name in TOTALS}
+    document["log_dropped"] += totals.get("log_dropped", 0) + supervisor.get("log_dropped", 0)
     connections, growth = document.get("connections", 0), document.pop("growth_bytes", 0)
     document["bytes_a_connection"] = growth // connections if connections >= TELLING else None
     document["sockets"] = kernel

@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from comet import listeners, service, systemd
+from comet import log as logs
 from comet.board import FIRST_WORKER, ROUTER, SUPERVISOR, Board
 from comet.children import Generation, Reports, Router, Worker
 from comet.generation import Orders
@@ -518,6 +519,7 @@ class Supervisor:
 
     def _look(self) -> None:
         self._loop.later(LOOK, self._look)
+        logs.tend()
         now = time.monotonic()
         if now - self._looked > 5 * LOOK:  # this process was stopped, perhaps the machine: so the others may have been
             self._amnesty = now
@@ -604,6 +606,7 @@ class Supervisor:
             "generation": max((one.number for one in self._generations if one.ready and not one.leaving), default=0),
             **{name: self._counts[name] for name in service.RESTARTS},
             "missing": self._missing(),
+            "log_dropped": logs.dropped(),
             "ended": self._ended_counts,
         }
 

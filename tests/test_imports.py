@@ -16,7 +16,7 @@ SERVER = {
     "comet.turn",
 }  # fmt: skip
 HUB = {*SPOKEN, "comet.backplane", "comet.fanout", "comet.framing", "comet.history", "comet.stats", "comet.subscriber", "comet.turn"}
-PROCESSES = {"comet.board", "comet.kernel", "comet.settings"}
+PROCESSES = {"comet.board", "comet.kernel", "comet.log", "comet.settings"}
 REDIS = {
     *SPOKEN, "comet.history", "comet.turn", "comet.backplane", "comet.backplane.redis_dial", "comet.backplane.redis_scripts",
     "comet.backplane.redis_format", "comet.backplane.redis_link", "comet.backplane.redis_shards", "comet.backplane.redis_calls",
@@ -54,7 +54,8 @@ ALLOWED: dict[str, set[str]] = {
     "comet.kernel.check": {"comet.kernel"},
     "comet.kernel.limits": set(),
     "comet.kernel.machine": set(),
-    "comet.kernel.memory": set(),
+    "comet.kernel.memory": {"comet.kernel.processes"},
+    "comet.kernel.output": {"comet.kernel.stock"},
     "comet.kernel.patch": set(),
     "comet.kernel.processes": {"comet.kernel.stock"},
     "comet.kernel.sockets": {"comet.kernel"},

@@ -80,6 +80,23 @@ def test_a_shortage_that_ends_the_process_is_a_sentence() -> None:
     assert done.stderr.endswith("CRITICAL comet: the process ends: [Errno 24] Too many open files\n") and done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("form", ["plain", "json"])
+def test_a_shortage_is_a_sentence_wherever_it_is_met(form: str) -> None:
+    code = f"""
+import logging, comet.log as l
+l.set_up({form!r}, pid=False)
+for error in (MemoryError(), OSError(24, "Too many open files"), ValueError("a bug")):
+    try:
+        raise error
+    except Exception:
+        logging.getLogger("x").exception("number %d %s failed", 7, "%s")
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stderr.count("number 7 %s failed") == 3
+    assert "number 7 %s failed: MemoryError" in done.stderr and "number 7 %s failed: [Errno 24] Too many open files" in done.stderr
+    assert done.stderr.count("Traceback") == 1 and "ValueError: a bug" in done.stderr
+
+
 def test_a_shortage_outside_a_request_is_a_sentence_and_a_bug_has_its_traceback(caplog: pytest.LogCaptureFixture) -> None:
     for error in (OSError(24, "Too many open files"), MemoryError(), ValueError("a bug")):
         failed_outside(None, type(error), error, None)

@@ -6,19 +6,23 @@ import re
 import resource
 import signal
 import subprocess
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import gevent
 import pytest
+from gevent import subprocess as green
 
 from comet import database
 from comet.policy import MOST_DEATHS
 from tests.behaviour.test_starting import may_mount
 from tests.behaviour.test_supervisor import Begin, Callers, Service, answers, begin, code, of
-from tests.harness import TIMEOUT, wait_until
+from tests.harness import AMPLE, ROOT, TIMEOUT, Client, wait_until
 from tests.redis_server import RedisServer, needs_redis
 
 __all__ = ["begin", "code"]  # fixtures
@@ -428,3 +432,84 @@ def test_a_full_disk_stops_no_start_of_a_generation(begin: Begin, tmp_path: Path
         assert service.end(signal.SIGTERM) == 0
     finally:
         subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+# -- what hangs, or stands still
+
+
+def test_readyz_tells_of_a_router_that_hangs_before_it_is_killed(begin: Begin) -> None:
+    service = begin("--workers", "2")
+    wait_until(lambda: service.request("GET", "/readyz").status == 200)
+    router = service.router()
+    os.kill(router, signal.SIGSTOP)
+    wait_until(lambda: all(service.request("GET", "/readyz").json.get("error") == "backplane-away" for _ in range(10)), AMPLE)
+    os.kill(router, signal.SIGCONT)
+    wait_until(lambda: service.request("GET", "/readyz").status == 200)
+    assert service.router() == router
+    assert service.counts()["hung"] == 0
+
+
+def test_a_worker_without_a_descriptor_left_shows_that_it_lives(begin: Begin) -> None:
+    service = begin("--workers", "1", "--hang-limit", "4")
+    worker = service.workers()[0]
+    with service.client() as client, no_descriptors(worker):
+        ends = time.monotonic() + 7
+        while time.monotonic() < ends:
+            assert client.request("POST", "/publish/a", b"x").status == 201
+            gevent.sleep(0.1)
+        said = client.request("GET", "/stats").json
+        assert said["resident_bytes"] > 0 and said["errors"] == 0
+        assert client.request("GET", "/readyz").status == 200
+    assert service.workers() == {0: worker}
+    assert service.counts()["hung"] == 0
+
+
+def test_a_reader_of_the_log_that_stands_still_stops_no_process() -> None:
+    reader, writer = os.pipe()
+    process = green.Popen(
+        [sys.executable, "app.py", "--port", "0", "--workers", "2", "--log-clients", "--hang-limit", "4"],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=writer, env={**os.environ, "COMET_HIBERNATE": "on"},
+    )  # fmt: skip
+    try:
+        os.close(writer)
+        port = int(process.stdout.readline().split(b"http://")[1].split()[0].rsplit(b":", 1)[1])
+        asked = 0
+        clients = [Client(port) for _ in range(8)]
+        dropped = 0
+        while not dropped:
+            for client in clients:
+                for _ in range(20):
+                    assert client.request("GET", "/nothing/" + "x" * 1500).status == 404
+                    asked += 1
+            dropped = clients[0].request("GET", "/stats").json["log_dropped"]
+            assert asked < 100_000
+        ends = time.monotonic() + 7
+        while time.monotonic() < ends:
+            assert all(client.request("GET", "/healthz").status == 200 for client in clients)
+            gevent.sleep(0.1)
+        said = clients[0].request("GET", "/stats").json
+        assert (said["restarts"]["hung"], said["restarts"]["worker_restarts"], said["errors"]) == (0, 0, 0)
+        for client in clients:
+            client.close()
+        pieces: list[bytes] = []
+
+        def read() -> None:
+            while piece := os.read(reader, 1 << 16):
+                pieces.append(piece)
+
+        reading = threading.Thread(target=read)
+        reading.start()
+        wait_until(lambda: b"were dropped: nobody read them" in b"".join(pieces))
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(TIMEOUT) == 0
+        reading.join()
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+        process.stdout.close()
+        os.close(reader)
+    log = b"".join(pieces).decode()
+    lost = sum(map(int, re.findall(r" (\d+) lines of the log were dropped", log)))
+    assert log.count("refused: not-found") + lost == asked, "a line is written, or counted"
+    assert len(re.findall(r"INFO comet: stopped$", log, re.MULTILINE)) == 2
