@@ -124,7 +124,7 @@ from comet.backplane.router import RouterBackplane  # noqa: E402
 from comet.board import ROUTER, SUPERVISOR, Board  # noqa: E402
 from comet.generation import ORPHANED_GRACE, Place, Unfit  # noqa: E402
 from comet.hub import Hub  # noqa: E402
-from comet.kernel import check, limits, memory, processes, sockets  # noqa: E402
+from comet.kernel import check, limits, memory, processes  # noqa: E402
 from comet.kernel.stock import stock  # noqa: E402
 from comet.permit import Permit  # noqa: E402
 from comet.rest import Rest  # noqa: E402
@@ -198,7 +198,6 @@ def serve(settings: Settings, listener: socket.socket, data: Path, place: Place 
     server = _server(listener, context, capacity)
     stopping = _Stopping(settings.grace, place)
     collector.set_up(stats)
-    sockets.listen_again(listener)  # its queue was closed if earlier workers could not start
     server.start()
     if isinstance(backplane, MemoryBackplane):
         gevent.spawn(_every, 1.0, backplane.expire)
@@ -212,6 +211,7 @@ def serve(settings: Settings, listener: socket.socket, data: Path, place: Place 
         stats.sample(time.monotonic())
         if place is not None:
             place.board.write(place.slot, own())  # from the loop, so that one that is stuck is noticed
+            server.stand_in(place.stands_in())
         if rest is not None:
             rest.look()
 
@@ -227,6 +227,9 @@ def serve(settings: Settings, listener: socket.socket, data: Path, place: Place 
 
     log.info("stopping: %d connections", stats.connections)
     notifier.stopping(stopping.grace + STOPPING)
+    server.stand_in([])
+    if place is not None:
+        place.let_go()
     server.drain()
     hub.drain(SPREAD * stopping.grace)
     late = server.join(stopping.grace)

@@ -15,7 +15,7 @@ once:
     born <generation> <worker> <pid>            by the worker, before anything else
     ready <generation> <worker> <pid>           by the worker, when it serves
     died <generation> <worker> <pid> <status>
-    unborn <generation> <worker> <errno>        the kernel refused the fork
+    died <generation> <worker> 0 <errno>        the kernel refused the fork (a word of its own would end an older supervisor)
 
 It decides nothing: what is restarted, and when, is the supervisor's (`comet.supervisor`). It is the
 parent of its workers and nobody else reaps them; so a process id that it signals is theirs.
@@ -36,13 +36,13 @@ import shutil
 import signal
 import socket
 import time
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Self
 
 from comet import log as logs
-from comet.board import Board
+from comet.board import SUPERVISOR, Board
 from comet.kernel import limits
 from comet.kernel.processes import close, fork, give_back, give_way, waitpid
 from comet.kernel.sockets import epoll
@@ -60,6 +60,10 @@ TEND = 5.0
 
 WHY = 300
 """Characters of the reason for which a worker ends that are kept."""
+
+HELD = 100
+"""Listeners that a worker has open, its own and the next by number, so that it can accept in the place of their workers. Beside as many
+connections that are being refused they fit into the descriptors that are kept back from clients (`limits.RESERVE`)."""
 
 log = logging.getLogger("comet.generation")
 
@@ -97,15 +101,21 @@ class Orders(NamedTuple):
         return None if text is None else cls(**json.loads(text))
 
 
+def held(worker: int, listeners: int) -> Sequence[int]:
+    """Return the numbers of the listeners, of so many, that a worker has open; the first is its own."""
+    return [(worker + step) % listeners for step in range(min(HELD, listeners))]
+
+
 @dataclass(frozen=True, slots=True)
 class Place:
-    """What a worker has of the service: its number (`worker`, from 0) among how many (`workers`), its listener, its slot
-    of the board, the path of the router's socket, and the end of the lifeline that ends when the supervisor does."""
+    """What a worker has of the service: its number (`worker`, from 0) among how many (`workers`), its listener, those of `others` by
+    number, its slot of the board, the path of the router's socket, and the end of the lifeline that ends when the supervisor does."""
 
     generation: int
     worker: int
     workers: int
     listener: socket.socket
+    others: dict[int, socket.socket]
     board: Board
     slot: int
     lifeline: int
@@ -116,6 +126,19 @@ class Place:
         """Tell the supervisor that this worker serves, and take signals from now on."""
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
         _say(self.events, f"ready {self.generation} {self.worker} {os.getpid()}")
+
+    def stands_in(self) -> list[socket.socket]:
+        """Return the listeners of others that this worker is to accept from at present, since their workers do not serve; none after
+        `let_go`."""
+        said = self.board.look(SUPERVISOR)
+        slots: dict[str, list[int]] = {} if said is None else said.document.get("stand_ins", {})  # an older supervisor names none
+        return [self.others[number] for number in slots.get(str(self.slot), ()) if number in self.others]
+
+    def let_go(self) -> None:
+        """Close the listeners of others."""
+        while self.others:
+            _, listener = self.others.popitem()
+            close(listener.detach())
 
     def failed(self, why: str) -> None:
         """Leave word on the board why this worker ends: the supervisor tells it in the log and in /stats."""
@@ -202,7 +225,7 @@ class _Generation:
         try:
             pid = fork()
         except OSError as error:  # no process is left, or no memory: the supervisor decides when to try again
-            _say(self._orders.events, f"unborn {self._orders.number} {worker} {error.errno}")
+            _say(self._orders.events, f"died {self._orders.number} {worker} 0 {error.errno}")
             return
         if pid:
             self._workers[worker] = pid
@@ -248,13 +271,18 @@ class _Generation:
                 give_way()
             except OSError as error:  # some sandboxes don't let a process say so; then it is as every other
                 log.info("worker %d can't have SCHED_BATCH: %s", worker, error)
-        listener = socket.socket(fileno=orders.listeners[worker % len(orders.listeners)])
-        for descriptor in orders.listeners:
-            if descriptor != listener.fileno():
+        own, *others = held(worker, len(orders.listeners))
+        for number, descriptor in enumerate(orders.listeners):
+            if number != own and number not in others:
                 close(descriptor)
+        listener = socket.socket(fileno=orders.listeners[own])
         board = Board.open(orders.board)
         slot = orders.first_slot + worker
-        return Place(orders.number, worker, orders.workers, listener, board, slot, orders.lifeline, orders.router, orders.events)
+        return Place(
+            orders.number, worker, orders.workers, listener,
+            {number: stock(socket, "socket")(fileno=orders.listeners[number]) for number in others},
+            board, slot, orders.lifeline, orders.router, orders.events,
+        )  # fmt: skip
 
     def _reap(self) -> None:
         for worker, pid in list(self._workers.items()):

@@ -4,7 +4,7 @@ again, and whether the service as a whole is alive. Pure; `comet.supervisor` doe
 
 import math
 import signal
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple
 
 from comet.kernel import limits
@@ -53,6 +53,23 @@ class Restarts:
     def hopeless(self) -> bool:
         """Whether it has died `MOST_DEATHS` times in a row before it was ready."""
         return self._deaths >= MOST_DEATHS
+
+
+def stand_ins(unserved: Iterable[int], held: Mapping[int, Collection[int]], turn: int) -> dict[int, list[int]]:
+    """Return which workers accept from listeners that no worker serves: their slots, and the listeners of each.
+
+    `held` are the listeners that each worker which serves has open, by its slot. Each `turn` it is another worker, so that the connections
+    are spread over all."""
+    able: dict[int, list[int]] = {listener: [] for listener in unserved}
+    for slot, listeners in sorted(held.items()):
+        for listener in listeners:
+            if listener in able:
+                able[listener].append(slot)
+    found: dict[int, list[int]] = {}
+    for listener, slots in able.items():
+        if slots:
+            found.setdefault(slots[(turn + listener) % len(slots)], []).append(listener)
+    return found
 
 
 class Vigil:

@@ -18,7 +18,6 @@ processes are to it, and how it tells them, is `comet.children`; the rules by wh
 speaks to the service manager, if there is one (`comet.systemd`).
 """
 
-import errno
 import logging
 import os
 import shutil
@@ -36,11 +35,11 @@ from comet import listeners, service, systemd
 from comet import log as logs
 from comet.board import FIRST_WORKER, ROUTER, SUPERVISOR, Board
 from comet.children import Generation, Reports, Router, Worker
-from comet.generation import Orders
+from comet.generation import Orders, held
 from comet.kernel import check, limits, sockets
 from comet.kernel.processes import adopt_orphans, give_back, waitpid
 from comet.loop import Loop
-from comet.policy import MOST_DEATHS, Plan, Restarts, Vigil, describe, plan
+from comet.policy import MOST_DEATHS, Plan, Restarts, Vigil, describe, plan, stand_ins
 from comet.settings import WRONG, Settings
 
 BANKS = 3
@@ -97,6 +96,9 @@ class Supervisor:
         self._finished = False
         self._status = 0
         self._looked = time.monotonic()
+        self._turns = count()
+        self._unserved: set[int] = set()
+        """Listeners that no worker served at the last look."""
         self._amnesty = 0.0
         self._counts = Counter[str]()
         self._ended_counts: dict[str, Any] = {}
@@ -148,8 +150,6 @@ class Supervisor:
                     self._step()
             finally:
                 self._kill_everything()
-                for listener in self._passed:
-                    sockets.listen_again(listener)  # the manager holds it, for the next service
         finally:
             shutil.rmtree(folder, ignore_errors=True)  # who noticed the end first may have removed it
         return self._status
@@ -195,10 +195,10 @@ class Supervisor:
                     one.workers[worker].ready = True
                     one.missing.pop(worker, None)
                     self._is_ready(one)
-            case "died", [worker, pid, status]:
-                self._worker_died(one, worker, describe(status))
-            case "unborn", [worker, number]:
+            case "died", [worker, 0, number]:
                 self._worker_died(one, worker, f"can't be started ({os.strerror(number)})")
+            case "died", [worker, _, status]:
+                self._worker_died(one, worker, describe(status))
             case _:
                 raise ValueError(f"{one} said: {what} {more}")
 
@@ -411,20 +411,20 @@ class Supervisor:
         process = f" (process {worker.pid})" if worker.pid else ""
         log.error("worker %d%s %s; starting another in %.2g s", number, process, why, delay)
         one.lacks(number, f"worker {number} {why}")
-        if restarts.hopeless:
-            self._turn_away(number)
-            self._is_ready(one)
+        self._is_ready(one)
         self._loop.later(delay, lambda: self._fork(one, number))
 
-    def _turn_away(self, number: int) -> None:
-        """Have other workers get the new connections of one that can't be started: in its queue nobody would answer them. It listens again
-        by itself, once it can serve. Where workers share a queue there is nothing to do."""
-        if len(self._listeners) == self._plan.workers:
-            try:
-                sockets.stop_listening(self._listeners[number])
-            except OSError as error:
-                if error.errno != errno.ENOTCONN:  # it does not listen, since the last failed start
-                    raise
+    def _stand_ins(self) -> dict[str, list[int]]:
+        """Say which workers accept in the place of those that do not serve, as JSON has it. In the queue of one that can't be started
+        connections would wait for ever; one that is started at once needs nobody."""
+        serving = {
+            one.slot(number): held(number, len(self._listeners))
+            for one in self._generations if not one.leaving
+            for number, worker in one.workers.items() if worker.ready and not worker.killed
+        }  # fmt: skip
+        unserved = set(range(len(self._listeners))) - {own for own, *_ in serving.values()}
+        lasting, self._unserved = unserved & self._unserved, unserved
+        return {str(slot): numbers for slot, numbers in stand_ins(sorted(lasting), serving, next(self._turns)).items()}
 
     def _forget(self, one: Generation, number: int) -> str:
         """A worker has ended: its slot is free, and what it had counted stays the service's. Return the reason that it left, "" if none."""
@@ -606,6 +606,7 @@ class Supervisor:
             "generation": max((one.number for one in self._generations if one.ready and not one.leaving), default=0),
             **{name: self._counts[name] for name in service.RESTARTS},
             "missing": self._missing(),
+            "stand_ins": self._stand_ins(),
             "log_dropped": logs.dropped(),
             "ended": self._ended_counts,
         }

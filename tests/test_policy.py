@@ -5,7 +5,7 @@ import signal
 import pytest
 
 from comet.kernel.limits import RESERVE
-from comet.policy import LEAST_LIFE, MOST_DEATHS, MOST_DELAY, Restarts, Vigil, alone, describe, plan
+from comet.policy import LEAST_LIFE, MOST_DEATHS, MOST_DELAY, Restarts, Vigil, alone, describe, plan, stand_ins
 from comet.settings import AUTO
 
 PLENTY = 1 << 40
@@ -36,6 +36,24 @@ def test_who_was_ready_is_started_again_however_often_but_not_faster_than_that()
         for lived, delay in ((100.0, 0.0), (0.25, 0.0), (0.25, LEAST_LIFE - 0.25), (0.0, LEAST_LIFE), (LEAST_LIFE, 0.0), (0.25, 0.0)):
             assert restarts.after(lived, ready=True) == delay
         assert restarts.after(0, ready=False) == 0
+
+
+def test_each_listener_that_nobody_serves_has_one_stand_in_at_a_time_and_in_turn_all() -> None:
+    held = {10: [0, 1, 2, 3], 12: [2, 3, 0, 1], 13: [3, 0]}
+    seen: dict[int, set[int]] = {0: set(), 1: set()}
+    for turn in range(6):
+        found = stand_ins([0, 1], held, turn)
+        assert sorted(listener for listeners in found.values() for listener in listeners) == [0, 1]
+        for slot, listeners in found.items():
+            for listener in listeners:
+                seen[listener].add(slot)
+    assert seen == {0: {10, 12, 13}, 1: {10, 12}}
+
+
+def test_where_nobody_can_stand_in_nobody_does() -> None:
+    assert stand_ins([0, 1], {}, 7) == {}
+    assert stand_ins([0, 1], {5: [1, 2]}, 7) == {5: [1]}
+    assert stand_ins([], {5: [1, 2]}, 7) == {}
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from comet.kernel.sockets import SILENCE, listen, listen_again, listen_together, probe, silent, stop_listening
+from comet.kernel.sockets import SILENCE, listen, probe, silent
 from tests.harness import TIMEOUT, wait_until
 
 
@@ -94,22 +94,3 @@ def test_a_peer_that_does_not_answer_is_found() -> None:
         ["unshare", "--net", sys.executable, "-c", DEAD], cwd=root, capture_output=True, text=True, timeout=3 * TIMEOUT, check=False
     )
     assert done.stdout == "ended\n", done.stderr
-
-
-def test_who_stops_listening_keeps_its_port_and_the_others_get_what_comes() -> None:
-    one, other = listen_together("127.0.0.1", 0, 2)
-    address = one.getsockname()
-    with one, other:
-        stop_listening(one)
-        with pytest.raises(OSError, match="not connected"):
-            stop_listening(one)
-        listen_again(other)  # it listens
-        for _ in range(50):
-            with socket.create_connection(address, TIMEOUT):
-                other.accept()[0].close()
-        listen_again(one)
-        assert one.getsockname() == address
-        other.close()
-        for _ in range(10):
-            with socket.create_connection(address, TIMEOUT):
-                one.accept()[0].close()

@@ -6,7 +6,7 @@ import resource
 from pathlib import Path
 
 RESERVE = 256
-"""File descriptors kept back from clients: listener, epolls, database, logs, and connections that
+"""File descriptors kept back from clients: listeners, epolls, database, logs, and connections that
 are being refused."""
 
 FILL = 85

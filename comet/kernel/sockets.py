@@ -109,37 +109,21 @@ def listen_together(host: str, port: int, count: int, send_buffer: int = 0, unac
     """`count` listeners on one port, each with a queue of its own, over which the kernel spreads
     connections. A port that somebody listens on already is refused, although SO_REUSEPORT would let a
     second service of the same user take half of its connections. Raises OSError."""
-    family, kind, proto, _, address = _look_up(host, port)
-    chosen = socket.socket(family, kind, proto)
+    if port:
+        family, kind, proto, _, address = _look_up(host, port)
+        with socket.socket(family, kind, proto) as alone:
+            alone.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            alone.bind(address)
     listeners: list[socket.socket] = []
     try:
-        chosen.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR if port else socket.SO_REUSEPORT, 1)
-        chosen.bind(address)
-        if port:
-            chosen.close()
-        else:  # each listener is bound to a port by its number: else one that stops listening would lose it (tcp_set_state)
-            port = chosen.getsockname()[1]
         for _ in range(count):
             listeners.append(listen(host, port, send_buffer, unacknowledged, reuse_port=True))
+            port = listeners[0].getsockname()[1]
     except OSError:
         for listener in listeners:
             listener.close()
         raise
-    finally:
-        chosen.close()
     return listeners
-
-
-def stop_listening(listener: socket.socket) -> None:
-    """Have the kernel give a listening socket no more connections, in all processes that have it. Those of its queue are reset. Its port
-    stays its own, and of several that share one (`listen_together`) the others get what comes. Raises OSError."""
-    listener.shutdown(socket.SHUT_RD)
-
-
-def listen_again(listener: socket.socket) -> None:
-    """Undo `stop_listening`. If the socket listens, do nothing. Raises OSError."""
-    if not listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-        listener.listen(BACKLOG)
 
 
 def listen_locally(path: str) -> socket.socket:

@@ -74,6 +74,8 @@ class CometServer(WSGIServer):
         roll: Roll | None = None,
     ) -> None:
         super().__init__(listener, application, log=None, error_log=log)
+        self._standing_in: dict[int, Any] = {}
+        """Descriptors of the listeners of others that are accepted from, and what watches them."""
         self.settings = settings
         self.stats = stats
         self.capacity = capacity
@@ -122,19 +124,32 @@ class CometServer(WSGIServer):
     # -- admission
 
     def do_read(self) -> tuple[list[tuple[int, str]]] | None:
-        """Accept, for pywsgi's loop: bare descriptors, since most connections need no more, and their hosts."""
-        accepted: list[tuple[int, str]] = []
-        try:
-            while len(accepted) < MOST_ACCEPTED:
-                descriptor, address = self.socket._accept()
-                os.set_blocking(descriptor, False)
-                accepted.append((descriptor, address[0]))
-        except BlockingIOError:
-            pass
-        except OSError:
-            if not accepted:  # else it will be met again
-                raise
+        """Accept, for pywsgi's loop."""
+        accepted = _accept(self.socket)
         return (accepted,) if accepted else None
+
+    def stand_in(self, listeners: Iterable[socket.socket]) -> None:
+        """Accept from these listeners too, whose workers do not serve, and no longer from those that were named before."""
+        wanted = {listener.fileno(): listener for listener in listeners}
+        for descriptor in self._standing_in.keys() - wanted.keys():
+            self._stop_standing_in(descriptor)
+        for descriptor in wanted.keys() - self._standing_in.keys():
+            watcher = self._standing_in[descriptor] = self.loop.io(descriptor, 1)
+            watcher.start(self._accept_instead, wanted[descriptor])
+
+    def _accept_instead(self, listener: socket.socket) -> None:
+        try:
+            accepted = _accept(listener)
+        except OSError as error:  # no descriptor is left, say; `stand_in` is called each second
+            log.warning("can't accept in the place of a worker that is missing: %s", error)
+            self._stop_standing_in(listener.fileno())
+        else:
+            self.do_handle(accepted)
+
+    def _stop_standing_in(self, descriptor: int) -> None:
+        watcher = self._standing_in.pop(descriptor)
+        watcher.stop()
+        watcher.close()
 
     def do_handle(self, accepted: list[tuple[int, str]]) -> None:
         """Serve new connections, each at once up to where it first waits: behind the requests of all who are in already they
@@ -284,3 +299,19 @@ class CometServer(WSGIServer):
         self._empty.wait(1.0)
         self.parking.close()
         return late
+
+
+def _accept(listener: socket.socket) -> list[tuple[int, str]]:
+    """Return connections that wait: bare descriptors, since most need no more, and their hosts. Raises OSError."""
+    accepted: list[tuple[int, str]] = []
+    try:
+        while len(accepted) < MOST_ACCEPTED:
+            descriptor, address = listener._accept()  # type: ignore[attr-defined]
+            os.set_blocking(descriptor, False)
+            accepted.append((descriptor, address[0]))
+    except BlockingIOError:
+        pass
+    except OSError:
+        if not accepted:  # else it will be met again
+            raise
+    return accepted
