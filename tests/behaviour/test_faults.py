@@ -1,18 +1,21 @@
-"""What may be refused to a service that runs: processes, descriptors, its file of subscriptions, its disk, Redis. A test for each of its
-processes: what is refused is a failed start, the others serve on, and all is as before once what was missing is there again."""
+"""What may be refused to a service: processes, descriptors, its disk, its file of subscriptions, Redis. A table of who is refused what when
+it is started: that is a failed start, the others serve on, and all is as before once what was missing is there again."""
 
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gevent
 import pytest
@@ -20,10 +23,11 @@ from gevent import subprocess as green
 
 from comet import database
 from comet.policy import MOST_DEATHS
+from comet.subscriptions import Subscriptions
 from tests.behaviour.test_starting import may_mount
-from tests.behaviour.test_supervisor import Begin, Callers, Service, answers, begin, code, of
-from tests.harness import AMPLE, ROOT, TIMEOUT, Client, wait_until
-from tests.redis_server import RedisServer, needs_redis
+from tests.behaviour.test_supervisor import Begin, Callers, Service, alive, answers, begin, code, of
+from tests.harness import AMPLE, ROOT, TIMEOUT, Client, Response, free_port, wait_until
+from tests.redis_server import needs_redis, redis_server
 
 __all__ = ["begin", "code"]  # fixtures
 
@@ -31,21 +35,34 @@ REFUSED = "Resource temporarily unavailable"
 
 
 @contextmanager
-def no_descriptors(pid: int) -> Iterator[None]:
-    """A process, and what it starts, opens nothing more meanwhile."""
-    soft, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
-    taken = {int(path.name) for path in Path(f"/proc/{pid}/fd").iterdir()}
-    resource.prlimit(pid, resource.RLIMIT_NOFILE, (min(set(range(len(taken) + 1)) - taken), hard))
+def no_descriptors(*pids: int) -> Iterator[None]:
+    """These processes, and what they start, open nothing more meanwhile."""
+    limits = {pid: resource.prlimit(pid, resource.RLIMIT_NOFILE) for pid in pids}
+    for pid, (_, hard) in limits.items():
+        taken = {int(path.name) for path in Path(f"/proc/{pid}/fd").iterdir()}
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (min(set(range(len(taken) + 1)) - taken), hard))
     try:
         yield
     finally:
-        resource.prlimit(pid, resource.RLIMIT_NOFILE, (soft, hard))
+        for pid, limit in limits.items():
+            with suppress(ProcessLookupError):
+                resource.prlimit(pid, resource.RLIMIT_NOFILE, limit)
+
+
+def sooner(code: Path) -> None:
+    """Have a copy of the program try again five times sooner what could not be started."""
+    path = code / "comet" / "policy.py"
+    there = "FIRST_DELAY, MOST_DELAY = 0.5, 60.0"
+    text = path.read_text()
+    assert there in text
+    path.write_text(text.replace(there, "FIRST_DELAY, MOST_DELAY = 0.1, 12.0"))
 
 
 class Unfit:
     """Which workers of a service, a copy of the program, can't serve when they are started."""
 
     def __init__(self, code: Path) -> None:
+        sooner(code)
         self._numbers = code / "unfit"
         path = code / "comet" / "generation.py"
         there = "            place = self._place(worker)\n"
@@ -61,31 +78,29 @@ class Unfit:
 
 
 class Forks:
-    """Whether the generations of a service, a copy of the program, may fork."""
+    """Whether the processes of a service, a copy of the program, may fork: as the kernel says it, that has no process left."""
 
     def __init__(self, code: Path) -> None:
         self._refused = code / "no-forks"
+        refusal = f"    if os.path.exists({str(self._refused)!r}):\n        raise BlockingIOError(11, {REFUSED!r})\n"
         path = code / "comet" / "kernel" / "processes.py"
-        text = path.read_text().replace(
-            'fork: Callable[[], int] = stock(os, "fork")',
-            "def fork() -> int:\n"
-            f"    if os.path.exists({str(self._refused)!r}):\n"
-            f"        raise BlockingIOError(11, {REFUSED!r})\n"
-            '    return stock(os, "fork")()',
-        )
-        assert REFUSED in text
-        path.write_text(text)
+        there = 'fork: Callable[[], int] = stock(os, "fork")\n'
+        text = path.read_text()
+        assert there in text
+        path.write_text(text.replace(there, f'def fork() -> int:\n{refusal}    return stock(os, "fork")()\n'))
+        path = code / "comet" / "children.py"
+        text = path.read_text()
+        assert "subprocess.Popen(" in text
+        path.write_text(f"{text.replace('subprocess.Popen(', '_popen(')}\n\ndef _popen(*said, **more):\n{refusal}"
+                        "    return subprocess.Popen(*said, **more)\n")  # fmt: skip
 
-    def refuse(self) -> None:
+    @contextmanager
+    def refused(self) -> Iterator[None]:
         self._refused.touch()
-
-    def allow(self) -> None:
-        self._refused.unlink()
-
-
-def failed_starts(service: Service, whose: str) -> list[str]:
-    """What the log says of them: a line each."""
-    return re.findall(rf"ERROR comet.supervisor: ({whose} can't be started .*)", service.log.read_text())
+        try:
+            yield
+        finally:
+            self._refused.unlink()
 
 
 def orders(service: Service) -> bool:
@@ -93,96 +108,330 @@ def orders(service: Service) -> bool:
     return service.request("POST", "/publish/faults", b"x").status == 201
 
 
-# -- the supervisor
+def missing(service: Service) -> dict[str, Any]:
+    """What /stats says of workers that are missing."""
+    found: dict[str, Any] = service.stats()["missing"]
+    return found
 
 
-def test_a_router_that_can_not_be_started_is_tried_again(begin: Begin) -> None:
-    service = begin("--workers", "2")
-    workers = service.workers()
-    with no_descriptors(service.process.pid):
-        os.kill(service.router(), signal.SIGKILL)
-        wait_until(lambda: len(failed_starts(service, "the router")) >= 2)
-        answers(service)
-    wait_until(lambda: orders(service))
-    assert service.workers() == workers
-    assert failed_starts(service, "the router")[0] == "the router can't be started (Too many open files); starting another in 0 s"
+# -- the table: what is refused, and who is started then
 
 
-def test_a_reload_that_can_not_be_started_leaves_the_old_generation(begin: Begin) -> None:
-    service = begin("--workers", "2")
-    before = service.workers()
-    callers = Callers(service)
-    with no_descriptors(service.process.pid):
-        service.process.send_signal(signal.SIGHUP)
-        service.counted("failed_reloads", 1)
-    wait_until(lambda: callers.answered > 100)
-    callers.stop()
-    assert service.workers() == before
-    assert "the reload failed: generation 2 can't be started (Too many open files). The old one goes on" in service.log.read_text()
+class Faulty(NamedTuple):
+    """A service that is whole, and what befalls it for as long as the block lasts."""
+
+    service: Service
+    fault: Callable[[], AbstractContextManager[None]]
+
+
+class Tools(NamedTuple):
+    """What a fault is made with."""
+
+    begin: Begin
+    code: Path
+    folder: Path
+
+
+Made = Callable[[Tools], AbstractContextManager[Faulty]]
+
+
+@contextmanager
+def no_process(tools: Tools) -> Iterator[Faulty]:
+    forks = Forks(tools.code)
+    yield Faulty(tools.begin("--workers", "2", kind=of(tools.code)), forks.refused)
+
+
+@contextmanager
+def no_descriptor(tools: Tools) -> Iterator[Faulty]:
+    service = tools.begin("--workers", "2")
+    yield Faulty(service, lambda: no_descriptors(service.process.pid, service.generation()))
+
+
+@contextmanager
+def disk(folder: Path, options: str = "size=1m") -> Iterator[Path]:
+    """A small disk of its own."""
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", str(folder)], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def fill(folder: Path) -> Path:
+    """Leave no room on the disk of this folder."""
+    with pytest.raises(OSError, match="No space left"), (folder / "fill").open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    return folder / "fill"
+
+
+@contextmanager
+def full_disk(tools: Tools) -> Iterator[Faulty]:
+    @contextmanager
+    def full() -> Iterator[None]:
+        filling = fill(folder)
+        yield
+        filling.unlink()
+        wait_until(lambda: service.request("PUT", "/users/c/following/b").status == 200)
+
+    with disk(tools.folder / "disk") as folder:
+        service = tools.begin("--workers", "2", "--data", str(folder / "data"))
+        assert service.request("PUT", "/users/a/following/b").status == 200
+        yield Faulty(service, full)
+        assert service.end(signal.SIGTERM) == 0
+
+
+def redis_refuses(*change: str) -> Made:
+    @contextmanager
+    def made(tools: Tools) -> Iterator[Faulty]:
+        with redis_server() as redis:
+
+            @contextmanager
+            def refused() -> Iterator[None]:
+                redis.ask("CONFIG", "SET", *change)
+                yield
+                redis.stop()
+                redis.start()
+
+            service = tools.begin("--workers", "2", COMET_BACKPLANE=redis.url)
+            wait_until(lambda: orders(service))
+            yield Faulty(service, refused)
+
+    return made
+
+
+def file_harmed(how: str) -> Made:
+    @contextmanager
+    def made(tools: Tools) -> Iterator[Faulty]:
+        data, copy = tools.folder / "data", tools.folder / "copy"
+        service = tools.begin("--workers", "2", "--data", str(data))
+        assert service.request("POST", "/follows", b"".join(b"f%d user%d\n" % (n, n % 10) for n in range(2000))).json["added"] == 2000
+
+        @contextmanager
+        def harmed() -> Iterator[None]:
+            harm(data, how, copy)
+            yield
+            for one in data.iterdir():
+                one.unlink()
+            shutil.copy(copy, database.path_in(data))
+            wait_until(lambda: all(len(followers(service).json.get("followers", ())) == 200 for _ in range(10)))
+
+        yield Faulty(service, harmed)
+
+    return made
+
+
+def harm(data: Path, how: str, copy: Path) -> None:
+    """Damage the file of subscriptions, or take it away; what it was is in `copy` then."""
+    path = database.path_in(data)
+    writer = database.open_writer(data)
+    writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # else the log still has it all, and would be written back
+    writer.close()
+    shutil.copy(path, copy)
+    if how == "gone":
+        for one in data.iterdir():
+            one.unlink()
+        return
+    with path.open("r+b") as file:
+        file.seek(4096)
+        file.write(b"\xff" * (path.stat().st_size - 4096))
+
+
+def followers(service: Service) -> Response:
+    return service.request("GET", "/users/user1/followers?limit=1000")
+
+
+# what is started
+
+
+def nobody(service: Service) -> None:
+    """Nothing is started."""
+
+
+def router(service: Service) -> None:
+    os.kill(service.router(), signal.SIGKILL)
+
+
+def worker(service: Service) -> None:
+    os.kill(service.workers()[0], signal.SIGKILL)
+
+
+def generation(service: Service) -> None:
+    os.kill(service.generation(), signal.SIGKILL)
+
+
+def reload(service: Service) -> None:
     service.process.send_signal(signal.SIGHUP)
-    service.counted("generation", 3)
-    service.gone(*before.values())
-    answers(service)
 
 
-def test_when_the_next_generation_can_not_be_started_the_workers_of_a_dead_one_serve_on(begin: Begin) -> None:
-    service = begin("--workers", "2")
-    before, forker = service.workers(), service.generation()
-    callers = Callers(service)
-    with no_descriptors(service.process.pid):
-        os.kill(forker, signal.SIGKILL)
-        wait_until(lambda: len(failed_starts(service, r"generation \d")) >= 2)
-        assert service.workers() == before
-    wait_until(lambda: service.counts()["generation"] > 2)
-    service.gone(*before.values())
-    wait_until(lambda: callers.answered > 100)
-    callers.stop()
+# what holds meanwhile, where the start goes well
 
 
-# -- a generation
+def all_but_redis(service: Service) -> None:
+    """A worker that Redis refuses for now tries on."""
+    wait_until(lambda: {service.request("GET", "/readyz").status for _ in range(10)} == {200, 503})
 
 
-def test_a_worker_that_can_not_be_forked_is_tried_again(begin: Begin, code: Path) -> None:
-    forks = Forks(code)
-    service = begin("--workers", "2", kind=of(code))
-    before = service.workers()
-    forks.refuse()
-    os.kill(before[0], signal.SIGKILL)
-    wait_until(lambda: len(failed_starts(service, "worker 0")) >= 3)
-    assert service.workers() == {1: before[1]}
-    forks.allow()
-    wait_until(lambda: len(service.workers()) == 2)
-    assert service.workers()[1] == before[1]
-    assert failed_starts(service, "worker 0")[0] == f"worker 0 can't be started ({REFUSED}); starting another in 0 s"
+def all_but_writes(service: Service) -> None:
+    assert orders(service)
+    assert service.request("PUT", "/users/c/following/b").status in (503, 507)
 
 
-def test_a_reload_whose_workers_can_not_be_forked_leaves_the_old_generation(begin: Begin, code: Path) -> None:
-    forks = Forks(code)
-    service = begin("--workers", "2", kind=of(code))
-    before = service.workers()
-    callers = Callers(service)
-    forks.refuse()
-    service.process.send_signal(signal.SIGHUP)
-    service.counted("failed_reloads", 1)
-    wait_until(lambda: callers.answered > 100)
-    callers.stop()
-    assert service.workers() == before
-    assert f"generation 2 has a worker that can't be started ({REFUSED}) before all were ready" in service.log.read_text()
+def all_but_subscriptions(service: Service) -> None:
+    def away(method: str, path: str) -> bool:
+        said = service.request(method, path, None if method == "GET" else b"")
+        return said.status == 503 and said.json["error"] == "database-away" and "retry-after" in said.headers
+
+    with service.events("news") as events:
+        service.publish("news", "goes on")
+        assert events.next().data == "goes on"
+    for method, path in (("GET", "/users/user1/followers"), ("PUT", "/users/a/following/b"), ("POST", "/send/user1")):
+        wait_until(lambda method=method, path=path: all(away(method, path) for _ in range(10)))  # type: ignore[misc]
+    assert "database-away" in service.log.read_text()
 
 
-# -- a worker
+def an_empty_file(service: Service) -> None:
+    """A generation makes one where there is none."""
+    assert orders(service)
+    assert followers(service).json["followers"] == []
 
 
-def test_a_worker_that_starts_without_descriptors_is_tried_again(begin: Begin) -> None:
-    service = begin("--workers", "2")
-    before = service.workers()
-    with no_descriptors(service.generation()):
-        os.kill(before[0], signal.SIGKILL)
-        wait_until(lambda: service.counts()["worker_restarts"] >= 3)
-        assert service.workers() == {1: before[1]}
-    wait_until(lambda: len(service.workers()) == 2)
-    assert service.workers()[1] == before[1]
-    assert "Too many open files" in service.log.read_text()
+PASSWORD, TOO_MANY = redis_refuses("requirepass", "another"), redis_refuses("maxclients", "1")
+DAMAGED, GONE = file_harmed("damaged"), file_harmed("gone")
+NO_FILES = "Too many open files"
+
+TABLE: dict[str, tuple[Made, Callable[[Service], None], str | Callable[[Service], None]]] = {
+    "no process: router": (no_process, router, rf"the router can't be started \({REFUSED}\); starting another in"),
+    "no process: generation": (no_process, generation, rf"generation \d can't be started \({REFUSED}\); starting another in"),
+    "no process: reload": (no_process, reload, rf"the reload failed: generation 2 can't be started \({REFUSED}\)"),
+    "no process: worker": (no_process, worker, rf"worker 0 can't be started \({REFUSED}\); starting another in"),
+    "no descriptor: router": (no_descriptor, router, rf"the router can't be started \({NO_FILES}\); starting another in"),
+    "no descriptor: generation": (no_descriptor, generation, rf"generation \d can't be started \({NO_FILES}\); starting another in"),
+    "no descriptor: reload": (no_descriptor, reload, rf"the reload failed: generation 2 can't be started \({NO_FILES}\)"),
+    "no descriptor: worker": (no_descriptor, worker, rf"worker 0 .* exited with status 1 .*{NO_FILES}.*; starting another in"),
+    "full disk: generation": (full_disk, generation, all_but_writes),
+    "full disk: reload": (full_disk, reload, all_but_writes),
+    "full disk: worker": (full_disk, worker, all_but_writes),
+    "Redis' password: generation": (PASSWORD, generation, r"generation \d has a worker that exited with status 1 \(.*NOAUTH.*starting another in"),
+    "Redis' password: reload": (PASSWORD, reload, r"the reload failed: generation 2 has a worker that exited with status 1 \(.*NOAUTH"),
+    "Redis' password: worker": (PASSWORD, worker, r"worker 0 .* exited with status 1 \(.*NOAUTH.*; starting another in"),
+    "Redis is full: worker": (TOO_MANY, worker, all_but_redis),
+    "file damaged: nobody": (DAMAGED, nobody, all_but_subscriptions),
+    "file damaged: generation": (DAMAGED, generation, all_but_subscriptions),
+    "file damaged: reload": (DAMAGED, reload, all_but_subscriptions),
+    "file damaged: worker": (DAMAGED, worker, all_but_subscriptions),
+    "file gone: nobody": (GONE, nobody, all_but_subscriptions),
+    "file gone: generation": (GONE, generation, an_empty_file),
+    "file gone: reload": (GONE, reload, an_empty_file),
+    "file gone: worker": (GONE, worker, all_but_subscriptions),
+}  # fmt: skip
+"""What is refused, and who is started then. If that fails, what the log says of it; else what holds meanwhile. The router needs no disk, no
+Redis and no file."""
+
+NEEDS = {"full disk": may_mount, "Redis' password": needs_redis, "Redis is full": needs_redis}
+
+
+def row_of(name: str, *more: str) -> Any:
+    """A test's parameters, with what this row needs of the machine."""
+    return pytest.param(name, *more, marks=NEEDS.get(name.partition(":")[0], ()))
+
+
+@pytest.mark.parametrize("row", [row_of(name) for name in TABLE])
+def test_a_fault_at_a_start_costs_that_start_alone(begin: Begin, code: Path, tmp_path: Path, row: str) -> None:
+    made, start, expected = TABLE[row]
+    with made(Tools(begin, code, tmp_path)) as (service, fault):
+        before = service.workers()
+        with fault():
+            start(service)
+            callers = Callers(service, 1)
+            if isinstance(expected, str):
+                wait_until(lambda: len(re.findall(expected, service.log.read_text())) >= (1 if start in (reload, generation) else 2))
+            else:
+                if start is worker:
+                    service.counted("worker_restarts", 1)
+                    wait_until(lambda: len(service.workers()) == 2)
+                elif start is not nobody:
+                    service.counted("generation", 2)
+                expected(service)
+            wait_until(lambda: callers.answered > 50)
+            callers.stop()
+        if start is generation:
+            wait_until(lambda: service.counts()["generation"] > 1)
+            service.gone(*before.values())
+        wait_until(lambda: len(service.workers()) == 2 and not missing(service)["workers"])
+        wait_until(lambda: all(orders(service) and service.request("GET", "/readyz").json == {"status": "ready"} for _ in range(10)))
+        if start is worker:
+            same = {1}
+        elif start in (nobody, router) or (start is reload and isinstance(expected, str)):
+            same = {0, 1}
+        else:
+            same = set()
+        assert {number for number, pid in service.workers().items() if pid == before[number]} == same
+        assert service.stats()["errors"] == 0
+
+
+FIRST = {
+    "no process": rf"giving up: generation 1, the first, can't be started \({REFUSED}\)",
+    "no descriptor: beyond 8": r"Too many open files|unable to open database file",
+    "no descriptor: beyond 12": r"Too many open files",
+    "no descriptor: beyond 16": r"Too many open files",
+    "full disk: its runtime folder": r"can't start: .*No space left on device",
+    "full disk: its subscriptions": r"follows\.db can't be used: ",
+    "Redis' password": r"NOAUTH",
+    "file damaged": r"follows\.db is damaged",
+}
+"""What is refused to a service that starts for the first time, and what it says before it ends."""
+
+SUPERVISORS = {"no process", "no descriptor: beyond 12", "no descriptor: beyond 16", "full disk: its runtime folder"}
+"""What one process alone does not need."""
+
+
+@pytest.mark.parametrize(
+    ("row", "workers"), [row_of(name, workers) for name in FIRST for workers in ("0", "2") if workers == "2" or name not in SUPERVISORS]
+)
+def test_a_fault_at_the_first_start_ends_it_with_a_sentence(code: Path, tmp_path: Path, row: str, workers: str) -> None:
+    environment = {**os.environ, "TEST_MARK": uuid.uuid4().hex}
+    before: list[str] = []
+    flags = ["--port", "0", "--workers", workers]
+    with ExitStack() as stack:
+        environment["TMPDIR"] = stack.enter_context(tempfile.TemporaryDirectory(prefix="t-"))
+        fault, _, which = row.partition(": ")
+        match fault:
+            case "no process":
+                stack.enter_context(Forks(code).refused())
+            case "no descriptor":
+                before = ["sh", "-c", f'ulimit -n {which.split()[-1]}; exec "$@"', "sh"]
+            case "full disk" if which == "its runtime folder":
+                environment["RUNTIME_DIRECTORY"] = str(stack.enter_context(disk(tmp_path / "disk", "nr_inodes=1")))
+            case "full disk":
+                folder = stack.enter_context(disk(tmp_path / "disk"))
+                fill(folder)
+                flags += ["--data", str(folder)]
+            case "Redis' password":
+                redis = stack.enter_context(redis_server("--requirepass", "another"))
+                environment["COMET_BACKPLANE"] = redis.url
+            case "file damaged":
+                database.prepare(tmp_path / "data", whole=False)
+                with closing(Subscriptions(tmp_path / "data")) as known:
+                    known.add_subscriptions([(f"f{number}", "user") for number in range(2000)])
+                harm(tmp_path / "data", "damaged", tmp_path / "copy")
+                flags += ["--data", str(tmp_path / "data")]
+        done = subprocess.run(
+            [*before, sys.executable, "app.py", *flags],
+            cwd=code,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT,
+            check=False,
+        )
+        assert (done.returncode, done.stdout) == (1, ""), done.stderr
+        assert re.search(FIRST[row], done.stderr), done.stderr
+        assert "Traceback" not in done.stderr
+        assert not alive(environment["TEST_MARK"])
+        if workers == "2" or fault != "no descriptor":  # to remove a folder takes one
+            assert list(Path(environment["TMPDIR"]).iterdir()) == []
 
 
 # -- the router
@@ -203,14 +452,8 @@ def test_workers_that_the_router_has_no_descriptor_for_are_let_in_later(begin: B
 # -- one that can't start again
 
 
-def missing(service: Service) -> dict[str, Any]:
-    """What /stats says of workers that are missing."""
-    found: dict[str, Any] = service.stats()["missing"]
-    return found
-
-
 def hopeless(service: Service, number: int) -> None:
-    """Wait until this worker has failed so often that its connections go to others."""
+    """Wait until this worker is in a crash loop."""
     wait_until(lambda: service.log.read_text().count(f"ERROR comet.supervisor: worker {number} ") >= MOST_DEATHS + 1)
 
 
@@ -242,20 +485,25 @@ def test_one_worker_that_can_not_start_again_leaves_the_others_alone(begin: Begi
     assert service.request("GET", "/readyz").json == {"status": "ready"}
 
 
-def test_new_connections_go_to_those_that_serve(begin: Begin, code: Path) -> None:
-    """The kernel spreads them over all that listen; in the queue of a worker that can't start they would wait for ever."""
+def test_whoever_is_in_the_queue_of_a_worker_that_can_not_start_is_answered_by_the_others(begin: Begin, code: Path) -> None:
+    """The kernel spreads connections over all that listen, and resets none."""
     unfit = Unfit(code)
-    service = begin("--workers", "3", kind=of(code))
+    service = begin("--workers", "4", kind=of(code))
+    before = service.workers()
     unfit.say(0, 1)
     for number in (0, 1):
-        os.kill(service.workers()[number], signal.SIGKILL)
+        os.kill(before[number], signal.SIGSTOP)  # nothing is under way there when it is killed, but connections wait
+    clients = [service.holds(service.client()) for _ in range(60)]
+    for client in clients:
+        client.ask("GET", "/healthz")
     for number in (0, 1):
-        hopeless(service, number)
-    for _ in range(60):
-        answers(service)
+        os.kill(before[number], signal.SIGKILL)
+    callers = Callers(service, 4)
+    assert {client.read().json["worker"] for client in clients} == {2, 3}
     unfit.say()
-    wait_until(lambda: len(service.workers()) == 3)
-    wait_until(lambda: {service.request("GET", "/healthz").json["worker"] for _ in range(20)} == {0, 1, 2})
+    wait_until(lambda: len(service.workers()) == 4)
+    wait_until(lambda: {service.request("GET", "/healthz").json["worker"] for _ in range(20)} == {0, 1, 2, 3})
+    callers.stop()
 
 
 def test_a_service_in_which_nobody_serves_ends(begin: Begin, code: Path) -> None:
@@ -305,6 +553,7 @@ def test_a_generation_that_nobody_stands_in_for_serves_without_the_worker_that_c
 
 
 def test_a_router_that_can_not_start_again_is_tried_on(begin: Begin, code: Path) -> None:
+    sooner(code)
     service = begin("--workers", "2", kind=of(code))
     before = service.workers()
     path = code / "comet" / "router.py"
@@ -318,120 +567,6 @@ def test_a_router_that_can_not_start_again_is_tried_on(begin: Begin, code: Path)
     path.write_text(good)
     wait_until(lambda: orders(service))
     assert service.workers() == before
-
-
-@needs_redis
-@pytest.mark.parametrize("change", [("requirepass", "another"), ("maxclients", "4")])
-def test_a_redis_that_takes_nobody_new_costs_one_worker(begin: Begin, tmp_path: Path, change: tuple[str, str]) -> None:
-    folder = tmp_path / "redis"
-    folder.mkdir()
-    redis = RedisServer(folder)
-    try:
-        service = begin("--workers", "2", COMET_BACKPLANE=redis.url)
-        wait_until(lambda: orders(service))
-        before = service.workers()
-        redis.ask("CONFIG", "SET", *change)
-        os.kill(before[0], signal.SIGKILL)
-        if change[0] == "requirepass":
-            hopeless(service, 0)
-            assert "NOAUTH" in wait_until(lambda: missing(service)["why"])
-        else:
-            service.counted("worker_restarts", 1)
-        assert service.workers()[1] == before[1]
-        assert orders(service)
-        redis.stop()
-        redis = RedisServer(folder, port=redis.port)
-        wait_until(lambda: len(service.workers()) == 2 and orders(service) and not missing(service)["workers"])
-        assert service.workers()[1] == before[1]
-    finally:
-        redis.stop()
-
-
-# -- the file of the subscriptions
-
-
-def harmed(data: Path, how: str) -> None:
-    """Damage the file under a running service, or take it away."""
-    path = database.path_in(data)
-    if how == "gone":
-        for one in data.iterdir():
-            one.unlink()
-        return
-    writer = database.open_writer(data)
-    writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # else the log still has it all, and would be written back
-    writer.close()
-    with path.open("r+b") as file:
-        file.seek(4096)
-        file.write(os.urandom(path.stat().st_size - 4096))
-
-
-def killed_worker(service: Service) -> None:
-    os.kill(service.workers()[0], signal.SIGKILL)
-    service.counted("worker_restarts", 1)
-    wait_until(lambda: len(service.workers()) == 2)
-
-
-def reloaded(service: Service) -> None:
-    service.process.send_signal(signal.SIGHUP)
-    service.counted("generation", 2)
-
-
-def killed_generation(service: Service) -> None:
-    os.kill(service.generation(), signal.SIGKILL)
-    service.counted("generation", 2)
-
-
-def undisturbed(service: Service) -> None:
-    answers(service)
-
-
-@pytest.mark.parametrize("then", [undisturbed, killed_worker, reloaded, killed_generation])
-@pytest.mark.parametrize("how", ["damaged", "gone"])
-def test_messages_do_not_need_the_file_of_subscriptions(begin: Begin, tmp_path: Path, how: str, then: Callable[[Service], None]) -> None:
-    data = tmp_path / "data"
-    service = begin("--workers", "2", "--data", str(data))
-    lines = b"".join(b"f%d user%d\n" % (number, number % 10) for number in range(2000))
-    assert service.request("POST", "/follows", lines).json["added"] == 2000
-    harmed(data, how)
-    then(service)
-    assert orders(service)
-    with service.events("news") as events:
-        service.publish("news", "goes on")
-        assert events.next().data == "goes on"
-    if how == "gone" and then in (reloaded, killed_generation):  # which make an empty one
-        assert service.request("GET", "/users/user1/followers").json["followers"] == []
-        return
-
-    def away(method: str, path: str) -> bool:
-        said = service.request(method, path, None if method == "GET" else b"")
-        return said.status == 503 and said.json["error"] == "database-away" and "retry-after" in said.headers
-
-    for method, path in (("GET", "/users/user1/followers"), ("PUT", "/users/a/following/b"), ("POST", "/send/user1")):
-        wait_until(lambda method=method, path=path: all(away(method, path) for _ in range(10)))  # type: ignore[misc]
-    assert service.stats()["errors"] == 0
-    assert "database-away" in service.log.read_text()
-
-
-@may_mount
-def test_a_full_disk_stops_no_start_of_a_generation(begin: Begin, tmp_path: Path) -> None:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(disk)], check=True)
-    try:
-        service = begin("--workers", "2", "--data", str(disk / "data"))
-        assert service.request("PUT", "/users/a/following/b").status < 300
-        with pytest.raises(OSError, match="No space left"), (disk / "fill").open("wb", buffering=0) as file:
-            while True:
-                file.write(bytes(4096))
-        killed_worker(service)
-        reloaded(service)
-        assert orders(service)
-        assert service.request("PUT", "/users/c/following/b").status in (503, 507)
-        (disk / "fill").unlink()
-        wait_until(lambda: service.request("PUT", "/users/c/following/b").status == 200, TIMEOUT)
-        assert service.end(signal.SIGTERM) == 0
-    finally:
-        subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
 # -- what hangs, or stands still
@@ -450,16 +585,18 @@ def test_readyz_tells_of_a_router_that_hangs_before_it_is_killed(begin: Begin) -
 
 
 def test_a_worker_without_a_descriptor_left_shows_that_it_lives(begin: Begin) -> None:
-    service = begin("--workers", "1", "--hang-limit", "4")
+    service = begin("--workers", "1", "--hang-limit", "3")
     worker = service.workers()[0]
-    with service.client() as client, no_descriptors(worker):
-        ends = time.monotonic() + 7
-        while time.monotonic() < ends:
-            assert client.request("POST", "/publish/a", b"x").status == 201
-            gevent.sleep(0.1)
-        said = client.request("GET", "/stats").json
-        assert said["resident_bytes"] > 0 and said["errors"] == 0
-        assert client.request("GET", "/readyz").status == 200
+    with service.client() as client:
+        assert client.request("GET", "/healthz").status == 200  # it has been let in
+        with no_descriptors(worker):
+            ends = time.monotonic() + 5
+            while time.monotonic() < ends:
+                assert client.request("POST", "/publish/a", b"x").status == 201
+                gevent.sleep(0.1)
+            said = client.request("GET", "/stats").json
+            assert said["resident_bytes"] > 0 and said["errors"] == 0
+            assert client.request("GET", "/readyz").status == 200
     assert service.workers() == {0: worker}
     assert service.counts()["hung"] == 0
 
@@ -467,7 +604,7 @@ def test_a_worker_without_a_descriptor_left_shows_that_it_lives(begin: Begin) ->
 def test_a_reader_of_the_log_that_stands_still_stops_no_process() -> None:
     reader, writer = os.pipe()
     process = green.Popen(
-        [sys.executable, "app.py", "--port", "0", "--workers", "2", "--log-clients", "--hang-limit", "4"],
+        [sys.executable, "app.py", "--port", "0", "--workers", "2", "--log-clients", "--hang-limit", "3"],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=writer, env={**os.environ, "COMET_HIBERNATE": "on"},
     )  # fmt: skip
     try:
@@ -483,7 +620,7 @@ def test_a_reader_of_the_log_that_stands_still_stops_no_process() -> None:
                     asked += 1
             dropped = clients[0].request("GET", "/stats").json["log_dropped"]
             assert asked < 100_000
-        ends = time.monotonic() + 7
+        ends = time.monotonic() + 5
         while time.monotonic() < ends:
             assert all(client.request("GET", "/healthz").status == 200 for client in clients)
             gevent.sleep(0.1)
@@ -513,3 +650,36 @@ def test_a_reader_of_the_log_that_stands_still_stops_no_process() -> None:
     lost = sum(map(int, re.findall(r" (\d+) lines of the log were dropped", log)))
     assert log.count("refused: not-found") + lost == asked, "a line is written, or counted"
     assert len(re.findall(r"INFO comet: stopped$", log, re.MULTILINE)) == 2
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_a_standard_output_that_nobody_reads_stops_no_start(tmp_path: Path, workers: str) -> None:
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with suppress(BlockingIOError):
+        while True:
+            os.write(writer, bytes(4096))
+    os.set_blocking(writer, True)
+    port = free_port()
+    with (tmp_path / "log").open("wb") as log:
+        process = green.Popen(
+            [sys.executable, "app.py", "--port", str(port), "--workers", workers], cwd=ROOT, stdout=writer, stderr=log
+        )  # fmt: skip
+    try:
+
+        def answered() -> bool:
+            try:
+                with Client(port) as client:
+                    return client.request("GET", "/readyz").status == 200
+            except ConnectionRefusedError:
+                return False
+
+        wait_until(answered)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(TIMEOUT) == 0
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+        os.close(reader)
+        os.close(writer)
