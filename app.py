@@ -12,16 +12,21 @@ import os
 import socket
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 
 from comet import database, generation, listeners, systemd
 from comet import log as logs
 from comet import settings as knobs
+from comet.kernel.output import Output
 from comet.settings import Settings
 
 STOPPING = 5.0
 """Seconds beyond the grace time that an end takes at most."""
+
+SILENCE = 2.0
+"""Seconds without a sign of life of the router, which gives one a second, after which this process is not ready (`/readyz`)."""
 
 SPREAD = 0.8
 """Of the grace time over which a drain ends the streams; the rest is for what is still to be written to them."""
@@ -58,12 +63,20 @@ def take_over() -> tuple[list[socket.socket], systemd.Notifier]:
 
 def prepare_data(folder: Path, *, whole: bool) -> None:
     """Have a file of subscriptions that can be used, before any fork and before anybody opens it. Exits with
-    status 1 and a sentence where there can't be one."""
+    status 1 and a sentence where there can't be one; a generation goes on, since messages do not need it (`database-away`)."""
     try:
         database.prepare(folder, whole=whole)
     except database.Unusable as error:
         log.error("%s", error)
-        sys.exit(1)
+        if orders is None:
+            sys.exit(1)
+
+
+def say(text: str) -> None:
+    """Write a line to standard output, and wait for whoever reads it for a second at most."""
+    with closing(Output(sys.stdout.fileno())) as output:
+        output.write(f"{text}\n".encode())
+        output.drain(logs.ENDING)
 
 
 def greet(settings: Settings, address: tuple[str, int], clients: int) -> Callable[[], None]:
@@ -75,11 +88,9 @@ def greet(settings: Settings, address: tuple[str, int], clients: int) -> Callabl
     if settings.log == "json" or logs.to_journal():
         log.info("comet listens on %s for up to %d connections", url, clients)
         return lambda: None
-    print(f"comet listens on {url} for up to {clients} connections.", flush=True)
+    say(f"comet listens on {url} for up to {clients} connections.")
     key = ' -H "Authorization: Bearer $COMET_PUBLISH_KEY"' if settings.publish_key else ""
-    return lambda: print(
-        f"Try it, in two terminals:\n  curl -N {url}/events/news\n  curl{key} -d 'hello, world' {url}/publish/news", flush=True
-    )
+    return lambda: say(f"Try it, in two terminals:\n  curl -N {url}/events/news\n  curl{key} -d 'hello, world' {url}/publish/news")
 
 
 orders = generation.Orders.take(os.environ) if __name__ == "__main__" else None
@@ -111,13 +122,15 @@ from comet import collector, policy, service  # noqa: E402
 from comet.backplane import frames  # noqa: E402
 from comet.backplane.memory import Bounds, MemoryBackplane  # noqa: E402
 from comet.backplane.router import RouterBackplane  # noqa: E402
-from comet.board import ROUTER, SUPERVISOR  # noqa: E402
-from comet.generation import FOREIGN, ORPHANED_GRACE, Place  # noqa: E402
+from comet.board import ROUTER, SUPERVISOR, Board  # noqa: E402
+from comet.counts import Counts  # noqa: E402
+from comet.generation import FOREIGN, ORPHANED_GRACE, Place, Unfit  # noqa: E402
 from comet.hub import Hub  # noqa: E402
 from comet.kernel import check, limits, memory, processes  # noqa: E402
 from comet.kernel.stock import stock  # noqa: E402
 from comet.permit import Permit  # noqa: E402
 from comet.rest import Rest  # noqa: E402
+from comet.server.addresses import Addresses  # noqa: E402
 from comet.server.wsgi import CometServer  # noqa: E402
 from comet.stats import Stats  # noqa: E402
 from comet.subscriptions import Subscriptions  # noqa: E402
@@ -145,12 +158,17 @@ def main(arguments: list[str]) -> int:
     planned = min(settings.clients, capacity) or settings.max_connections or min(capacity, check.UNPLANNED)
     port = passed[0].getsockname()[1] if passed else settings.port
     asked_for = policy.alone(settings.clients, settings.max_connections, limits.capacity())
-    for sentence in (*asked_for, *check.warnings(check.Plan(planned, port, hibernate=settings.hibernate))):
+    asked = check.Plan(planned, port, 1, settings.hibernate, bodies=settings.max_bodies, per_address=settings.max_per_address)
+    for sentence in (*asked_for, *check.warnings(asked)):
         log.warning("%s", sentence)
     with tempfile.TemporaryDirectory(prefix="comet-", ignore_cleanup_errors=True) as temporary:
         if not settings.data:
             prepare_data(Path(temporary), whole=False)
-        return serve(settings, listening[0], Path(settings.data or temporary), None, notifier)
+        try:
+            return serve(settings, listening[0], Path(settings.data or temporary), None, notifier)
+        except Unfit as error:
+            log.error("%s", error)
+            return 1
 
 
 def check_backplane(settings: Settings) -> None:
@@ -172,18 +190,17 @@ def capacity_of(settings: Settings) -> int:
 def serve(settings: Settings, listener: socket.socket, data: Path, place: Place | None, notifier: systemd.Notifier) -> int:
     """Build the server on a bound listener and run it until it is told to stop. `data` is a prepared folder
     (`prepare_data`); `place` is a worker's in its service, None where there is one process alone, which speaks to the
-    service manager by itself. The exit status."""
+    service manager by itself. The exit status. Raises Unfit."""
     get_hub().print_exception = logs.failed_outside
     capacity = capacity_of(settings)
     stats = Stats()
     backplane = _backplane(settings, place, stats)
-    if backplane is None:
-        return 1
     hub = Hub(backplane, stats, settings.backlog, Soon(), _permit(place), settings.busy_backlog, settings.replay_bytes)
     own = _own(place, stats, hub, capacity)
     said = _alone(own, hub) if place is None else partial(_together, place, own, hub if settings.backplane else None)
     subscriptions = _subscriptions(settings, data)
-    server = _server(listener, Context(hub, subscriptions, settings, stats, said, place.worker if place else 0), capacity)
+    context = Context(hub, subscriptions, settings, stats, said, place.worker if place else 0, partial(_missing, place))
+    server = _server(listener, context, capacity, place)
     stopping = _Stopping(settings.grace, place)
     collector.set_up(stats)
     if isinstance(backplane, MemoryBackplane):
@@ -197,9 +214,11 @@ def serve(settings: Settings, listener: socket.socket, data: Path, place: Place 
     rest = Rest() if place is not None and limits.crowding(place.workers, limits.cores()) else None
 
     def beat() -> None:
+        logs.tend()
         stats.sample(time.monotonic())
         if place is not None:
             place.board.write(place.slot, own())  # from the loop, so that one that is stuck is noticed
+            server.stand_in(place.stands_in())
         if rest is not None:
             rest.look()
 
@@ -216,6 +235,9 @@ def serve(settings: Settings, listener: socket.socket, data: Path, place: Place 
 
     log.info("stopping: %d connections", stats.connections)
     notifier.stopping(stopping.grace + STOPPING)
+    server.stand_in([])
+    if place is not None:
+        place.let_go()
     server.drain()
     hub.drain(SPREAD * stopping.grace)
     late = server.join(stopping.grace)
@@ -278,7 +300,7 @@ class _Stopping:
         self._told.set()
 
 
-def _server(listener: socket.socket, context: Context, capacity: int) -> CometServer:
+def _server(listener: socket.socket, context: Context, capacity: int, place: Place | None) -> CometServer:
     """The endpoints, on the listener."""
     application = Bottle()
     handlers.mount(application, context)
@@ -286,7 +308,11 @@ def _server(listener: socket.socket, context: Context, capacity: int) -> CometSe
     roll = logs.Roll() if context.settings.log_clients else None
     if roll is not None:
         context.hub.left = roll.left
-    return CometServer(listener, application, reader, caller, context.hub, context.settings, context.stats, capacity, roll)
+    most = context.settings.max_per_address
+    addresses = None
+    if place is not None:
+        addresses = Addresses(most, None if place.counts is None else Counts(place.counts), place.column, place.workers)
+    return CometServer(listener, application, reader, caller, context.hub, context.settings, context.stats, capacity, addresses, roll)
 
 
 def _speak(notifier: systemd.Notifier, stats: Stats, capacity: int) -> None:
@@ -313,8 +339,8 @@ def _speak(notifier: systemd.Notifier, stats: Stats, capacity: int) -> None:
     gevent.spawn(live)
 
 
-def _backplane(settings: Settings, place: Place | None, stats: Stats) -> "MemoryBackplane | RouterBackplane | RedisBackplane | None":
-    """None, and a sentence in the log, where there can't be one."""
+def _backplane(settings: Settings, place: Place | None, stats: Stats) -> "MemoryBackplane | RouterBackplane | RedisBackplane":
+    """Raises Unfit where there can't be one."""
     if settings.backplane:
 
         def malformed(number: int) -> None:
@@ -326,11 +352,16 @@ def _backplane(settings: Settings, place: Place | None, stats: Stats) -> "Memory
             board, free = place.board.descriptor, limits.cores()  # bytes of the board that no permit has
             return RedisBackplane.of(settings, Outage(board, free), Garbage(malformed, board, free + 1))
         except (Denied, ValueError) as error:
-            log.error("%s", error)
-            return None
+            raise Unfit(str(error)) from error
     if place is None:
         return MemoryBackplane(Bounds.of(settings))
-    return RouterBackplane(place.router, settings.backplane_timeout)
+    return RouterBackplane(place.router, settings.backplane_timeout, lives=partial(_router_lives, place.board))
+
+
+def _router_lives(board: Board) -> bool:
+    """Whether the router has lately shown that it lives. One that is just being started has said nothing yet: its link tells."""
+    said = board.look(ROUTER)
+    return said is None or said.age <= SILENCE
 
 
 def _subscriptions(settings: Settings, data: Path) -> "Subscriptions | RedisSubscriptions":
@@ -353,6 +384,7 @@ def _own(place: Place | None, stats: Stats, hub: Hub, capacity: int) -> Callable
         now = processes.resident()
         return {
             **fixed, **stats.document(), "draining": hub.draining, "ready": hub.ready(),
+            "log_dropped": logs.dropped(),
             "resident_bytes": now, "growth_bytes": max(0, now - before), "peak_memory_bytes": processes.peak(),
         }  # fmt: skip
 
@@ -368,8 +400,16 @@ def _together(place: Place, own: Callable[[], dict[str, Any]], hub: Hub | None) 
     said = {slot.slot: {**slot.document, "age": round(slot.age, 2)} for slot in place.board.read()}
     supervisor, router = said.pop(SUPERVISOR, {}), hub.totals() if hub else said.pop(ROUTER, {})
     said[place.slot] = own()
-    workers = [said[slot] for slot in sorted(said)]
+    workers = [said[slot] for slot in sorted(said) if said[slot]["role"] == "worker"]
     return service.summary(workers, router, supervisor, memory.sockets())
+
+
+def _missing(place: Place | None) -> Mapping[str, Any]:
+    """How many workers are missing, as the supervisor has said it."""
+    said = None if place is None else place.board.look(SUPERVISOR)
+    document = {} if said is None else said.document
+    missing: Mapping[str, Any] = document.get("missing", service.NOBODY_MISSING)  # a supervisor that is older than this code has none
+    return missing
 
 
 def _every(seconds: float, work: Callable[[], None]) -> None:

@@ -38,6 +38,8 @@ def _add_check(commands: Any) -> None:
     parser.add_argument("--port", type=_number(65535), metavar="N", default=8000, help="the service's (default: 8000)")
     parser.add_argument("--workers", type=_number(), metavar="N", default=1, help="processes that share the clients (default: 1)")
     parser.add_argument("--hibernate", choices=("on", "off"), default="on", help="as the service is run (default: on)")
+    parser.add_argument("--max-bodies", type=_number(1 << 40), metavar="N", default=check.BODIES, help="as the service's, in bytes")
+    parser.add_argument("--max-per-address", type=_number(), metavar="N", default=check.PER_ADDRESS, help="as the service's")
     parser.add_argument("--loopback", action="store_true", help="the clients run on this machine too (a load test)")
     parser.set_defaults(run=_check)
 
@@ -47,7 +49,8 @@ def _check(parsed: argparse.Namespace) -> int:
     if clients is None:
         print("python -m comet check: the limit on open files can't be read here: say --clients", file=sys.stderr)
         return 2
-    plan = check.Plan(clients, parsed.port, parsed.workers, parsed.hibernate == "on", parsed.loopback)
+    hibernate, bodies, per_address = parsed.hibernate == "on", parsed.max_bodies, parsed.max_per_address
+    plan = check.Plan(clients, parsed.port, parsed.workers, hibernate, parsed.loopback, bodies, per_address)
     rows = check.rows(plan)
     print(f"{plan.clients:,} clients on port {plan.port}, {plan.workers} worker{'s' if plan.workers > 1 else ''}\n")
     print(table(rows))

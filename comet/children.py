@@ -43,6 +43,15 @@ class Worker:
             return False
 
 
+@dataclass(slots=True)
+class Missing:
+    """A worker that has ended, or could not be started, and has no successor yet: `since` when, by `time.monotonic`, and why the
+    last try failed."""
+
+    since: float
+    why: str
+
+
 @dataclass(slots=True, eq=False)
 class Generation:
     """The process that forks, and its workers, whose slots of the board begin at `first_slot`."""
@@ -53,6 +62,7 @@ class Generation:
     process: "subprocess.Popen[bytes]"
     restarts: list[Restarts]
     workers: dict[int, Worker] = field(default_factory=dict)
+    missing: dict[int, Missing] = field(default_factory=dict)
     ready: bool = False
     leaving: bool = False
     orphaned: bool = False
@@ -65,7 +75,7 @@ class Generation:
 
     @classmethod
     def start(cls, program: Sequence[str], orders: generation.Orders) -> Self:
-        """Execute the program anew. It says when it has loaded, and can fork its workers."""
+        """Execute the program anew. It says when it has loaded, and can fork its workers. Raises OSError if the kernel refuses."""
         process = subprocess.Popen(  # noqa: S603 - the very program that runs here
             program,
             stdin=subprocess.PIPE,
@@ -76,6 +86,10 @@ class Generation:
         assert process.stdin is not None
         os.set_blocking(process.stdin.fileno(), False)
         return cls(orders.number, orders.first_slot, time.monotonic(), process, [Restarts() for _ in range(orders.workers)])
+
+    def lacks(self, worker: int, why: str) -> None:
+        """Note that a worker of this number is missing, until it is ready again."""
+        self.missing.setdefault(worker, Missing(time.monotonic(), why)).why = why
 
     def slot(self, worker: int) -> int:
         """A worker's, of the board."""
@@ -136,7 +150,8 @@ class Router:
 
     @classmethod
     def start(cls, listener: int, lifeline: int, board: int, workers: int, arguments: Sequence[str]) -> Self:
-        """On descriptors that it inherits, for so many workers, with the supervisor's own `arguments`."""
+        """On descriptors that it inherits, for so many workers, with the supervisor's own `arguments`. Raises OSError if the kernel
+        refuses."""
         process = subprocess.Popen(  # noqa: S603 - our own module
             [
                 sys.executable, "-m", "comet.router", "--listener-fd", str(listener), "--lifeline-fd", str(lifeline),

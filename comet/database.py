@@ -20,6 +20,7 @@ How it is kept
 """
 
 import logging
+import os
 import re
 import sqlite3
 import tempfile
@@ -28,6 +29,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Final
+from urllib.parse import quote
 
 NAME: Final = "follows.db"
 """The file, in its folder."""
@@ -86,6 +88,9 @@ BEFORE_LOAD: Final = ("DROP INDEX following", "DROP TABLE counts", "DROP TRIGGER
 AFTER_LOAD: Final = (_SCHEMA[1], *_COUNTED)
 """Makes it again, of all rows at once."""
 
+_FILES: Final = (NAME, f"{NAME}-wal", f"{NAME}-shm")
+"""The file, and its log and the index of that, which SQLite makes beside it and gives the mode of the file."""
+
 _NUMBER = re.compile(r"0|-?[1-9][0-9]{0,18}", re.ASCII)
 
 log = logging.getLogger("comet.database")
@@ -114,38 +119,58 @@ def path_in(folder: Path) -> Path:
 
 def prepare(folder: Path, *, whole: bool) -> None:
     """Make folder and file where they are missing, and see that they can be used: `whole` reads all of it,
-    about two seconds for 15 million rows. Raises Unusable."""
+    about two seconds for 15 million rows. Nobody but their owner may read them from then on. Raises Unusable."""
     path = path_in(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with closing(_connect(path)) as database:
-            _judge(database, path)
-            _make(database)
-            if whole:
-                _check(database, path)
+        folder.mkdir(0o700, parents=True, exist_ok=True)
     except FileExistsError as error:
         raise Unusable(f"{folder} is not a folder; name another with --data.") from error
     except OSError as error:
         raise Unusable(f"The data folder {folder} can't be made: {error.strerror}. {_ELSEWHERE}") from error
-    except sqlite3.Error as error:
-        raise Unusable(_unwritable(folder, path) or _why(path, error)) from error
+    try:
+        _create(path)
+        with closing(_connect(path)) as database:
+            _judge(database, path)
+            _make(database)
+            _make_private(folder)
+            if whole:
+                _check(database, path)
+    except (OSError, sqlite3.Error) as error:
+        raise Unusable(_unwritable(folder, path) or why(path, error)) from error
 
 
-def open_reader(folder: Path) -> sqlite3.Connection:
-    """For look-ups; none waits for a lock. The opening does: the first of all processes puts the log in order and
-    keeps the others out meanwhile. The file must have been prepared."""
-    database = _connect(path_in(folder))
+def identity(folder: Path) -> tuple[int, int] | None:
+    """Return which file there is, as the kernel knows it; None if there is none."""
+    try:
+        status = path_in(folder).stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def open_reader(folder: Path, patience: float = PATIENCE) -> sqlite3.Connection:
+    """For look-ups; none waits for a lock. The opening does, for `patience` seconds: the first of all processes puts the log in order
+    and keeps the others out meanwhile. The file must have been prepared. Raises sqlite3.Error."""
+    database = _connect(path_in(folder), patience, make=False)
+    try:
+        _set_up_reader(database)
+    except BaseException:
+        database.close()
+        raise
+    return database
+
+
+def _set_up_reader(database: sqlite3.Connection) -> None:
     database.execute("PRAGMA query_only = ON")
     database.execute(f"PRAGMA cache_size = -{_READER_CACHE}")
     database.execute("SELECT 1 FROM follows LIMIT 1").fetchall()  # opens the log's files now, and not in a request
     database.execute("PRAGMA busy_timeout = 0")
-    return database
 
 
 def open_writer(folder: Path, patience: float = PATIENCE) -> sqlite3.Connection:
     """For writes, in whatever thread; it waits `patience` seconds for others who write. The file must have been
-    prepared."""
-    database = _connect(path_in(folder), patience)
+    prepared. Raises sqlite3.Error."""
+    database = _connect(path_in(folder), patience, make=False)
     database.execute("PRAGMA synchronous = FULL")
     database.execute(f"PRAGMA journal_size_limit = {_LOG_KEPT}")
     database.execute("PRAGMA cache_size = -16384")  # KiB
@@ -166,8 +191,38 @@ def transaction(database: sqlite3.Connection) -> Iterator[None]:
         raise
 
 
-def _connect(path: Path, patience: float = PATIENCE) -> sqlite3.Connection:
-    return sqlite3.connect(path, timeout=patience, isolation_level=None, check_same_thread=False)
+def _connect(path: Path, patience: float = PATIENCE, *, make: bool = True) -> sqlite3.Connection:
+    """Unless it is to `make` the file, one that is missing is an error: an empty one in its place would hide that it is gone."""
+    name = f"file:{quote(str(path.absolute()))}?mode={'rwc' if make else 'rw'}"
+    return sqlite3.connect(name, uri=True, timeout=patience, isolation_level=None, check_same_thread=False)
+
+
+def _create(path: Path) -> None:
+    """Make an empty file if there is none: SQLite would let everybody read it."""
+    try:
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
+    except FileExistsError:
+        pass  # SQLite says what is there
+
+
+def _make_private(folder: Path) -> None:
+    """Take the rights of all but the owner from the files, and from the folder if nothing else is in it: another one, such as /tmp or a
+    home, is not comet's alone. What belongs to another user stays as it is."""
+    for name in _FILES:
+        _keep_to_owner(folder / name, 0o600)
+    if folder.stat().st_uid == os.geteuid() and all(one.name in _FILES for one in folder.iterdir()):
+        _keep_to_owner(folder, 0o700)
+
+
+def _keep_to_owner(path: Path, mode: int) -> None:
+    try:
+        found = path.stat()
+        if found.st_mode & 0o077 and found.st_uid == os.geteuid():
+            path.chmod(mode)
+    except FileNotFoundError:
+        pass  # there is no log, or another process has just put it away
+    except OSError as error:  # a file system without modes has other ways
+        log.warning("%s may be read by others, and that can't be changed: %s", path, error.strerror)
 
 
 def _judge(database: sqlite3.Connection, path: Path) -> None:
@@ -234,7 +289,10 @@ def _unwritable(folder: Path, path: Path) -> str | None:
     return None
 
 
-def _why(path: Path, error: sqlite3.Error) -> str:
+def why(path: Path, error: OSError | sqlite3.Error) -> str:
+    """Return a sentence: why the file can't be used, and what to do."""
+    if not path.exists():
+        return f"{path} is gone; put a copy in its place, or reload the service, which makes an empty one."
     if getattr(error, "sqlite_errorname", "").startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):
         return f"{path} is damaged ({error}); put a copy in its place, or name another folder with --data."
     return f"{path} can't be used: {error}. Free it or its disk, or name another folder with --data."

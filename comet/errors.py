@@ -31,6 +31,7 @@ STATUS: dict[str, int] = {
     # who may
     "unauthorized": 401,
     "origin-refused": 403,
+    "host-refused": 421,
     # limits
     "header-timeout": 408,
     "body-timeout": 408,
@@ -38,12 +39,15 @@ STATUS: dict[str, int] = {
     "header-too-large": 431,
     "key-conflict": 409,
     "address-full": 429,
+    "new-channels": 429,
     "worker-full": 503,
+    "bodies-full": 503,
     "draining": 503,
     "backplane-away": 503,
     "backplane-busy": 503,
     "backplane-full": 503,
     "unconfirmed": 503,
+    "database-away": 503,
     "database-busy": 503,
     "disk-full": 507,
     # ours
@@ -56,12 +60,15 @@ HEADERS: dict[str, dict[str, str]] = {
     "bad-content-encoding": {"Accept-Encoding": "identity"},
     "unauthorized": {"WWW-Authenticate": "Bearer"},
     "address-full": {"Retry-After": "5"},
+    "new-channels": {"Retry-After": "30"},
     "worker-full": {"Retry-After": "5"},
+    "bodies-full": {"Retry-After": "1"},
     "draining": {"Retry-After": "1"},
     "backplane-away": {"Retry-After": "1"},
     "backplane-busy": {"Retry-After": "1"},
     "backplane-full": {"Retry-After": "5"},
     "unconfirmed": {"Retry-After": "1"},
+    "database-away": {"Retry-After": "5"},
     "database-busy": {"Retry-After": "5"},
 }
 """Slug -> headers that go with the answer. Retry-After is in seconds; a refusal that has it will pass."""
@@ -96,6 +103,7 @@ class Refusal(Exception):
 CLOSINGS: dict[str, str] = {
     "answered": "A long poll got its answer: messages, or an empty one when its time was up.",
     "hang-up": "The client closed its connection, or its sending side, while it waited.",
+    "chatty": "The client sent 64 KiB or more behind the request of a stream, where nothing more is read.",
     "lost": "The connection broke while something was written to it.",
     "backlog-bytes": "More messages waited for the client than --backlog allows, or --busy-backlog, for a minute, if it keeps taking.",
     "backlog-time": "The client took nothing for --send-timeout.",

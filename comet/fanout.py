@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Generic, Protocol, TypeVar, cast
 
 from comet.framing import Batch, batches
-from comet.message import Message
+from comet.message import Message, Position
 
 DIRECT = 16
 """Subscribers of a channel that are served inside the publish: a system call each."""
@@ -87,12 +87,15 @@ HOLE = _Hole()
 class Members(Generic[Anyone]):
     """The subscribers of one channel here, in order of joining, and the sweep that is under way.
 
-    `present` may hold some that have ended; `alive` does not count them.
+    `present` may hold some that have ended; `alive` does not count them. `name`, the channel's, and `place`, where the last one joined,
+    are for those to share who are on several channels.
     """
 
-    __slots__ = ("alive", "batch", "end", "index", "pending", "present", "waiting")
+    __slots__ = ("alive", "batch", "end", "index", "name", "pending", "place", "present", "waiting")
 
-    def __init__(self, *first: Anyone) -> None:
+    def __init__(self, *first: Anyone, name: str = "") -> None:
+        self.name = name
+        self.place: Position | None = None
         self.present: list[Anyone] = list(first)
         self.alive = len(first)
         self.pending: list[Message] = []

@@ -8,6 +8,7 @@ clients are sent, down to the bytes on the wire.
 
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from copy import copy
 from functools import lru_cache
 from typing import Any, Final, TypeVar
 
@@ -30,6 +31,11 @@ _SEPARATORS: Final = ((b"\xc2\x85", b"\\u0085"), (b"\xe2\x80\xa8", b"\\u2028"), 
 """What `str.splitlines` splits at and msgspec leaves as it is (it escapes all below U+0020), in UTF-8 and as JSON escapes it."""
 
 
+def chunk(piece: bytes) -> bytes:
+    """A piece in chunked transfer coding."""
+    return b"%x\r\n%b\r\n" % (len(piece), piece)
+
+
 class Framing:
     """How one endpoint speaks.
 
@@ -45,7 +51,12 @@ class Framing:
     """The answer's headers say where it starts."""
     abort = False
     """A stream that ends because the service stops lacks its last chunk (``--events-end``)."""
+    closes = True
+    """The answer is the last of its connection."""
     _head: bytes | None = None
+    _coded: Callable[[bytes], bytes] = staticmethod(chunk)
+    _last = b"0\r\n\r\n"
+    _unchunked: "Framing | None" = None
 
     def opening(self, cursor: Cursor) -> bytes:
         """What a stream says at once, so that the client has an answer before the first message."""
@@ -74,7 +85,7 @@ class Framing:
 
     def wire(self, pieces: Sequence[bytes], date: bytes) -> bytes:
         """`pieces`: a chunk each."""
-        return b"".join(map(chunk, pieces))
+        return b"".join(map(self._coded, pieces))
 
     def batch(self, batch: "Batch", date: bytes) -> bytes:
         """What a subscriber of the batch's channel alone gets who stands before it."""
@@ -82,16 +93,26 @@ class Framing:
 
     def end(self, cursor: Cursor, date: bytes, closing: bool) -> bytes:
         """What ends an answer that is under way: a stream's last chunk. `closing`: so does the connection."""
-        return b"0\r\n\r\n"
+        return self._last
+
+    def unchunked(self) -> "Framing":
+        """The same framing for a client of HTTP/1.0: an answer whose length is not known is not in chunks, and ends with its connection."""
+        twin = self._unchunked
+        if twin is None:
+            twin = self._unchunked = self._copy()
+            twin._coded, twin._last = bytes, b""
+        return twin
+
+    def _copy(self) -> "Framing":
+        return copy(self)
+
+    def closing(self) -> "Framing":
+        """The same framing for an answer that is the last of its connection."""
+        return self
 
     def with_headers(self, more: Sequence[tuple[str, str]]) -> "Framing":
         """The same framing for an answer whose headers, not sent yet, have `more` than the usual ones."""
         return self
-
-
-def chunk(piece: bytes) -> bytes:
-    """A piece in chunked transfer coding."""
-    return b"%x\r\n%b\r\n" % (len(piece), piece)
 
 
 class Batch:
@@ -207,11 +228,14 @@ class Text(Framing):
         data = batch.messages[0].data
         made = self._made
         if made[0] is not data:
-            made = self._made = data, chunk(data + b"\n")
+            made = self._made = data, self._coded(data + b"\n")
         return made[1]
 
+    def _copy(self) -> Framing:
+        return Text()
+
     def opening(self, cursor: Cursor) -> bytes:
-        user = next(iter(cursor.positions)).partition(":")[2]
+        user = cursor.channels[0].partition(":")[2]
         return f"comet welcomes you! Your id: {user}\n".encode()
 
     def encode(self, items: Sequence[Item], cursor: Cursor) -> Sequence[bytes]:
@@ -263,7 +287,8 @@ class ServerSentEvents(Framing):
         last = super().end(cursor, date, closing)
         if not closing:
             return last
-        return chunk(b"retry: %d\nevent: comet\n\n" % random.randint(self._retry, 2 * self._retry)) + (b"" if self.abort else last)
+        told = self._coded(b"retry: %d\nevent: comet\n\n" % random.randint(self._retry, 2 * self._retry))
+        return told + (b"" if self.abort else last)
 
 
 def _make_event(message: Message) -> bytes:
@@ -295,15 +320,18 @@ class Lines(Framing):
 
 
 class Poll(Framing):
-    """The long-poll answer: ``{"cursor", "gap", "messages"}``."""
+    """The long-poll answer: ``{"cursor", "gap", "messages"}``, with `more` headers than the usual ones; if it `closes`, they say so."""
 
     name = "poll"
     content_type = "application/json"
     one_shot = True
     names_cursor = False
 
-    def __init__(self, more: Sequence[tuple[str, str]] = ()) -> None:
-        head = "".join(f"{name}: {value}\r\n" for name, value in [*self.headers(None), *more])
+    def __init__(self, more: Sequence[tuple[str, str]] = (), closes: bool = False) -> None:
+        self.closes = closes
+        self._more = tuple(pair for pair in more if not closes or pair[0] != "Connection")
+        last = [("Connection", "close")] if closes else []
+        head = "".join(f"{name}: {value}\r\n" for name, value in [*self.headers(None), *self._more, *last])
         self._answer = b"HTTP/1.1 200 OK\r\n" + head.encode()
 
     def opening(self, cursor: Cursor) -> bytes:
@@ -327,16 +355,19 @@ class Poll(Framing):
 
     def end(self, cursor: Cursor, date: bytes, closing: bool) -> bytes:
         """An answer without messages."""
-        return self.wire(self.encode([], cursor), date + b"Connection: close\r\n" if closing else date)
+        return (self.closing() if closing else self).wire(self.encode([], cursor), date)
 
-    def with_headers(self, more: Sequence[tuple[str, str]]) -> "Framing":
-        return _poll_with(tuple(more)) if more else self
+    def closing(self) -> Framing:
+        return _poll_with(self._more, closes=True)
+
+    def with_headers(self, more: Sequence[tuple[str, str]]) -> Framing:
+        return _poll_with(tuple(more), self.closes) if more else self
 
 
 @lru_cache(maxsize=256)
-def _poll_with(more: tuple[tuple[str, str], ...]) -> Poll:
+def _poll_with(more: tuple[tuple[str, str], ...], closes: bool) -> Poll:
     """One framing for all polls whose answers have these headers: web origins, for example."""
-    return Poll(more)
+    return Poll(more, closes)
 
 
 def batch_json(cursor: str, gap: bool, messages: Sequence[Message]) -> bytes:

@@ -15,6 +15,7 @@ once:
     born <generation> <worker> <pid>            by the worker, before anything else
     ready <generation> <worker> <pid>           by the worker, when it serves
     died <generation> <worker> <pid> <status>
+    died <generation> <worker> 0 <errno>        the kernel refused the fork (a word of its own would end an older supervisor)
 
 It decides nothing: what is restarted, and when, is the supervisor's (`comet.supervisor`). It is the
 parent of its workers and nobody else reaps them; so a process id that it signals is theirs.
@@ -35,12 +36,13 @@ import shutil
 import signal
 import socket
 import time
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Self
 
-from comet.board import Board
+from comet import log as logs
+from comet.board import FIRST_WORKER, SUPERVISOR, Board
 from comet.kernel import limits
 from comet.kernel.processes import close, fork, give_back, give_way, waitpid
 from comet.kernel.sockets import epoll
@@ -56,13 +58,27 @@ ORPHANED_GRACE = 2.0
 """Seconds that a worker whose supervisor is gone has to end itself. Nobody would restart it, so its
 clients are better off elsewhere soon."""
 
+TEND = 5.0
+"""Seconds between two looks whether what this process has logged is written."""
+
+WHY = 300
+"""Characters of the reason for which a worker ends that are kept."""
+
+HELD = 100
+"""Listeners that a worker has open, its own and the next by number, so that it can accept in the place of their workers. Beside as many
+connections that are being refused they fit into the descriptors that are kept back from clients (`limits.RESERVE`)."""
+
 log = logging.getLogger("comet.generation")
+
+
+class Unfit(Exception):
+    """This process can't serve; one sentence says why."""
 
 
 class Orders(NamedTuple):
     """What the supervisor tells a generation. All but `number`, `workers` (how many), `first_slot` (the board's, of
     worker 0) and `router`, the path of the router's socket, are descriptors that it inherits. Where there are fewer `listeners`
-    than workers, some workers share one, with its queue."""
+    than workers, some workers share one, with its queue. A supervisor of an older comet has no `counts`."""
 
     number: int
     workers: int
@@ -72,10 +88,11 @@ class Orders(NamedTuple):
     lifeline: int
     events: int
     router: str
+    counts: int | None = None
 
     def descriptors(self) -> list[int]:
         """Those that it inherits."""
-        return [*self.listeners, self.board, self.lifeline, self.events]
+        return [*self.listeners, self.board, self.lifeline, self.events, *(() if self.counts is None else (self.counts,))]
 
     def text(self) -> str:
         """For the environment."""
@@ -88,17 +105,26 @@ class Orders(NamedTuple):
         return None if text is None else cls(**json.loads(text))
 
 
+def held(worker: int, listeners: int) -> Sequence[int]:
+    """Return the numbers of the listeners, of so many, that a worker has open; the first is its own."""
+    return [(worker + step) % listeners for step in range(min(HELD, listeners))]
+
+
 @dataclass(frozen=True, slots=True)
 class Place:
-    """What a worker has of the service: its number (`worker`, from 0) among how many (`workers`), its listener, its slot
-    of the board, the path of the router's socket, and the end of the lifeline that ends when the supervisor does."""
+    """What a worker has of the service: its number (`worker`, from 0) among how many (`workers`), its listener, those of `others` by
+    number, its slot of the board, the descriptor of the counts of connections by address (None if each worker counts for itself) and its
+    column there, the path of the router's socket, and the end of the lifeline that ends when the supervisor does."""
 
     generation: int
     worker: int
     workers: int
     listener: socket.socket
+    others: dict[int, socket.socket]
     board: Board
     slot: int
+    counts: int | None
+    column: int
     lifeline: int
     router: str
     events: int
@@ -110,6 +136,25 @@ class Place:
     def ready(self) -> None:
         """Tell the supervisor that this worker serves."""
         _say(self.events, f"ready {self.generation} {self.worker} {os.getpid()}")
+
+    def stands_in(self) -> list[socket.socket]:
+        """Return the listeners of others that this worker is to accept from at present, since their workers do not serve; none after
+        `let_go`."""
+        said = self.board.look(SUPERVISOR)
+        slots: dict[str, list[int]] = {} if said is None else said.document.get("stand_ins", {})  # an older supervisor names none
+        return [self.others[number] for number in slots.get(str(self.slot), ()) if number in self.others]
+
+    def let_go(self) -> None:
+        """Close the listeners of others."""
+        while self.others:
+            _, listener = self.others.popitem()
+            close(listener.detach())
+
+    def failed(self, why: str) -> None:
+        """Leave word on the board why this worker ends: the supervisor tells it in the log and in /stats."""
+        said = self.board.look(self.slot)
+        counted = said.document if said is not None and said.pid == os.getpid() else {}
+        self.board.write(self.slot, {**counted, "role": "failed", "why": " ".join(why.split())[:WHY]})
 
 
 Work = Callable[[Place], int]
@@ -151,7 +196,8 @@ class _Generation:
         self._epoll.register(0, select.EPOLLIN)
         _say(self._orders.events, f"loaded {self._orders.number}")
         while self._workers or not self._ending:
-            for descriptor, _ in self._epoll.poll(None if self._abandoned is None else 0.2):
+            logs.tend()
+            for descriptor, _ in self._epoll.poll(TEND if self._abandoned is None else 0.2):
                 if descriptor == 0:
                     self._obey()
                 else:
@@ -186,20 +232,37 @@ class _Generation:
                     raise ValueError(f"not a command: {unknown}")
 
     def _fork(self, worker: int) -> None:
-        pid = fork()
+        try:
+            pid = fork()
+        except OSError as error:  # no process is left, or no memory: the supervisor decides when to try again
+            _say(self._orders.events, f"died {self._orders.number} {worker} 0 {error.errno}")
+            return
         if pid:
             self._workers[worker] = pid
             return
         status = 1
         try:
-            status = self._work(self._place(worker))
-        except SystemExit as ended:
-            status = ended.code if isinstance(ended.code, int) else 1
-        except BaseException:
-            log.exception("worker %d failed", worker)
+            status = self._be(worker)
         finally:
             logging.shutdown()
             os._exit(status)  # nothing here may run the end of the parent's program
+
+    def _be(self, worker: int) -> int:
+        """Be a worker, in the new process; its exit status."""
+        place = None
+        try:
+            place = self._place(worker)
+            return self._work(place)
+        except SystemExit as ended:
+            return ended.code if isinstance(ended.code, int) else 1
+        except BaseException as error:
+            if isinstance(error, Unfit) or limits.is_shortage(error):
+                log.error("worker %d can't serve: %s", worker, error)
+            else:
+                log.exception("worker %d failed", worker)
+            if place is not None:
+                place.failed(str(error) or type(error).__name__)
+            return 1
 
     def _place(self, worker: int) -> Place:
         """In the new process: let go of what is the parent's and the other workers'."""
@@ -218,13 +281,18 @@ class _Generation:
                 give_way()
             except OSError as error:  # some sandboxes don't let a process say so; then it is as every other
                 log.info("worker %d can't have SCHED_BATCH: %s", worker, error)
-        listener = socket.socket(fileno=orders.listeners[worker % len(orders.listeners)])
-        for descriptor in orders.listeners:
-            if descriptor != listener.fileno():
+        own, *others = held(worker, len(orders.listeners))
+        for number, descriptor in enumerate(orders.listeners):
+            if number != own and number not in others:
                 close(descriptor)
+        listener = socket.socket(fileno=orders.listeners[own])
         board = Board.open(orders.board)
         slot = orders.first_slot + worker
-        return Place(orders.number, worker, orders.workers, listener, board, slot, orders.lifeline, orders.router, orders.events)
+        return Place(
+            orders.number, worker, orders.workers, listener,
+            {number: stock(socket, "socket")(fileno=orders.listeners[number]) for number in others},
+            board, slot, orders.counts, slot - FIRST_WORKER, orders.lifeline, orders.router, orders.events,
+        )  # fmt: skip
 
     def _reap(self) -> None:
         for worker, pid in list(self._workers.items()):

@@ -47,8 +47,6 @@ class Hub:
         busy_backlog: int = 0,
         replay_bytes: int = 64 << 20,
     ) -> None:
-        self.replaying = 0
-        """See `Home`."""
         self._replay_bytes = replay_bytes
         self.backlog = backlog
         self.busy_backlog = max(backlog, busy_backlog)
@@ -63,6 +61,7 @@ class Hub:
         # those whose backplane has not answered yet, and what was dropped meanwhile: (channel, epoch)
         self._joining: dict[Subscriber, set[tuple[str, int]]] = {}
         self._replays = Replays(self._read_page, replay_bytes // 4)
+        self.hold, self.release = self._replays.hold, self._replays.release
         backplane.attach(self.deliver, self.dropped, self.lost)
         self.left: Callable[[Subscriber, str], None] | None = None
         """Is told of each subscriber that has ended, and why."""
@@ -79,6 +78,8 @@ class Hub:
         channels, since, framing, patience = wish
         if patience == 0:
             return self._look(wish)
+        if len(channels) > 1:
+            channels = self._shared_names(channels)
         subscriber = Subscriber(channels, framing, self, Awake(patience, {}))
         for channel in channels:
             self._register(channel, subscriber)
@@ -96,6 +97,9 @@ class Hub:
                 self._expel(channel, subscriber)
                 subscriber.end("deleted")
         self._stats.clients[framing.name] += 1
+        answers = list(map(self._replays.share, channels, answers))
+        if len(channels) > 1:
+            answers = list(map(self._shared_place, channels, answers))
         subscriber.begin(dict(zip(channels, answers, strict=True)), since)
         if self.draining:
             subscriber.end("shutdown")
@@ -104,7 +108,7 @@ class Hub:
     def _look(self, wish: Wish) -> Subscriber:
         """As `subscribe`, for one that does not wait: it has what is kept, and nothing is made of a channel that is not there."""
         channels, since, framing, patience = wish
-        answers = self._backplane.peek(channels, since, self._page_size())
+        answers = list(map(self._replays.share, channels, self._backplane.peek(channels, since, self._page_size())))
         subscriber = Subscriber(channels, framing, self, Awake(patience, {}))
         self._stats.clients[framing.name] += 1
         subscriber.begin(dict(zip(channels, answers, strict=True)), since)
@@ -143,7 +147,7 @@ class Hub:
             self._stats.clients[framing.name] += 1
             self._register(channel, subscriber)
             if missed:
-                subscriber.begin({channel: answer}, since)
+                subscriber.begin({channel: self._replays.share(channel, answer)}, since)
                 if self.draining:
                     subscriber.end("shutdown")
             else:
@@ -159,7 +163,29 @@ class Hub:
         elif isinstance(present, Members):
             present.add(subscriber)
         else:
-            self._channels[channel] = Members(present, subscriber)
+            self._channels[channel] = Members(present, subscriber, name=channel)
+
+    def _shared_names(self, channels: Sequence[str]) -> Sequence[str]:
+        """Return the names of several channels as others hold them: 64 of its own would be 11 KB a client."""
+        present = self._channels.get(channels[0])
+        last = present.present[-1] if isinstance(present, Members) else None
+        if isinstance(last, Subscriber) and last.channels == channels:
+            return last.channels
+        return tuple(map(self._shared_name, channels))
+
+    def _shared_name(self, channel: str) -> str:
+        """Return the name of a channel as others hold it, if there are any."""
+        present = self._channels.get(channel)
+        return present.name if isinstance(present, Members) else channel
+
+    def _shared_place(self, channel: str, answer: Joined) -> Joined:
+        """Return the answer with the position that the last one who joined has, if it is equal."""
+        present = self._channels.get(channel)
+        if not isinstance(present, Members):
+            return answer
+        if present.place != answer.position:
+            present.place = answer.position
+        return answer._replace(position=present.place)
 
     def _expel(self, channel: str, subscriber: Subscriber) -> None:
         """Take one off a channel that it will not unsubscribe from."""
@@ -195,7 +221,7 @@ class Hub:
 
     def _page_size(self) -> int:
         """Return how many bytes the next page may have: the fewer the more its clients hold. At the bound, a page is a message."""
-        return max(1, min(PAGE, (self._replay_bytes - self.replaying) // 8))
+        return max(1, min(PAGE, (self._replay_bytes - self._replays.held) // 8))
 
     def _read_page(self, channel: str, position: Position) -> Joined | None:
         return self._backplane.read(channel, position, None, self._page_size())

@@ -3,7 +3,8 @@
 What is logged is what a person has to know: starts, ends, failures; never a message or a request that went well. A
 failure says whose request it was (`Origin`: its id, the client's address, what was asked), so that it can be found
 again in the logs of the proxy in front. Refusals and the ends of subscribers are counters, and with
-``--log-clients`` a line each. Standard library only, since `comet.supervisor` is.
+``--log-clients`` a line each. A shortage of the machine (`comet.kernel.limits`) is no bug: it is told without a traceback. Standard
+library only, since `comet.supervisor` is.
 """
 
 import json
@@ -17,10 +18,16 @@ from collections.abc import Mapping, MutableMapping
 from types import TracebackType
 from typing import Any, NamedTuple
 
+from comet.kernel.limits import is_shortage
+from comet.kernel.output import Output
+
 _PRIORITIES = {logging.CRITICAL: 2, logging.ERROR: 3, logging.WARNING: 4, logging.INFO: 6, logging.DEBUG: 7}
 """Of syslog. In front of a line, as <3>, it is for the journal, which takes it off."""
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+
+ENDING = 1.0
+"""Seconds that the end of a process waits for whoever reads its last lines."""
 
 FIELD = "comet"
 """Under which a record carries its fields (`fields`)."""
@@ -128,11 +135,97 @@ class Roll:
             _clients.info("ended: %s", reason, extra=origin.fields(seconds=round(time.monotonic() - began, 3)))
 
 
+def _without_traceback(record: logging.LogRecord) -> bool:
+    """Tell of a shortage of the machine in a sentence, wherever it was met. Filters nothing out."""
+    error = record.exc_info[1] if record.exc_info else None
+    if error is not None and is_shortage(error):
+        record.msg, record.args = f"{record.getMessage()}: {str(error) or type(error).__name__}", ()
+        record.exc_info = record.exc_text = None
+    return True
+
+
+class _Handler(logging.Handler):
+    """Writes to `output`, which never blocks."""
+
+    def __init__(self, output: Output) -> None:
+        super().__init__()
+        self.addFilter(_without_traceback)
+        self._output = output
+        self._told = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            line = self.format(record).encode(errors="backslashreplace") + b"\n"
+        except Exception:
+            self.handleError(record)
+            return
+        self._output.write(line)
+
+    def flush(self) -> None:
+        """The end of this process."""
+        before = self._output.dropped
+        self._output.drain(ENDING)
+        if self._output.dropped == before:  # somebody reads
+            self._tell()
+
+    def close(self) -> None:
+        super().close()
+        self._output.close()
+
+    def tend(self) -> None:
+        """Write what waits. Once there is room again, say how many lines were dropped."""
+        self.acquire()
+        try:
+            self._output.flush()
+        finally:
+            self.release()
+        if not self._output.waiting:
+            self._tell()
+
+    def _tell(self) -> None:
+        if self._output.dropped > self._told:
+            lost, self._told = self._output.dropped - self._told, self._output.dropped
+            logging.getLogger("comet").warning("%d lines of the log were dropped: nobody read them", lost)
+
+    @property
+    def dropped(self) -> int:
+        """Lines that were dropped."""
+        return self._output.dropped
+
+    def forked(self) -> None:
+        """This process was forked: what waits, or was dropped, is its parent's to write and to tell."""
+        self._output.forget()
+        self._told = 0
+
+
+_handler: _Handler | None = None
+
+
+def tend() -> None:
+    """Write what of the log waits for its reader, as far as it is taken. Each process calls it about once a second."""
+    if _handler is not None:
+        _handler.tend()
+
+
+def dropped() -> int:
+    """Return how many lines of this process's log were dropped, because nobody read them."""
+    return 0 if _handler is None else _handler.dropped
+
+
+def _forked() -> None:
+    if _handler is not None:
+        _handler.forked()
+
+
+os.register_at_fork(after_in_child=_forked)
+
+
 def set_up(form: str, *, pid: bool, clients: bool = False, environ: MutableMapping[str, str] = os.environ) -> None:
     """Log to standard error in `form`: plain or json; `pid`: plain lines tell processes apart; `clients`: also who is
-    refused and who ends. What ends this process is logged too."""
+    refused and who ends. What ends this process is logged too. Call `tend` about once a second from then on."""
+    global _handler
     journal = to_journal(environ)
-    handler = logging.StreamHandler(sys.stderr)
+    _handler = handler = _Handler(Output(sys.stderr.fileno()))
     handler.setFormatter(Json(journal=journal) if form == "json" else Plain(journal=journal, pid=pid))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     _clients.setLevel(logging.INFO if clients else logging.WARNING)
@@ -143,11 +236,16 @@ def set_up(form: str, *, pid: bool, clients: bool = False, environ: MutableMappi
 def _uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     if issubclass(kind, KeyboardInterrupt):
         sys.__excepthook__(kind, error, trace)
+    elif is_shortage(error):
+        logging.getLogger("comet").critical("the process ends: %s", error)
     else:
         logging.getLogger("comet").critical("the process ends by an exception", exc_info=(kind, error, trace))
 
 
 def failed_outside(context: Any, kind: Any, error: Any, trace: Any) -> None:
     """For gevent's hub (`print_exception`): an exception that ended a greenlet or a callback."""
-    named = context if isinstance(context, str) else repr(context)
-    logging.getLogger("comet").error("%s failed", named if context is not None else "the event loop", exc_info=(kind, error, trace))
+    named = "the event loop" if context is None else context if isinstance(context, str) else repr(context)
+    if is_shortage(error):
+        logging.getLogger("comet").error("%s failed: %s", named, error)
+    else:
+        logging.getLogger("comet").error("%s failed", named, exc_info=(kind, error, trace))

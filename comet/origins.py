@@ -65,6 +65,22 @@ class Origins:
         return (_VARY, *allowed, _SHOWN, *(_PREFLIGHT if preflight else ()))
 
 
+def is_own(origin: str, host: str, scheme: str = "") -> bool:
+    """Return whether `origin` is that of the pages at `host`, a Host header. `scheme` is http or https if it is known which of them the
+    client speaks; if it is not, either will do: whoever ends TLS in front may not say so.
+    """
+    schemes = (scheme.lower(),) if scheme.lower() in _DEFAULT_PORTS else tuple(_DEFAULT_PORTS)
+    return any(origin == _at(one, host) for one in schemes)
+
+
+def _at(scheme: str, host: str) -> str | None:
+    """Return the origin of pages at `host`; None if no page can be there."""
+    try:
+        return normalized(f"{scheme}://{host}")
+    except ValueError:
+        return None
+
+
 def normalized(text: str) -> str:
     """Return an origin as a browser sends it. Raises ValueError, with a sentence, for what no browser sends."""
     if text.lower() == "null":

@@ -4,7 +4,7 @@ again, and whether the service as a whole is alive. Pure; `comet.supervisor` doe
 
 import math
 import signal
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple
 
 from comet.kernel import limits
@@ -13,44 +13,63 @@ from comet.settings import AUTO
 FILL = limits.FILL / 100
 """Of its capacity that a service is planned for."""
 
-FIRST_DELAY, MOST_DELAY = 0.5, 10.0
+FIRST_DELAY, MOST_DELAY = 0.5, 60.0
 """Seconds before something that died before it was ready is started again: the first time at once, then
 so long, doubled each time, up to the most."""
 
 MOST_DEATHS = 5
-"""Deaths in a row, each before it was ready, that are a crash loop: no restart will help."""
+"""Deaths in a row, each before it was ready, that are a crash loop. If nobody serves, the service is given up; if somebody does, what is
+missing is tried again, and told (`/readyz`, `/stats`)."""
 
 LEAST_LIFE = 1.0
 """Seconds between two starts, at least, of something that was ready before it died."""
 
 
-class CrashLoop(Exception):
-    """It dies as soon as it is started, again and again."""
-
-
 class Restarts:
     """How long to wait before something that died is started again.
 
-    Only who dies before it is ready, again and again, is a crash loop: what it is started with is wrong. Who was
-    ready has served, and will again. To give up on it, whatever kills it (a request, the kernel short of memory, a
-    person), would end what the other processes serve; to wait long would keep those waiting whose connections
-    are in its queue. After two brief lives it is only not started more often than once in `LEAST_LIFE`.
+    Only who dies before it is ready, again and again, is `hopeless`: something that it needs is wrong (Redis' password was changed,
+    no process is left), and may be right again later. Who was ready has served, and will again. Whatever kills it (a request, the
+    kernel short of memory, a person), to wait long would keep those waiting whose connections are in its queue. After two brief lives
+    it is only not started more often than once in `LEAST_LIFE`.
     """
 
     def __init__(self) -> None:
         self._deaths = 0
+        self._delay = 0.0
         self._brief = False
 
     def after(self, lived: float, ready: bool) -> float:
-        """It has died `lived` seconds after its start: the seconds to wait. Raises CrashLoop."""
+        """It has died `lived` seconds after its start: the seconds to wait."""
         again, self._brief = self._brief, lived < LEAST_LIFE
         if ready:
             self._deaths = 0
             return LEAST_LIFE - lived if again and self._brief else 0.0
         self._deaths += 1
-        if self._deaths >= MOST_DEATHS:
-            raise CrashLoop
-        return 0.0 if self._deaths == 1 else min(MOST_DELAY, FIRST_DELAY * 2.0 ** (self._deaths - 2))
+        self._delay = min(MOST_DELAY, 2 * self._delay or FIRST_DELAY) if self._deaths > 1 else 0.0
+        return self._delay
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether it has died `MOST_DEATHS` times in a row before it was ready."""
+        return self._deaths >= MOST_DEATHS
+
+
+def stand_ins(unserved: Iterable[int], held: Mapping[int, Collection[int]], turn: int) -> dict[int, list[int]]:
+    """Return which workers accept from listeners that no worker serves: their slots, and the listeners of each.
+
+    `held` are the listeners that each worker which serves has open, by its slot. Each `turn` it is another worker, so that the connections
+    are spread over all."""
+    able: dict[int, list[int]] = {listener: [] for listener in unserved}
+    for slot, listeners in sorted(held.items()):
+        for listener in listeners:
+            if listener in able:
+                able[listener].append(slot)
+    found: dict[int, list[int]] = {}
+    for listener, slots in able.items():
+        if slots:
+            found.setdefault(slots[(turn + listener) % len(slots)], []).append(listener)
+    return found
 
 
 class Vigil:

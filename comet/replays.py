@@ -7,7 +7,7 @@ who come to the same place later. The last page is not: what it lacks is what is
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
 import gevent
@@ -15,7 +15,7 @@ from gevent.lock import BoundedSemaphore
 
 from comet.errors import Refusal
 from comet.history import Joined
-from comet.message import Position
+from comet.message import Message, Position
 from comet.turn import give_way
 
 AT_ONCE: Final = 100
@@ -38,7 +38,7 @@ class Reader(Protocol):
 
     @property
     def ended(self) -> bool: ...
-    def page(self, channel: str, answer: Joined, cost: int) -> None: ...
+    def page(self, channel: str, answer: Joined) -> None: ...
     def go_on(self) -> None: ...
     def end(self, reason: str) -> None: ...
 
@@ -53,6 +53,10 @@ class Replays:
         self._kept: OrderedDict[tuple[str, Position], Joined] = OrderedDict()
         """The one that was used last at the end."""
         self._bytes = 0
+        self._held: dict[int, _Held] = {}
+        """Pages that readers hold, by the `id` of their messages."""
+        self.held = 0
+        """Bytes of those, as `Message.cost` counts: a page that several hold counts once."""
         self._slots = BoundedSemaphore(READS)
 
     def ask(self, reader: Reader, channel: str, position: Position) -> None:
@@ -65,17 +69,43 @@ class Replays:
         else:
             waiting.append(reader)
 
+    def hold(self, page: Sequence[Message]) -> None:
+        """Note that one reader more has these messages, until `release`."""
+        known = self._held.get(id(page))
+        if known is None:
+            known = self._held[id(page)] = _Held(page)
+            self.held += known.cost
+        known.readers += 1
+
+    def release(self, page: Sequence[Message]) -> None:
+        """Note that one reader fewer has these messages."""
+        known = self._held[id(page)]
+        known.readers -= 1
+        if not known.readers:
+            del self._held[id(page)]
+            self.held -= known.cost
+
+    def share(self, channel: str, answer: Joined) -> Joined:
+        """Return the answer to a subscription with the messages of the page that is kept of the same place, if one is; else keep it."""
+        if not answer.more or not answer.messages:
+            return answer
+        place = channel, answer.position
+        kept = self._kept.get(place)
+        if kept is None:
+            self._keep(place, answer._replace(gap=False))
+            return answer
+        self._kept.move_to_end(place)
+        return answer._replace(messages=kept.messages, more=answer.more + len(answer.messages) - len(kept.messages))
+
     def _serve(self, place: tuple[str, Position]) -> None:
         channel, _ = place
         waiting = self._waiting[place]
         try:
-            kept = place in self._kept
             page = self._page(place, waiting)
             del self._waiting[place]
-            cost = 0 if kept or page is None else _cost(page) // len(waiting)
             for reader in waiting:  # at the answer's place among the deliveries, where it is read just now
                 if page is not None and not reader.ended:
-                    reader.page(channel, page, cost)
+                    reader.page(channel, page)
         except BaseException:
             for reader in self._waiting.pop(place, waiting):
                 reader.end("unreadable")  # they would wait for ever; they resume by their cursors
@@ -104,18 +134,29 @@ class Replays:
                     log.debug("a page of history can't be read: %s", refusal.detail)
                     gevent.sleep(AGAIN)
                     continue
-                if page is not None and page.more and not page.gap:
+                if page is not None and page.more and not page.gap and place not in self._kept:  # `share` may have had it meanwhile
                     self._keep(place, page)
                 return page
         return Joined(place[1], (), False)
 
     def _keep(self, place: tuple[str, Position], page: Joined) -> None:
         self._kept[place] = page
-        self._bytes += _cost(page)
+        self._bytes += _cost(page.messages)
         while self._bytes > self._most:
             _, oldest = self._kept.popitem(last=False)
-            self._bytes -= _cost(oldest)
+            self._bytes -= _cost(oldest.messages)
 
 
-def _cost(page: Joined) -> int:
-    return sum(message.cost for message in page.messages)
+class _Held:
+    """The messages of a page, what they cost, and how many readers have them."""
+
+    __slots__ = ("cost", "page", "readers")
+
+    def __init__(self, page: Sequence[Message]) -> None:
+        self.page = page
+        self.cost = _cost(page)
+        self.readers = 0
+
+
+def _cost(messages: Sequence[Message]) -> int:
+    return sum(message.cost for message in messages)

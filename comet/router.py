@@ -162,6 +162,7 @@ class Router:
         """Those that something is to be sent to."""
         self._rests_until = 0.0
         self._listener = listener
+        self._short = self._paused = False
         listener.setblocking(False)
         self._epoll = select.epoll()
         self._epoll.register(listener.fileno(), select.EPOLLIN)
@@ -222,13 +223,37 @@ class Router:
         self._epoll.close()
 
     def _accept(self) -> None:
+        """Let a worker in. If the kernel is short of something, who is in is served on, and the others wait for `accept_again`."""
         try:
             sock, _ = self._listener.accept()
         except BlockingIOError:
             return
-        sock.setblocking(False)
+        except OSError as error:
+            self._pause(error)
+            return
+        try:
+            sock.setblocking(False)
+            self._epoll.register(sock.fileno(), select.EPOLLIN)
+        except OSError as error:
+            sock.close()  # the worker tries again
+            self._pause(error)
+            return
         self.links[sock.fileno()] = Link(sock)
-        self._epoll.register(sock.fileno(), select.EPOLLIN)
+        self._short = False
+
+    def _pause(self, error: OSError) -> None:
+        """Accept nobody until `accept_again`: the listener stays readable, and the loop would go round for nothing."""
+        if not self._short:
+            self._short = True
+            log.error("a worker can't be let in (%s); trying again each second", error)
+        self._paused = True
+        self._epoll.modify(self._listener.fileno(), 0)
+
+    def accept_again(self) -> None:
+        """Try again to let workers in, after a shortage. Called about once a second."""
+        if self._paused:
+            self._paused = False
+            self._epoll.modify(self._listener.fileno(), select.EPOLLIN)
 
     def _serve(self, link: Link) -> None:
         try:
@@ -492,6 +517,8 @@ def main(arguments: Sequence[str]) -> int:
         if time.monotonic() >= next_tick:
             next_tick = time.monotonic() + TICK
             router.backplane.expire()
+            router.accept_again()
+            logs.tend()
             collector.keep()
             if next_tick >= next_tidying:
                 next_tidying = next_tick + collector.TIDYING
@@ -502,6 +529,7 @@ def main(arguments: Sequence[str]) -> int:
                 "pid": os.getpid(),
                 "workers": len(router.links),
                 "gc_longest_seconds": stats.gc_longest_seconds,
+                "log_dropped": logs.dropped(),
                 **router.backplane.totals(),
             })  # fmt: skip
     router.close()

@@ -11,7 +11,9 @@ from typing import Any
 
 Document = Mapping[str, Any]
 
-LASTING = ("accepted", "requests", "published", "offered", "closed", "refused", "malformed", "errors", "gc_full_collections")
+LASTING = (
+    "accepted", "requests", "published", "offered", "closed", "refused", "malformed", "errors", "gc_full_collections", "log_dropped",
+)  # fmt: skip
 """Counters that a worker's end must not take with it; the supervisor keeps them."""
 
 PRESENT = (
@@ -38,6 +40,9 @@ TOTALS = ("channels", "messages_kept", "history_bytes", "idempotency_keys")
 TELLING = 1000
 """Connections from which on the memory of one can be told from what a process takes to get going."""
 
+NOBODY_MISSING: Document = {"workers": 0, "seconds": 0, "why": ""}
+"""How many workers are missing, for how many seconds the first of them has been, and why it could not be started."""
+
 RESTARTS = ("worker_restarts", "router_restarts", "generation_restarts", "reloads", "failed_reloads", "hung")
 
 
@@ -62,9 +67,11 @@ def summary(workers: Iterable[Document], totals: Document, supervisor: Document,
         add(document, worker, (*LASTING, *PRESENT))
     document["gc_longest_seconds"] = max((one.get("gc_longest_seconds", 0.0) for one in (*workers, totals)), default=0.0)
     document |= {name: totals.get(name, 0) for name in TOTALS}
+    document["log_dropped"] += totals.get("log_dropped", 0) + supervisor.get("log_dropped", 0)
     connections, growth = document.get("connections", 0), document.pop("growth_bytes", 0)
     document["bytes_a_connection"] = growth // connections if connections >= TELLING else None
     document["sockets"] = kernel
     document["restarts"] = {name: supervisor.get(name, 0) for name in RESTARTS}
+    document["missing"] = supervisor.get("missing", NOBODY_MISSING)
     document["workers"] = [{name: worker[name] for name in OF_WORKERS if name in worker} for worker in workers]
     return document

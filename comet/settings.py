@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from comet.arguments import Parser, meant
+from comet.hosts import Hosts
 from comet.origins import Origins
 
 AUTO = -1
@@ -28,6 +29,10 @@ PREFIX = "COMET_"
 
 NO_SETTINGS = frozenset({"COMET_SHAPE", "COMET_CHAOS", "COMET_CHAOS_SEED", "COMET_SEEDS", "COMET_FULL"})
 """Variables of the load test and the tests: a service that is started beside them inherits them."""
+
+
+BATCH_ANSWER = 8 << 20
+"""Bytes of room for the answer to a batch of the most lines: a refusal a line."""
 
 
 def _knob(default: Any, unit: str, reason: str, least: float = 0, most: float | None = None, words: Mapping[str, Any] | None = None) -> Any:
@@ -58,6 +63,12 @@ class Settings:
         "Web origins whose pages may read and publish (CORS), with credentials, such as https://example.org: scheme, host and perhaps "
         "port. * is all, without credentials.",
     )
+    hosts: str = _knob(
+        "",
+        "names, comma-separated",
+        "Names by which the service may be asked for (Host), beside addresses and localhost, such as push.example.org; any other is "
+        "refused. Without this, all names with a publish key, and those without a dot where there is none. * is all.",
+    )
     workers: int = _knob(
         0,
         "processes, or auto",
@@ -82,7 +93,10 @@ class Settings:
     grace: float = _knob(10.0, "seconds", "From SIGTERM to the exit at the latest: time for answers under way.")
 
     data: str = _knob(
-        "", "folder", "Where the subscriptions are kept. Without it they last as long as the service: a file that is removed at its end."
+        "",
+        "folder",
+        "Where the subscriptions are kept, for the service's user alone (mode 0700, the file 0600). Without it they last as long as "
+        "the service: a file that is removed at its end.",
     )
 
     backplane: str = _knob(
@@ -135,22 +149,37 @@ class Settings:
     max_per_address: int = _knob(
         5000,
         "connections",
-        "One IPv4 address or IPv6 /64, in each worker. Behind a proxy set --trusted-proxies, or all clients share one.",
+        "One IPv4 address or IPv6 /64, in all workers (a tenth or one a worker more). Behind a proxy set --trusted-proxies, or all clients "
+        "share one.",
+        least=1,
+    )
+    max_new_channels: int = _knob(
+        100_000,
+        "channels",
+        "Those that nobody has published to, which one address may come to within --linger, in each worker: each takes memory until it is "
+        "over. Who comes back to one is not counted.",
         least=1,
     )
     trusted_proxies: str = _knob(
         "",
         "networks, comma-separated",
-        "Proxies whose X-Forwarded-For and X-Request-ID are believed, such as 127.0.0.1,10.0.0.0/8: the client is the right-most address "
-        "there that is none of them.",
+        "Proxies whose X-Forwarded-For, X-Forwarded-Proto and X-Request-ID are believed, such as 127.0.0.1,10.0.0.0/8: the client is "
+        "the right-most address there that is none of them.",
     )
     max_header: int = _knob(16384, "bytes", "Request line and headers; browsers stay below 8 KiB.", least=512, most=1 << 20)
     max_body: int = _knob(65536, "bytes", "One message. Larger things are better pushed as a link.", least=1, most=1 << 26)
     max_batch: int = _knob(8 << 20, "bytes", "One POST /publish, which is held in memory.", least=1, most=1 << 30)
+    max_bodies: int = _knob(
+        64 << 20,
+        "bytes",
+        "All bodies under way together, in each process, beyond the first 16,384 of each: a body for which there is no room is refused. At "
+        "least --max-body, and 8 MiB more than --max-batch: the answer to a batch counts too.",
+        least=1,
+    )
     header_timeout: float = _knob(
         10.0, "seconds", "From a request's first byte to its blank line: who drips headers holds a descriptor.", least=0.1
     )
-    body_timeout: float = _knob(30.0, "seconds", "From the blank line to the body's end.", least=0.1)
+    body_timeout: float = _knob(30.0, "seconds", "From the blank line to the body's end; to the next 16 KiB of POST /follows.", least=0.1)
     idle_timeout: float = _knob(
         75.0, "seconds", "A kept-alive connection without a request; above the 60 s that proxies keep theirs.", least=0.1
     )
@@ -224,6 +253,9 @@ def objection(settings: Settings, hosts: Sequence[str] = ()) -> str | None:
         return f"--log is plain or json, not {settings.log}."
     if settings.events_end not in ("orderly", "abort"):
         return f"--events-end is orderly or abort, not {settings.events_end}."
+    largest = max(settings.max_body, settings.max_batch + BATCH_ANSWER)
+    if settings.max_bodies < largest:
+        return f"--max-bodies is {settings.max_bodies}, less than one body may need (--max-body, --max-batch): set it to {largest} or more."
     try:
         networks(settings.trusted_proxies)
     except ValueError as error:
@@ -232,6 +264,10 @@ def objection(settings: Settings, hosts: Sequence[str] = ()) -> str | None:
         Origins(settings.origins)
     except ValueError as error:
         return f"--origins: {error}"
+    try:
+        Hosts(settings.hosts)
+    except ValueError as error:
+        return f"--hosts: {error}"
     for host in hosts or (settings.host,):
         loopback = host in ("localhost", "::1") or host.startswith("127.")
         if not settings.publish_key and not settings.open and not loopback:

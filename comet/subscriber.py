@@ -53,16 +53,17 @@ class Home(Protocol):
     """The hub, as far as a subscriber knows it.
 
     `backlog` is the bytes of messages that may wait for one client, `busy_backlog` those that may wait for one that keeps taking
-    (as `Message.size` counts them; a page of a replay is not counted, since one waits at a time). `replaying` is how many bytes of
-    pages its clients have not taken yet, as `Message.cost` counts them.
+    (as `Message.size` counts them; a page of a replay is not counted, since one waits at a time). `hold` says that a client has the
+    messages of a page, as the same object for all who share it, until `release`.
     """
 
     backlog: int
     busy_backlog: int
-    replaying: int
 
     def leave(self, subscriber: "Subscriber", reason: str) -> None: ...
     def read_on(self, subscriber: "Subscriber", channel: str, position: Position) -> None: ...
+    def hold(self, page: Sequence[Message]) -> None: ...
+    def release(self, page: Sequence[Message]) -> None: ...
 
 
 class Host(Protocol):
@@ -117,7 +118,7 @@ class Subscriber:
         if len(starts) == 1 and self.places is None:
             self.epoch, self.offset = starts[0]
         else:
-            self.places = Cursor(list(answers), starts)
+            self.places = Cursor(self.channels if len(self.channels) == len(answers) else list(answers), starts)
         self.join(answers)
 
     def join(self, answers: Mapping[str, Joined]) -> None:
@@ -129,9 +130,9 @@ class Subscriber:
         if nothing waits. Blocks."""
         return self.awake.take(self, timeout)
 
-    def page(self, channel: str, answer: Joined, cost: int) -> None:
-        """Queue a page of history that its home was asked for, and that costs so many bytes for it; then `go_on`."""
-        self.awake.page(self, channel, answer, cost)
+    def page(self, channel: str, answer: Joined) -> None:
+        """Queue a page of history that its home was asked for; then `go_on`."""
+        self.awake.page(self, channel, answer)
 
     def go_on(self) -> None:
         """Have its greenlet take what `page` has queued."""
@@ -181,13 +182,12 @@ class Subscriber:
         cursor = self.cursor
         pieces = self.framing.encode(items, cursor)
         if self.places is None:
-            for position in cursor.positions.values():
-                self.epoch, self.offset = position
+            self.epoch, self.offset = cursor.positions[0]
         return pieces
 
     def gap(self, places: Mapping[str, Position]) -> Sequence[bytes]:
         """The bytes that tell it a gap, up to those of `places` that it has not passed; none if it has passed all."""
-        positions = self.cursor.positions
+        positions = self.cursor.by_channel()
         ahead = _ahead(positions, places)
         return self.encode([Gap(list({**positions, **ahead}.values()))]) if ahead else []
 
@@ -207,7 +207,7 @@ class Subscriber:
         """From now on a greenlet takes."""
         cursor = self.cursor
         self.descriptor = -1
-        self.host = Awake(patience, dict(cursor.positions))
+        self.host = Awake(patience, cursor.by_channel())
 
     def sleep(self, bed: Host, descriptor: int) -> None:
         """From now on `bed` writes to `descriptor`. Nothing may be waiting."""
@@ -285,10 +285,11 @@ class Awake:
         """What was delivered before it has joined."""
         self._replayed: dict[str, Position | None] = {}
         """Channels that are replayed, and the newest message that was dropped of each."""
-        self._reading = False
-        """A page is on its way."""
-        self._waiting = self._sending = 0
-        """Bytes of pages that wait to be taken, and of those that were taken and are being sent: part of `Home.replaying`."""
+        self._reading: Position | None = None
+        """A page is on its way, of what follows this."""
+        self._waiting: tuple[Sequence[Message], ...] = ()
+        """Pages that wait to be taken, and those that were taken and are being sent: its home knows that it holds them."""
+        self._sending: tuple[Sequence[Message], ...] = ()
 
     def join(self, subscriber: Subscriber, answers: Mapping[str, Joined]) -> None:
         """See `Subscriber.join`."""
@@ -297,7 +298,7 @@ class Awake:
         for channel, answer in answers.items():
             if answer.messages:
                 self._queue.extend(answer.messages)
-                self._charge(subscriber.home, sum(message.cost for message in answer.messages))
+                self._hold(subscriber.home, answer.messages)
             self.offered[channel] = answer.end
             if answer.more:
                 self._replayed[channel] = None
@@ -309,10 +310,12 @@ class Awake:
         if self._queue:
             self.notify()
 
-    def page(self, subscriber: Subscriber, channel: str, answer: Joined, cost: int) -> None:
+    def page(self, subscriber: Subscriber, channel: str, answer: Joined) -> None:
         """See `Subscriber.page`."""
-        self._reading = False
-        self._charge(subscriber.home, cost)
+        asked, self._reading = self._reading, None
+        if asked != self.offered[channel]:  # it has skipped something meanwhile
+            return
+        self._hold(subscriber.home, answer.messages)
         end = self.offered[channel] = answer.end
         if answer.gap:
             self.offered[channel] = answer.position
@@ -327,14 +330,15 @@ class Awake:
         else:
             del self._replayed[channel]
 
-    def _charge(self, home: Home, cost: int) -> None:
-        self._waiting += cost
-        home.replaying += cost
+    def _hold(self, home: Home, page: Sequence[Message]) -> None:
+        home.hold(page)
+        self._waiting += (page,)
 
     def give_back(self, home: Home) -> None:
         """It holds no page any more."""
-        home.replaying -= self._waiting + self._sending
-        self._waiting = self._sending = 0
+        for page in (*self._waiting, *self._sending):
+            home.release(page)
+        self._waiting = self._sending = ()
 
     def go_on(self, subscriber: Subscriber) -> None:
         """See `Subscriber.go_on`."""
@@ -344,16 +348,16 @@ class Awake:
             self._read_on(subscriber)
 
     def skip(self, subscriber: Subscriber, places: Mapping[str, Position]) -> None:
-        """See `Subscriber.skip`. What was held of these channels is from before the loss. An answer or a page that is still to come tells
-        the gap by itself."""
+        """See `Subscriber.skip`. What was held of these channels is from before the loss, and an answer that is still to come tells the gap
+        by itself. So is a page that is on its way: it is read anew."""
         if self._held is not None:
             self._bytes -= sum(message.size for message in self._held if message.channel in places)
             self._held = [message for message in self._held if message.channel not in places]
             return
         ahead = _ahead(self.offered, places)
-        for channel in self._replayed.keys() & ahead.keys():
-            self._replayed[channel] = ahead.pop(channel)
         if ahead:
+            for channel in self._replayed.keys() & ahead.keys():
+                self._replayed[channel] = None
             self.offered.update(ahead)
             self._queue.append(Gap(list(self.offered.values())))
             self.notify()
@@ -392,10 +396,10 @@ class Awake:
 
     def _read_on(self, subscriber: Subscriber) -> None:
         """Ask for the next page, if there is one, and nothing else waits."""
-        if self._replayed and not self._queue and not self._reading and self.reason is None:
-            self._reading = True
+        if self._replayed and not self._queue and self._reading is None and self.reason is None:
             channel = next(iter(self._replayed))
-            subscriber.home.read_on(subscriber, channel, self.offered[channel])
+            self._reading = self.offered[channel]
+            subscriber.home.read_on(subscriber, channel, self._reading)
 
     def _fits(self, subscriber: Subscriber, message: Message) -> bool:
         self._bytes += message.size
@@ -430,11 +434,11 @@ class Awake:
 
     def take(self, subscriber: Subscriber, timeout: float | None) -> list[Item] | None:
         """See `Subscriber.take`."""
-        if self._sending:  # which is done now
-            subscriber.home.replaying -= self._sending
-            self._sending = 0
+        sent, self._sending = self._sending, ()  # first: this greenlet may be ended while it waits
+        for page in sent:
+            subscriber.home.release(page)
         self._read_on(subscriber)
-        if self._reading and self.patience == 0:  # a poll waits for what there is, if not for what comes
+        if self._reading is not None and self.patience == 0:  # a poll waits for what there is, if not for what comes
             timeout = PAGE_WAIT
         if not self._queue and self.reason is None and timeout != 0:
             event = Event()
@@ -442,7 +446,7 @@ class Awake:
             event.wait(timeout)
             self.waker = None
         items, self._queue = self._queue, []
-        self._sending, self._waiting = self._waiting, 0
+        self._sending, self._waiting = self._waiting, ()
         self.took = monotonic()
         self.behind = 0.0
         self._bytes = 0

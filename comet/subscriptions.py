@@ -14,18 +14,23 @@ The loop must not be held up, and two things would do that:
 
 Any worker may write. Within a process one thread does, transaction after transaction; between processes
 SQLite's lock stands, and who waits longer than `comet.database.PATIENCE` for it is told so.
+
+Messages do not need the file. If it is damaged or gone, from the start or later, calls are refused (``database-away``) until it can be
+used again: each second that somebody asks, the file that is there by then is looked at.
 """
 
+import logging
 import sqlite3
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import gevent
 import msgspec
 from gevent.threadpool import ThreadPool
 
-from comet.database import TRANSACTION, Key, key, open_reader, open_writer, transaction
+from comet.database import PATIENCE, TRANSACTION, Key, identity, key, open_reader, open_writer, path_in, transaction, why
 from comet.errors import Refusal
 from comet.turn import give_way
 
@@ -38,6 +43,13 @@ SLICE: Final = 1000
 ENDING: Final = 2.0
 """Seconds that the thread has to end."""
 
+LOOK: Final = 1.0
+"""Seconds between two looks whether the file is still the one that is open: a second in which what is answered may be of one that is
+gone, and a system call that a look-up does not pay for."""
+
+TOLD: Final = 60.0
+"""Seconds between two lines of the log about a file that can't be used: each request would be one."""
+
 FULL: Final = frozenset({"SQLITE_FULL", "SQLITE_IOERR_WRITE", "SQLITE_IOERR_SHMSIZE", "SQLITE_IOERR_TRUNCATE"})
 """What SQLite calls a disk that takes no more: a full one, and one on which this user's quota is."""
 
@@ -47,6 +59,8 @@ _REMOVE = f"DELETE FROM follows WHERE (followee, follower) IN ({_ROWS})"  # noqa
 
 Pair = tuple[str, str]
 """Follower and followee."""
+
+log = logging.getLogger("comet.subscriptions")
 
 
 class _Direction:
@@ -68,20 +82,35 @@ _FOLLOWING = _Direction("followee", "follower", "following")
 
 
 class Subscriptions:
-    """`folder` has a prepared file. Make it after any fork.
+    """`folder` has a prepared file, unless that can't be used. Make it after any fork.
 
     All calls take and give ids as text. Each raises Refusal ``database-busy`` when others have the file
-    locked for too long; those that write ``disk-full`` as well."""
+    locked for too long, and ``database-away`` when it can't be used; those that write ``disk-full`` as well."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._reader = open_reader(folder)
+        self._reader: sqlite3.Connection | None = None
+        self._read: tuple[int, int] | None = None
+        """The file that `_reader` has open."""
+        self._looks = 0.0
+        """When to look at the file again."""
+        self._tells = 0.0
+        """When the log may tell of it again."""
+        self._told = False
+        """The log has told that the file can't be used."""
         self._writer: sqlite3.Connection | None = None
+        self._written: tuple[int, int] | None = None
+        """The file that `_writer` has open."""
+        try:
+            self._open_reader(PATIENCE)
+        except sqlite3.Error as error:
+            self._tell(error)
         self._thread = ThreadPool(1)  # of its own: transactions queue there, and nothing else behind them
 
     def close(self) -> None:
         """Let go of the file; a write under way is undone. One that waits for other processes is not waited for."""
-        self._reader.close()
+        if self._reader is not None:
+            self._reader.close()
         writer = self._writer
         if writer is None:
             return
@@ -146,10 +175,34 @@ class Subscriptions:
 
     def _look_up(self, statement: str, *values: Key) -> list[Any]:
         try:
-            return self._reader.execute(statement, values).fetchall()
+            return self._reading().execute(statement, values).fetchall()
         except sqlite3.Error as error:
-            _refuse(error)
-            raise
+            self._refuse(error)
+
+    def _reading(self) -> sqlite3.Connection:
+        """Return the connection for look-ups, of the file that is there by now. Raises Refusal ``database-away``, sqlite3.Error."""
+        now = time.monotonic()
+        if now >= self._looks:
+            self._looks = now + LOOK
+            if self._reader is not None and identity(self._folder) != self._read:
+                self._close_reader()
+            if self._reader is None:
+                self._open_reader(0.0)
+                if self._told:
+                    self._told = False
+                    log.info("%s can be used again", path_in(self._folder))
+        if self._reader is None:
+            raise _away()
+        return self._reader
+
+    def _open_reader(self, patience: float) -> None:
+        self._read = identity(self._folder)
+        self._reader = open_reader(self._folder, patience)
+
+    def _close_reader(self) -> None:
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = None
 
     # -- writing
 
@@ -181,28 +234,67 @@ class Subscriptions:
         return (b"[" + b",".join(parts) + b"]").decode()
 
     def _in_thread(self, work: Callable[[], int | sqlite3.Error]) -> int:
+        if not self._thread.size:
+            try:
+                self._thread.size = 1  # before there is work for it: that would be done later, although it was refused
+            except RuntimeError as error:
+                log.error("no thread to write subscriptions with: %s", error)
+                raise _away() from error
         changed: int | sqlite3.Error = self._thread.apply(work)
         if isinstance(changed, sqlite3.Error):
-            _refuse(changed)
-            raise changed
+            self._refuse(changed)
         return changed
 
     def _transact(self, statement: str, rows: str) -> int | sqlite3.Error:
         """In the thread. An error is returned: gevent would write the traceback of one that is raised to the log,
         and a full disk is no bug."""
         try:
+            there = identity(self._folder)
+            if self._writer is not None and there != self._written:  # what is written to a file that is gone is lost
+                self._writer.close()
+                self._writer = None
             if self._writer is None:
                 self._writer = open_writer(self._folder)
+                self._written = there
             with transaction(self._writer):
                 return self._writer.execute(statement, (rows,)).rowcount
         except sqlite3.Error as error:
+            if not _passes(error):
+                self._written = None  # open it anew
             return error
 
+    # -- what goes wrong
 
-def _refuse(error: sqlite3.Error) -> None:
-    """Raises Refusal for what is no fault of ours."""
-    name = getattr(error, "sqlite_errorname", "")
-    if name in FULL:
-        raise Refusal("disk-full", "The disk of the subscriptions takes no more; make room and send it all again.") from error
-    if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
-        raise Refusal("database-busy", "Others write subscriptions for too long; send it again, a little later.") from error
+    def _refuse(self, error: sqlite3.Error) -> NoReturn:
+        """Raises Refusal, or the error itself if it is a bug."""
+        if _name(error) in FULL:
+            raise Refusal("disk-full", "The disk of the subscriptions takes no more; make room and send it all again.") from error
+        if _passes(error):
+            raise Refusal("database-busy", "Others write subscriptions for too long; send it again, a little later.") from error
+        if isinstance(error, sqlite3.ProgrammingError):
+            raise error
+        if not _name(error).startswith("SQLITE_CORRUPT"):  # of a damaged file other pages may well be read
+            self._close_reader()
+        self._tell(error)
+        raise _away() from error
+
+    def _tell(self, error: sqlite3.Error) -> None:
+        """Say in the log that the file can't be used, once in `TOLD` seconds."""
+        now = time.monotonic()
+        if now >= self._tells:
+            self._tells = now + TOLD
+            self._told = True
+            log.error("who follows whom can't be told or changed (database-away): %s", why(path_in(self._folder), error))
+
+
+def _name(error: sqlite3.Error) -> str:
+    return getattr(error, "sqlite_errorname", "")
+
+
+def _passes(error: sqlite3.Error) -> bool:
+    """Return whether an error says nothing of the file: its disk is full, or others have it locked."""
+    return _name(error) in FULL or _name(error).startswith(("SQLITE_BUSY", "SQLITE_LOCKED"))
+
+
+def _away() -> Refusal:
+    return Refusal("database-away", "The file of who follows whom can't be used, the log says why; send it again, a little later.")

@@ -5,8 +5,8 @@ others. It owns what may never be lost, hands it on as descriptors, and decides 
 
 - the listeners (`comet.listeners`), one a worker, bound before anything is executed: what waits in the queue of a
   worker that died is served by the next one. Or those that a service manager passed on, and no others;
-- the router's Unix socket, the board (`comet.board`), and the *lifeline*, a pipe that nobody writes to:
-  it ends when this process does, and then so do all the others;
+- the router's Unix socket, the board (`comet.board`), the counts of connections by address (`comet.counts`), and the *lifeline*,
+  a pipe that nobody writes to: it ends when this process does, and then so do all the others;
 - the router process (`comet.router`), where no Redis is in its place, and a generation of workers (`comet.generation`).
 
 A new generation (SIGHUP) is the program executed anew: new code. Until it is ready the old one serves;
@@ -26,19 +26,21 @@ import socket
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 from comet import listeners, service, systemd
+from comet import log as logs
 from comet.board import FIRST_WORKER, ROUTER, SUPERVISOR, Board
 from comet.children import Generation, Reports, Router, Worker
-from comet.generation import FOREIGN, Orders
+from comet.counts import Counts
+from comet.generation import FOREIGN, Orders, held
 from comet.kernel import check, limits, sockets
 from comet.kernel.processes import adopt_orphans, give_back, waitpid
 from comet.loop import Loop
-from comet.policy import MOST_DEATHS, CrashLoop, Plan, Restarts, Vigil, describe, plan
+from comet.policy import MOST_DEATHS, Plan, Restarts, Vigil, describe, plan, stand_ins
 from comet.settings import WRONG, Settings
 
 BANKS = 3
@@ -88,11 +90,16 @@ class Supervisor:
         self._router_restarts = Restarts()
         self._generation_restarts = Restarts()
         self._greeted = False
+        self._ordered = False
+        """A router has been ready."""
         self._reload_wanted = self._reload_failed = False
         self._stopping = False
         self._finished = False
         self._status = 0
         self._looked = time.monotonic()
+        self._turns = count()
+        self._unserved: set[int] = set()
+        """Listeners that no worker served at the last look."""
         self._amnesty = 0.0
         self._counts = Counter[str]()
         self._ended_counts: dict[str, Any] = {}
@@ -108,16 +115,21 @@ class Supervisor:
             settings.workers, settings.clients, settings.max_connections, file_limit, limits.system_files(), limits.cores()
         )  # fmt: skip
         port = self._passed[0].getsockname()[1] if self._passed else settings.port
-        asked = check.Plan(self._plan.clients, port, self._plan.workers, settings.hibernate)
+        clients, workers, bodies, per_address = self._plan.clients, self._plan.workers, settings.max_bodies, settings.max_per_address
+        asked = check.Plan(clients, port, workers, settings.hibernate, bodies=bodies, per_address=per_address)
         for warning in (*self._plan.warnings, *check.warnings(asked)):
             log.warning("%s", warning)
         adopt_orphans()
-        self._open()  # signals are kept from here on: one that comes early must not leave the folder behind
-        listening = listeners.listen(settings, self._passed, self._plan.workers)
-        if listening is None:
+        try:
+            self._open()  # signals are kept from here on: one that comes early must not leave the folder behind
+            listening = listeners.listen(settings, self._passed, self._plan.workers)
+            if listening is None:
+                return 1
+            self._listeners = listening
+            folder = Path(tempfile.mkdtemp(prefix="comet-", dir=systemd.runtime_folder(os.environ)))
+        except OSError as error:
+            log.error("can't start: %s", error)
             return 1
-        self._listeners = listening
-        folder = Path(tempfile.mkdtemp(prefix="comet-", dir=systemd.runtime_folder(os.environ)))
         try:
             path = folder / "router"
             try:
@@ -147,6 +159,7 @@ class Supervisor:
     def _open(self) -> None:
         """What the loop waits on, and what the others inherit."""
         self._board = Board.create(FIRST_WORKER + BANKS * self._plan.workers)
+        self._connections = Counts.create(BANKS * self._plan.workers)
         self._lifeline, self._lifeline_held = os.pipe()
         self._reports = Reports()
         self._loop = Loop((signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD), [self._reports.descriptor])
@@ -183,9 +196,12 @@ class Supervisor:
             case "ready", [worker, pid]:
                 if worker in one.workers and one.workers[worker].pid == pid:
                     one.workers[worker].ready = True
+                    one.missing.pop(worker, None)
                     self._is_ready(one)
-            case "died", [worker, pid, status]:
-                self._worker_died(one, worker, status)
+            case "died", [worker, 0, number]:
+                self._worker_died(one, worker, f"can't be started ({os.strerror(number)})")
+            case "died", [worker, _, status]:
+                self._worker_died(one, worker, describe(status), foreign=status == FOREIGN)
             case _:
                 raise ValueError(f"{one} said: {what} {more}")
 
@@ -193,7 +209,7 @@ class Supervisor:
         worker = one.workers.setdefault(number, Worker(number, time.monotonic()))
         worker.pid = pid
         if one.orphaned and not worker.lives():
-            self._worker_died(one, number, -signal.SIGKILL)
+            self._worker_died(one, number, describe(-signal.SIGKILL))
         elif one.leaving:
             one.signal(worker, signal.SIGTERM)
 
@@ -213,66 +229,90 @@ class Supervisor:
             return
         orders = Orders(
             next(self._numbers), workers, [listener.fileno() for listener in self._listeners], self._board.descriptor,
-            min(banks), self._lifeline, self._reports.inherited, self._router_path,
+            min(banks), self._lifeline, self._reports.inherited, self._router_path, self._connections.descriptor,
         )  # fmt: skip
-        one = Generation.start(self._program, orders)
+        try:
+            one = Generation.start(self._program, orders)
+        except OSError as error:
+            self._generation_failed(f"generation {orders.number}", f"can't be started ({error.strerror})")
+            return
         self._generations.append(one)
+        self._use_columns()
         self._loop.later(2 * self._settings.hang_limit, lambda: self._check_ready(one))
+
+    def _use_columns(self) -> None:
+        """Have workers read the counts of those workers alone that can be there."""
+        first = max((one.first_slot for one in self._generations), default=FIRST_WORKER)
+        self._connections.use(first - FIRST_WORKER + self._plan.workers)
 
     def _fork(self, one: Generation, number: int) -> None:
         if not self._stopping and not one.leaving and not one.orphaned:
             one.fork(number)
 
     def _is_ready(self, one: Generation) -> None:
-        """Once all its workers are."""
-        if (
-            one.ready
-            or one.leaving
-            or not (len(one.workers) == self._plan.workers and all(worker.ready for worker in one.workers.values()))
-        ):
+        """Once all its workers are; or, where nobody else serves, once all are that can be started."""
+        waited_for = [
+            number
+            for number, restarts in enumerate(one.restarts)
+            if not (number in one.workers and one.workers[number].ready) and not (self._greeted and restarts.hopeless)
+        ]
+        if one.ready or one.leaving or waited_for:
             return
         one.ready = True
         if not self._greeted:
             self._greeted = True
             self._invite(self._greet(self._settings, self._listeners[0].getsockname(), self._plan.clients))
-        log.info("%s is ready after %.1f s", one, time.monotonic() - one.born)
+        without = f" without {len(one.missing)} of its workers" if one.missing else ""
+        log.info("%s is ready%s after %.1f s", one, without, time.monotonic() - one.born)
         if self._told:
             self._notifier.ready(self._said_in_short())  # a reload is over
         for other in list(self._generations):
             if other is not one:
                 self._leave(other)
 
+    def _serves(self, besides: Generation | None = None) -> bool:
+        """Return whether somebody serves: the service has been ready, and still has a worker, of another generation than `besides`."""
+        return self._greeted and any(
+            worker.ready for one in self._generations if one is not besides and not one.leaving for worker in one.workers.values()
+        )
+
     def _check_ready(self, one: Generation) -> None:
         if one in self._generations and not one.ready and not one.leaving:
+            if self._serves() and not self._serves(besides=one):
+                return  # nobody but this one serves
             self._unfit(one, f"was not ready after {2 * self._settings.hang_limit:g} s")
 
     def _unfit(self, one: Generation, why: str, status: int = 1) -> None:
         """Handle a generation that never got ready; `status` is what its process exited with, if it did."""
-        if self._served and not one.renewed:
+        self._generation_failed(str(one), why, time.monotonic() - one.born, status, one.renewed)
+        if not self._stopping:
+            self._discard(one)
+
+    def _generation_failed(self, name: str, why: str, lived: float = 0.0, status: int = 1, renewed: bool = False) -> None:
+        """Handle the failed start of a generation, which may have no process: leave the old one if it serves, else try again. Behind a
+        `renewed` router nobody else does."""
+        if self._whole and not renewed:
             self._counts["failed_reloads"] += 1
-            log.error("the reload failed: %s %s. The old one goes on; see above for what is wrong with the new.", one, why)
+            log.error("the reload failed: %s %s. The old one goes on; see above for what is wrong with the new.", name, why)
             self._reload_failed = True
             self._notifier.ready(self._said_in_short())
-            self._discard(one)
         elif not self._greeted:
-            self._give_up(f"{one}, the first, {why}; what is wrong should stand above", WRONG if status == WRONG else 1)
+            self._give_up(f"{name}, the first, {why}; what is wrong should stand above", WRONG if status == WRONG else 1)
         else:
-            self._discard(one)
-            self._restart_generation(one, why)
+            self._restart_generation(name, why, lived, ready=False)
 
     @property
-    def _served(self) -> bool:
-        """Some generation is whole, and serves."""
+    def _whole(self) -> bool:
+        """Some generation is ready, and stays."""
         return any(one.ready and not one.leaving and not one.orphaned for one in self._generations)
 
-    def _restart_generation(self, one: Generation, why: str) -> None:
+    def _restart_generation(self, name: str, why: str, lived: float, ready: bool) -> None:
         self._counts["generation_restarts"] += 1
-        try:
-            delay = self._generation_restarts.after(time.monotonic() - one.born, one.ready)
-        except CrashLoop:
-            self._give_up(f"{one} {why}, as did {MOST_DEATHS - 1} before it; what is wrong should stand above")
+        delay = self._generation_restarts.after(lived, ready)
+        if self._generation_restarts.hopeless and not self._serves():
+            self._give_up(f"{name} {why}, as did {MOST_DEATHS - 1} before it; what is wrong should stand above")
             return
-        log.error("%s %s; starting another in %.2g s", one, why, delay)
+        log.error("%s %s; starting another in %.2g s", name, why, delay)
         self._loop.later(delay, self._start_generation)
 
     def _reload_if_wanted(self) -> None:
@@ -329,6 +369,7 @@ class Supervisor:
             self._loop.later(MARGIN, lambda: self._kill_process(one))
             return
         self._generations.remove(one)
+        self._use_columns()
         log.info("%s has ended", one)
         if self._stopping and not self._generations:
             self._stop_router()
@@ -339,6 +380,7 @@ class Supervisor:
             if worker.pid == 0 or not worker.lives():
                 del one.workers[number]
                 self._forget(one, number)
+                one.lacks(number, f"worker {number} has ended, and so has the process that forks workers")
             elif worker.killed:
                 os.kill(worker.pid, signal.SIGKILL)
         if one.leaving:
@@ -347,50 +389,82 @@ class Supervisor:
         elif not one.ready:
             self._unfit(one, describe(status), status)
         else:
-            self._restart_generation(one, describe(status))
+            self._restart_generation(str(one), describe(status), time.monotonic() - one.born, ready=True)
             if not one.workers:
                 one.leaving = True
                 self._empty(one)
 
     # -- workers
 
-    def _worker_died(self, one: Generation, number: int, status: int) -> None:
+    def _worker_died(self, one: Generation, number: int, why: str, foreign: bool = False) -> None:
+        """Handle the end of a worker, or a fork that was refused; `why` goes on behind its name. `foreign` is one that found the router to
+        be of other code."""
         worker = one.workers.pop(number, None)
         if worker is None:
             return  # its end was seen before it was told
-        self._forget(one, number)
+        reason = self._forget(one, number)
+        if reason:
+            why = f"{why} ({reason})"
         if one.leaving:
             if not one.workers:
                 self._empty(one)
             return
         if one.orphaned:
-            log.error("worker %d of %s (process %d) %s; the next generation will replace it", number, one, worker.pid, describe(status))
+            log.error("worker %d of %s (process %d) %s; the next generation will replace it", number, one, worker.pid, why)
+            one.lacks(number, f"worker {number} {why}")
             if not one.workers:
                 one.leaving = True
                 self._empty(one)
             return
-        if status == FOREIGN and not one.ready and (self._settings.renew_router or not self._served):
+        if foreign and not one.ready and (self._settings.renew_router or not self._whole):
             self._renew_router(one, worker)
             self._loop.later(LOOK / 10, lambda: self._fork(one, number))
             return
-        if not one.ready and self._greeted:
-            self._unfit(one, f"has a worker that {describe(status)} before all were ready")
+        if not one.ready and self._serves(besides=one):
+            self._unfit(one, f"has a worker that {why} before all were ready")
             return
         self._counts["worker_restarts"] += 1
-        try:
-            delay = one.restarts[number].after(time.monotonic() - worker.born, worker.ready)
-        except CrashLoop:
-            self._give_up(f"worker {number} {describe(status)}, as it did {MOST_DEATHS - 1} times before; what is wrong should stand above")
+        restarts = one.restarts[number]
+        delay = restarts.after(time.monotonic() - worker.born, worker.ready)
+        if restarts.hopeless and not self._serves():
+            self._give_up(f"worker {number} {why}, as it did {MOST_DEATHS - 1} times before; what is wrong should stand above")
             return
-        log.error("worker %d (process %d) %s; starting another in %.2g s", number, worker.pid, describe(status), delay)
+        process = f" (process {worker.pid})" if worker.pid else ""
+        log.error("worker %d%s %s; starting another in %.2g s", number, process, why, delay)
+        one.lacks(number, f"worker {number} {why}")
+        self._is_ready(one)
         self._loop.later(delay, lambda: self._fork(one, number))
 
-    def _forget(self, one: Generation, number: int) -> None:
-        """A worker has ended: its slot is free, and what it had counted stays the service's."""
+    def _stand_ins(self) -> dict[str, list[int]]:
+        """Say which workers accept in the place of those that do not serve, as JSON has it. In the queue of one that can't be started
+        connections would wait for ever; one that is started at once needs nobody."""
+        serving = {
+            one.slot(number): held(number, len(self._listeners))
+            for one in self._generations if not one.leaving
+            for number, worker in one.workers.items() if worker.ready and not worker.killed
+        }  # fmt: skip
+        unserved = set(range(len(self._listeners))) - {own for own, *_ in serving.values()}
+        lasting, self._unserved = unserved & self._unserved, unserved
+        return {str(slot): numbers for slot, numbers in stand_ins(sorted(lasting), serving, next(self._turns)).items()}
+
+    def _forget(self, one: Generation, number: int) -> str:
+        """Keep what a worker that has ended had counted; free its slot, and give its connections back to their addresses. Return the reason
+        that it left, "" if none."""
+        self._connections.clear(one.slot(number) - FIRST_WORKER)
         said = self._board.look(one.slot(number))
-        if said is not None:
-            service.add(self._ended_counts, said.document, service.LASTING)
+        if said is None:
+            return ""
+        service.add(self._ended_counts, said.document, service.LASTING)
         self._board.clear(one.slot(number))
+        return str(said.document.get("why", ""))
+
+    def _missing(self) -> Mapping[str, Any]:
+        """How many workers are missing, since when, and why, for /readyz and /stats."""
+        missing = sorted((lost.since, lost.why) for one in self._generations if not one.leaving for lost in one.missing.values())
+        if not missing:
+            return service.NOBODY_MISSING
+        since, why = missing[0]
+        return {"workers": len(missing), "seconds": int(time.monotonic() - since), "why": why}
 
     # -- the router
 
@@ -398,9 +472,12 @@ class Supervisor:
         """Its socket waits here meanwhile, with the workers that connect to it."""
         if self._stopping or self._settings.backplane:  # Redis orders the messages
             return
-        self._router = Router.start(
-            self._router_listener.fileno(), self._lifeline, self._board.descriptor, self._plan.workers, self._arguments
-        )
+        try:
+            self._router = Router.start(
+                self._router_listener.fileno(), self._lifeline, self._board.descriptor, self._plan.workers, self._arguments
+            )
+        except OSError as error:
+            self._restart_router(f"can't be started ({error.strerror})", 0.0, ready=False)
 
     def _router_died(self, status: int) -> None:
         assert self._router is not None
@@ -414,13 +491,16 @@ class Supervisor:
             if not self._generations:
                 self._finished = True
             return
+        self._restart_router(describe(status), lived, ready)
+
+    def _restart_router(self, why: str, lived: float, ready: bool) -> None:
         self._counts["router_restarts"] += 1
-        try:
-            delay = self._router_restarts.after(lived, ready)
-        except CrashLoop:
-            self._give_up(f"the router {describe(status)}, as it did {MOST_DEATHS - 1} times before; what is wrong should stand above")
+        self._ordered |= ready
+        delay = self._router_restarts.after(lived, ready)
+        if self._router_restarts.hopeless and not self._ordered:
+            self._give_up(f"the router {why}, as it did {MOST_DEATHS - 1} times before; what is wrong should stand above")
             return
-        log.error("the router %s; starting another in %.2g s", describe(status), delay)
+        log.error("the router %s; starting another in %.2g s", why, delay)
         self._loop.later(delay, self._start_router)
 
     def _renew_router(self, one: Generation, worker: Worker) -> None:
@@ -480,7 +560,7 @@ class Supervisor:
                 return
             for number, worker in list(one.workers.items()):
                 if worker.pid == pid and one.orphaned:
-                    self._worker_died(one, number, status)
+                    self._worker_died(one, number, describe(status))
                     return
         # else an orphan of an orphan: a worker that was born and died while its generation did
 
@@ -488,6 +568,7 @@ class Supervisor:
 
     def _look(self) -> None:
         self._loop.later(LOOK, self._look)
+        logs.tend()
         now = time.monotonic()
         if now - self._looked > 5 * LOOK:  # this process was stopped, perhaps the machine: so the others may have been
             self._amnesty = now
@@ -521,18 +602,22 @@ class Supervisor:
         elif self._notifier.watchdog:
             self._loop.later(min(LOOK, self._notifier.watchdog / 3), self._sign)
         said = self._board.look(ROUTER)
+        now = time.monotonic()
         beats = {} if said is None else {ROUTER: said.beat}
+        if self._router is None:
+            beats[ROUTER] = now  # it is being replaced, or there is none
         for one in self._generations:
             for worker in one.workers.values():
                 place = FIRST_WORKER + worker.number
                 beat = self._beat(one.slot(worker.number), worker.pid)
                 if beat:
                     beats[place] = max(beats.get(place, 0.0), beat)
+            beats |= {FIRST_WORKER + number: now for number in one.missing}  # they are being replaced
         routed = said is not None or bool(self._settings.backplane)  # Redis is not ours to wait for: /readyz tells
         if not self._told and self._greeted and routed and not self._stopping:
             self._told = True
             self._notifier.ready(self._said_in_short())
-        if self._vigil.alive(time.monotonic(), beats) or self._stopping:
+        if self._vigil.alive(now, beats) or self._stopping:
             self._notifier.beat()
 
     def _invite(self, invite: Callable[[], None]) -> None:
@@ -548,7 +633,9 @@ class Supervisor:
         clients = sum(sum(said.document.get("clients", {}).values()) for said in self._board.read() if said.slot >= FIRST_WORKER)
         failed = "; the last reload failed, its log says why" if self._reload_failed else ""
         workers = f"{self._plan.workers} worker{'s' if self._plan.workers > 1 else ''}"
-        return f"{workers}, {clients:,} of {self._plan.clients:,} clients{failed}"
+        missing = self._missing()
+        lacking = f" ({missing['workers']} missing: {missing['why']})" if missing["workers"] else ""
+        return f"{workers}{lacking}, {clients:,} of {self._plan.clients:,} clients{failed}"
 
     def _beat(self, slot: int, pid: int) -> float:
         """When it was last alive, as far as can be held against it."""
@@ -568,6 +655,9 @@ class Supervisor:
             "planned_clients": self._plan.clients,
             "generation": max((one.number for one in self._generations if one.ready and not one.leaving), default=0),
             **{name: self._counts[name] for name in service.RESTARTS},
+            "missing": self._missing(),
+            "stand_ins": self._stand_ins(),
+            "log_dropped": logs.dropped(),
             "ended": self._ended_counts,
         }
 

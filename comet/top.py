@@ -69,6 +69,9 @@ def screen(document: Mapping[str, Any], url: str) -> Group:
         ("closed", _counts(document["closed"]), "refused", _counts(document["refused"])),
         ("restarts", _counts(restarts), "errors", f"{document['errors']:,}"),
     ]  # fmt: skip
+    missing = document.get("missing", {"workers": 0})
+    if missing["workers"]:
+        rows.append(("missing", f"{missing['workers']} workers for {missing['seconds']:,} s", "why", missing["why"]))
     for name, value, other, its in rows:
         facts.add_row(Text(name, style="dim"), value, Text(other, style="dim"), its)
     workers = Table(box=None, header_style="dim", padding=(0, 2))

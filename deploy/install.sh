@@ -91,6 +91,24 @@ queue_file() {
     for _ in $(seq "$(nproc)"); do say "ListenStream=$address"; done
 }
 
+# FILE: memory.conf for a machine whose /proc/meminfo is FILE. All in MiB, and in whole 64: the kernel takes a little more or less at each
+# boot, which must not look like another machine.
+memory_file() {
+    total=$(($(sed -n 's/^MemTotal: *\([0-9]*\) kB$/\1/p' "$1") / 1024))
+    rest=$((total / 8))
+    [ "$rest" -ge 256 ] || rest=256
+    most=$(((total - rest) / 64 * 64))
+    [ "$most" -ge 256 ] || most=256
+    say "# Written by install.sh: what comet may take of this machine's memory. The rest is nginx', sshd's and everybody else's: an eighth,"
+    say "# and 256 MiB at least, which is why it is no percentage. It counts what the kernel keeps for the service's connections as well."
+    say "# Another share: systemctl edit comet (MemoryHigh=, MemoryMax=)."
+    say "[Service]"
+    say "# From here on the kernel takes back what it can (pages of files), and who allocates waits for it."
+    say "MemoryHigh=$((most / 16 * 15))M"
+    say "# Here it kills a process of the service, and none of anybody else; its supervisor replaces it."
+    say "MemoryMax=${most}M"
+}
+
 load_notrack() {
     systemctl --quiet enable comet-notrack.service && systemctl restart comet-notrack.service
 }
@@ -227,6 +245,10 @@ install_all() {
     if [ "${version:-0}" -ge 254 ]; then
         if put "$SOURCE/deploy/back-off.conf" "$UNITS/comet.service.d/back-off.conf" 0644; then units=1; fi
     fi
+    memory=$(mktemp)
+    memory_file /proc/meminfo >"$memory"
+    if put "$memory" "$UNITS/comet.service.d/memory.conf" 0644; then units=1; fi
+    rm -f "$memory"
     put_backplane
 
     [ -z "$units" ] || do_it "systemctl daemon-reload" systemctl daemon-reload
@@ -263,7 +285,7 @@ uninstall_all() {
     done
     tuned=$(grep '^# net.* was: \|^# vm.* was: \|^# fs.* was: ' "$SYSCTL" 2>/dev/null || :)
     for path in "$UNITS/comet.service" "$UNITS/comet.socket" "$UNITS/comet-notrack.service" "$UNITS/comet.service.d/back-off.conf" \
-        "$UNITS/comet.service.d/backplane.conf" "$UNITS/comet.socket.d/10-workers.conf" "$SETTINGS/comet.nft" "$SYSCTL" "$TARGET"; do
+        "$UNITS/comet.service.d/backplane.conf" "$UNITS/comet.service.d/memory.conf" "$UNITS/comet.socket.d/10-workers.conf" "$SETTINGS/comet.nft" "$SYSCTL" "$TARGET"; do
         if [ -e "$path" ]; then do_it "remove $path" rm -rf "$path"; fi
     done
     # what `systemctl edit` has put there is yours

@@ -187,7 +187,7 @@ def _guarded(route: Route, context: Context, origins: Origins) -> Handler:
                 check_publish_key(context.settings, request.headers.get("Authorization", ""))
             if route.waits:
                 wish: Wish = handler(context, Asked.now(), **arguments)
-                return headers_of(wish.framing) if request.method == "HEAD" else wait(context.hub.subscribe(wish))
+                return headers_of(wish.framing) if request.method == "HEAD" else wait(context.hub, wish)
             if route.brief:
                 return answer(handler(context, Asked.now(), **arguments))
             return handler(context, **arguments)

@@ -13,12 +13,13 @@ def alive(context: Context) -> HTTPResponse:
 
 def ready(context: Context) -> HTTPResponse:
     """GET /readyz: it takes subscribers; Refusal ``draining`` once it is stopping, ``backplane-away`` while it
-    can't order messages."""
+    can't order messages. If other workers can't be started the answer says how many, for how long, and why."""
     if context.hub.draining:
         raise Refusal("draining", "This server is stopping; use another one.")
     if not context.hub.ready():
         raise Refusal("backplane-away", "What orders the messages of this service is out of reach; use another server, or wait.")
-    return answer({"status": "ready"})
+    missing = context.missing()
+    return answer({"status": "ready", "missing": missing} if missing["workers"] else {"status": "ready"})
 
 
 def stats(context: Context) -> HTTPResponse:

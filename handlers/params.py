@@ -18,11 +18,11 @@ from comet.framing import Framing, json_line
 from comet.hub import Hub
 from comet.log import Origin
 from comet.message import Since, parse_cursor, resume_from
-from comet.origins import Origins
+from comet.origins import Origins, is_own
 from comet.refusals import wants_events
 from comet.settings import Settings
 from comet.stats import Stats
-from comet.subscriber import Subscriber
+from comet.subscriber import Wish
 from comet.subscriptions import Subscriptions
 
 if TYPE_CHECKING:  # it brings Redis' client, which only those load who have it
@@ -30,6 +30,9 @@ if TYPE_CHECKING:  # it brings Redis' client, which only those load who have it
 
 _NUMBER = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?", re.ASCII)
 _KEY = re.compile(r"[!-~]{1,200}")
+
+MAX_PARAMETERS = 100
+"""Query parameters of a request: bottle takes 13 ms for the 8,000 that a head has room for."""
 
 NO_STORE = {"Cache-Control": "no-store"}
 
@@ -49,8 +52,8 @@ class Asked(NamedTuple):
 
     @classmethod
     def now(cls) -> "Asked":
-        """Of bottle's current request."""
-        return cls(request.query, request.headers.get("Last-Event-ID"))
+        """Of bottle's current request. Raises Refusal ``bad-parameter``."""
+        return cls(query(), request.headers.get("Last-Event-ID"))
 
     def text(self, most: int) -> bytes:
         """As `text_body`."""
@@ -63,7 +66,8 @@ class Asked(NamedTuple):
 
 
 class Context(NamedTuple):
-    """What handlers work with; `service` answers what `/stats` says, `worker` is this process's number."""
+    """What handlers work with; `service` answers what `/stats` says, `worker` is this process's number, and `missing` answers how many
+    workers can't be started."""
 
     hub: Hub
     subscriptions: "Subscriptions | RedisSubscriptions"
@@ -71,6 +75,7 @@ class Context(NamedTuple):
     stats: Stats
     service: Callable[[], Mapping[str, Any]]
     worker: int = 0
+    missing: Callable[[], Mapping[str, Any]] = lambda: {"workers": 0}
 
 
 def encode(document: Any) -> bytes:
@@ -121,12 +126,16 @@ def _cut(body: bytes) -> Iterator[bytes]:
     raise ConnectionAbortedError("a stream ends without its end (--events-end abort)")
 
 
-def wait(subscriber: Subscriber) -> Iterable[bytes]:
+def wait(hub: Hub, wish: Wish) -> Iterable[bytes]:
     """The body of bottle's answer to a request that waits for messages.
 
-    Comet's server parks the subscriber; any other WSGI server iterates it, and notices at the next
-    write that a client is gone.
+    Comet's server parks the subscriber, if it lets its client come to more channels; any other WSGI server iterates it, and notices at the
+    next write that a client is gone.
     """
+    admit = request.environ.get("comet.admit")
+    if admit is not None:
+        admit()
+    subscriber = hub.subscribe(wish)
     for name, value in subscriber.framing.headers(subscriber.cursor):
         response.set_header(name, value)
     park = request.environ.get("comet.park")
@@ -153,6 +162,14 @@ def since(asked: Asked, channels: Sequence[str]) -> Sequence[Since]:
         return resume_from(last, len(channels))
     text = query.get("since")
     return parse_cursor(text, len(channels)) if text else [None] * len(channels)
+
+
+def query() -> Mapping[str, str]:
+    """Return the query parameters of bottle's current request. Raises Refusal ``bad-parameter``."""
+    if request.query_string.count("&") >= MAX_PARAMETERS:
+        raise Refusal("bad-parameter", f"A request has at most {MAX_PARAMETERS} query parameters.")
+    parameters: Mapping[str, str] = request.query
+    return parameters
 
 
 def number(asked: Asked, name: str, default: float, most: float, least: float = 0) -> float:
@@ -190,8 +207,10 @@ def body(most: int) -> bytes:
 
 
 def pieces(size: int) -> Iterator[bytes]:
-    """The request's body of any length, as it comes, in pieces of at most `size` bytes. Each piece has the time
-    that a body has, since who sends much is kept waiting by who takes it. Raises Refusal ``bad-content-encoding``."""
+    """Yield the request's body of any length, as it comes, in pieces of at most `size` bytes. Say by `hold` how much is kept of it.
+
+    It has more time than another body, since who sends much is kept waiting by who takes it. Raises Refusal ``bad-content-encoding``.
+    """
     check_content_encoding()
     environ = request.environ
     left = None if environ.get("wsgi.input_terminated") else max(0, request.content_length)
@@ -201,6 +220,11 @@ def pieces(size: int) -> Iterator[bytes]:
             left -= len(piece)
         yield piece
         again()
+
+
+def hold(size: int) -> None:
+    """Tell the server how many bytes are held of what has come of the body, in whatever form. Raises Refusal ``bodies-full``."""
+    request.environ.get("comet.hold", lambda _: None)(size)
 
 
 def text_body(most: int) -> bytes:
@@ -241,7 +265,10 @@ def check_publish_key(settings: Settings, authorization: str) -> None:
 
 def check_origin(origins: Origins) -> None:
     """Raises Refusal ``origin-refused`` for a page of an origin that may not write here: a browser
-    would send a simple POST to any address its user can reach, loopback included."""
+    would send a simple POST to any address its user can reach, loopback included. The service's own is that of its Host, with the
+    scheme that a trusted proxy names, or either where none does."""
     origin = request.headers.get("Origin")
-    if origin is not None and not origins.allow(origin) and origin.partition("://")[2] != request.headers.get("Host"):
+    if origin is None or origins.allow(origin):
+        return
+    if not is_own(origin, request.headers.get("Host", ""), request.environ.get("comet.scheme", "")):
         raise Refusal("origin-refused", f"Pages of {origin[:200]} may not publish here; --origins names those that may.")

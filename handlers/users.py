@@ -5,7 +5,6 @@ Neighbour: `comet.subscriptions`, the database. Whoever is followed is heard by 
 """
 
 from collections.abc import Callable, Iterator
-from itertools import count
 from typing import Any
 
 from bottle import HTTPResponse
@@ -13,19 +12,25 @@ from bottle import HTTPResponse
 from comet.errors import Refusal
 from comet.message import USER_PREFIX, check_channel
 from comet.turn import give_way
-from handlers.params import Asked, Context, answer, number, pieces
+from handlers.params import Asked, Context, answer, hold, number, pieces
 
 DEFAULT_LIMIT, MAX_LIMIT = 100, 1000
 """Ids in one page."""
 
 PIECE = 16384
-"""Bytes of a bulk body that are read before other greenlets have a turn: two milliseconds of lines."""
+"""Bytes of a bulk body that are read at once."""
+
+SLICE = 500
+"""Lines of it before other greenlets have a turn: a millisecond or two, since a bad one takes as long as a good one, and may be empty."""
 
 MAX_LINE = 512
 """Bytes: two ids and what may stand around them."""
 
-TRANSACTION = 50_000
+TRANSACTION = 10_000
 """Lines that are stored together."""
+
+ROW = 250
+"""Bytes that a row takes until it is stored, beside twice its line: two strings, a tuple, and the text that the database is given."""
 
 MAX_TOLD = 100
 """Bad lines that the answer describes; the rest are counted."""
@@ -61,22 +66,25 @@ def load(context: Context) -> HTTPResponse:
     no harm."""
     rows: list[tuple[str, str]] = []
     told: list[dict[str, Any]] = []
-    good = bad = added = 0
-    for at, line in zip(count(1), _lines(), strict=False):
-        try:
-            rows.append(_read(line))
-        except Refusal as refusal:
-            bad += 1
-            context.stats.refused[refusal.slug] += 1
-            if len(told) < MAX_TOLD:
-                told.append({"line": at, **refusal.document()})
-            continue
-        if len(rows) == TRANSACTION:
-            added += context.subscriptions.add_subscriptions(rows)
-            good += len(rows)
-            rows = []
+    good = bad = added = size = 0
+    for lines in _lines():
+        for at, line in enumerate(lines, good + bad + 1):
+            try:
+                rows.append(_read(line))
+                good += 1
+                size += ROW + 2 * len(line)
+            except Refusal as refusal:
+                bad += 1
+                context.stats.refused[refusal.slug] += 1
+                if len(told) < MAX_TOLD:
+                    told.append({"line": at, **refusal.document()})
+                continue
+            if len(rows) == TRANSACTION:
+                added += context.subscriptions.add_subscriptions(rows)
+                rows, size = [], 0
+        hold(size)
+        give_way()
     added += context.subscriptions.add_subscriptions(rows)
-    good += len(rows)
     return answer({"added": added, "present": good - added, "bad": bad, "errors": told})
 
 
@@ -93,18 +101,18 @@ def _page(name: str, user: str, page: Callable[[str, str | None, int], list[str]
     return answer(document)
 
 
-def _lines() -> Iterator[bytes]:
-    """The lines of the body, others having a turn between the pieces. One that is far too long is cut: it is
-    bad anyhow."""
+def _lines() -> Iterator[list[bytes]]:
+    """Yield the lines of the body, at most `SLICE` at a time, and of each piece at least once: perhaps none. One that is far too long is
+    cut: it is bad anyhow."""
     rest = b""
     for piece in pieces(PIECE):
         *lines, rest = (rest + piece).split(b"\n")
-        yield from lines
         if len(rest) > 2 * MAX_LINE:
             rest = rest[: MAX_LINE + 1]
-        give_way()  # reading does not yield while there is more
+        for start in range(0, len(lines) or 1, SLICE):
+            yield lines[start : start + SLICE]
     if rest:
-        yield rest
+        yield [rest]
 
 
 def _read(line: bytes) -> tuple[str, str]:

@@ -165,9 +165,9 @@ class LongPollUser(Client):
     endpoint = Endpoint("/poll", "/poll/user:{id}", b"")
 
     def listen(self, connection: Connection) -> Any:
-        """The first poll asks for the cursor alone."""
+        """The first poll asks for the cursor alone. It waits a little: else it would not count as one who listens, and stand in no log."""
         path = self.endpoint.path.format(id=self.number)
-        query = f"since={self.place.text().decode()}" if self.place else "timeout=0"
+        query = f"since={self.place.text().decode()}" if self.place else "timeout=0.001"
         while True:
             connection.send(f"GET {path}?{query} HTTP/1.1\r\nHost: {self.work.target.name}\r\n\r\n".encode())
             answer = connection.whole()

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import random
+import select
 import signal
 import socket
 import time
@@ -324,7 +325,7 @@ class Reader:
 
     def _begin(self, wish: Wish, subscriber: Subscriber) -> None:
         self.subscriber = subscriber
-        for channel, since_there, begin in zip(self.channels, wish.since, subscriber.cursor.positions.values(), strict=True):
+        for channel, since_there, begin in zip(self.channels, wish.since, subscriber.cursor.positions, strict=True):
             if not isinstance(since_there, Position):
                 self.stands[channel] = begin
         if subscriber.host is not self:
@@ -341,7 +342,7 @@ class Reader:
 
     def _run(self, subscriber: Subscriber) -> None:
         awake = subscriber.awake
-        while items := subscriber.take(None):
+        while items := awake.take(subscriber, None):
             for piece in subscriber.encode(items):
                 self._note(json.loads(piece))
         if subscriber.host is not awake:
@@ -362,7 +363,7 @@ class Reader:
     # -- as its host while it sleeps: what the parking does, without a socket
 
     def deliver(self, subscriber: Subscriber, batch: Batch) -> None:
-        epoch, offset = subscriber.cursor.positions[batch.channel]
+        epoch, offset = subscriber.cursor.at(batch.channel)
         if epoch == batch.epoch and batch.before <= offset:
             for piece in subscriber.encode(batch.messages[offset - batch.before :]):
                 if piece != LINES.heartbeat:
@@ -677,8 +678,9 @@ def test_a_long_answer_is_read_without_rests(tmp_path: Path) -> None:
         sock, _ = listener.accept()
         while True:
             for body in frames.Cutter().feed(sock.recv(1 << 16)):
-                (call,) = msgspec.msgpack.decode(body)[1:]
-                sock.sendall(frames.frame(frames.Answer(call, msgspec.Raw(frames.encode({"x" * 2_000_000: 1})))))
+                kind, call = msgspec.msgpack.decode(body)
+                if kind:  # else it greets
+                    sock.sendall(frames.frame(frames.Answer(call, msgspec.Raw(frames.encode({"x" * 2_000_000: 1})))))
     link = link_module.Link(str(tmp_path / "router"), TIMEOUT, Nobody())
     PACE.rest(0.3)
     try:
@@ -1038,7 +1040,7 @@ def test_a_worker_of_another_version_is_not_ready_until_there_is_a_router_of_its
         assert not worker.backplane.wait(TIMEOUT)
         assert time.monotonic() - began < TIMEOUT, "it knows before its time is over"
         assert worker.link.foreign.is_set()
-    assert worker.backplane.wait(TIMEOUT)
+    wait_until(worker.backplane.ready)
     assert not worker.link.foreign.is_set()
     publish(worker, "a", "1")
 
@@ -1150,3 +1152,27 @@ def test_a_router_that_speaks_nonsense_is_left_and_found_again(start: Open, capl
     wait_until(lambda: reader.got == ["1"])
     assert len([record for record in caplog.records if record.levelno == logging.ERROR]) == 8
     caplog.clear()
+
+
+def test_a_worker_without_a_descriptor_for_its_link_tries_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refused = [OSError(24, "Too many open files")] * 3
+    make = socket.socket
+
+    def short(*arguments: Any, **more: Any) -> Any:
+        if refused:
+            raise refused.pop()
+        return make(*arguments, **more)
+
+    monkeypatch.setattr(socket, "socket", short)
+    listener = make(socket.AF_UNIX)
+    listener.bind(str(tmp_path / "router"))
+    listener.listen()
+    link = link_module.Link(str(tmp_path / "router"), TIMEOUT, Nobody())
+    link.start()
+    wait_until(lambda: not refused)
+    listener.setblocking(False)
+    wait_until(lambda: select.select([listener], [], [], 0)[0])
+    accepted = listener.accept()[0]
+    link.close()
+    accepted.close()
+    listener.close()

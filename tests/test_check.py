@@ -14,6 +14,7 @@ from comet import __main__ as command
 from comet.kernel import check, limits
 from comet.kernel.check import Plan, Row
 from comet.kernel.machine import PAGE, Machine, within
+from comet.settings import Settings
 from tests.harness import ROOT, TIMEOUT
 
 PLAN = Plan(10_000)
@@ -200,17 +201,31 @@ def test_a_number_that_may_be_larger(name: str, plan: Plan, wanted: int) -> None
     assert low.set[-1] == f"sysctl -w {name}={wanted}"
 
 
+def test_bodies_and_a_hostile_address_are_counted_as_the_service_bounds_them() -> None:
+    assert (Settings().max_bodies, Settings().max_per_address) == (check.BODIES, check.PER_ADDRESS)
+    why = row("memory available").why
+    assert f"{check.BODIES // 1_000_000} MB of bodies" in why
+    assert f"a hostile address: {check.PER_ADDRESS:,} x" in why
+
+
 def meminfo(available: int, total: int = 8 << 30) -> dict[str, str]:
     return {"/proc/meminfo": f"MemTotal: {total // 1024} kB\nMemAvailable:   {available // 1024} kB\n"}
+
+
+WORKER = check.WORKER + check.BODIES + check.PER_ADDRESS * check.HOSTILE
+"""What a worker is counted for, whatever clients it has."""
 
 
 @pytest.mark.parametrize(
     ("plan", "wanted"),
     [
-        (Plan(1_000_000), 1_000_000 * 5_250 + check.WORKER),
-        (Plan(1_000_000, workers=60), 1_000_000 * 5_250 + 60 * check.WORKER),
-        (Plan(1_000_000, loopback=True), 1_000_000 * 9_500 + check.WORKER),
-        (Plan(1_000_000, hibernate=False), 1_000_000 * 12_250 + check.WORKER),
+        (Plan(1_000_000), 1_000_000 * 5_250 + WORKER),
+        (Plan(1_000_000, workers=60), 1_000_000 * 5_250 + 60 * WORKER),
+        (Plan(1_000_000, loopback=True), 1_000_000 * 9_500 + WORKER),
+        (Plan(1_000_000, hibernate=False), 1_000_000 * 12_250 + WORKER),
+        (Plan(1_000_000, workers=2, bodies=1_000), 1_000_000 * 5_250 + 2 * (WORKER - check.BODIES + 1_000)),
+        (Plan(1_000_000, workers=2, per_address=1), 1_000_000 * 5_250 + 2 * (WORKER - (check.PER_ADDRESS - 1) * check.HOSTILE)),
+        (Plan(1_000_000, workers=2, per_address=1_000_000), 1_000_000 * (5_250 + check.HOSTILE) + 2 * (check.WORKER + check.BODIES)),
     ],
 )
 def test_memory(plan: Plan, wanted: int) -> None:

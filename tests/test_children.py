@@ -1,5 +1,6 @@
 """The processes of a service as the supervisor knows them: told, signalled, found to live. With stand-ins for real ones."""
 
+import json
 import os
 import signal
 import subprocess
@@ -45,6 +46,16 @@ def start(reports: Reports) -> Iterator[Start]:
     yield start
     for one in begun:
         one.kill_and_reap()
+
+
+def test_orders_of_an_older_comet_say_nothing_of_the_counts_of_addresses() -> None:
+    orders = Orders(7, 2, [3, 4], 5, FIRST_WORKER, 6, 7, "/nowhere", 8)
+    assert orders.descriptors() == [3, 4, 5, 6, 7, 8]
+    assert Orders.take({VARIABLE: orders.text()}) == orders
+    older = {name: value for name, value in json.loads(orders.text()).items() if name != "counts"}
+    taken = Orders.take({VARIABLE: json.dumps(older)})
+    assert taken == orders._replace(counts=None)
+    assert taken.descriptors() == [3, 4, 5, 6, 7]
 
 
 def until(reports: Reports, count: int) -> list[tuple[str, int, list[int]]]:

@@ -284,3 +284,31 @@ def test_portions_of_nothing_are_one_empty_run() -> None:
 def test_an_empty_body_is_sent_also_as_the_first_that_a_process_sends() -> None:
     message = log("user:7", 1, "")[0]
     assert Text().batch(Batch([message]), b"") == b"1\r\n\n\r\n"
+
+
+@pytest.mark.parametrize("framing", [Text(), ServerSentEvents(2000), LINES])
+def test_for_http_1_0_the_same_pieces_are_not_in_chunks_and_nothing_ends_them(framing: Framing) -> None:
+    message = Message("a", (5, 1), "message", b"x")
+    batch, cursor = Batch([message]), Cursor(["a"], [Position(5, 0)])
+    plain = framing.unchunked()
+    assert plain is framing.unchunked(), "what is sent to many is made once"
+    chunked, bare = framing.batch(batch, b""), plain.batch(batch, b"")  # in this order: the bytes of one body are remembered
+    (piece,) = framing.encode([message], cursor)
+    assert (chunked, bare) == (b"%x\r\n%b\r\n" % (len(piece), piece), piece)
+    assert (framing.end(cursor, b"", False), plain.end(cursor, b"", False)) == (b"0\r\n\r\n", b"")
+    assert not plain.end(cursor, b"", True).endswith(b"\r\n")
+    assert plain.closes
+    assert plain.closing() is plain
+
+
+def test_a_poll_that_is_the_last_of_its_connection_says_so_once() -> None:
+    cursor = Cursor(["a"], [Position(5, 1)])
+    kept = POLL.with_headers([("Vary", "Origin"), ("Connection", "keep-alive")])
+    for framing in (POLL, kept, kept.closing(), kept.closing().closing()):
+        answer = framing.end(cursor, b"", True)
+        assert answer.count(b"Connection: ") == answer.count(b"Connection: close\r\n") == 1
+        assert framing.closing().closes
+        assert framing.closing() is framing.closing()
+    assert b"Vary: Origin\r\n" in kept.closing().end(cursor, b"", True)
+    assert b"Connection: keep-alive\r\n" in kept.end(cursor, b"", False)
+    assert not kept.closes

@@ -1,11 +1,13 @@
 """The request parser alone: bytes in, heads, bodies and refusals out."""
 
+import random
+import re
 from collections.abc import Sequence
 
 import pytest
 
 from comet.errors import Refusal
-from comet.server.http import MAX_HEADERS, METHODS, ChunkedBody, Head, split_head
+from comet.server.http import MAX_HEADERS, METHODS, PIECES, ChunkedBody, Head, split_head
 
 LIMIT = 16384
 OVERHEAD = 16384
@@ -379,6 +381,23 @@ def test_a_body_behind_the_head_does_not_count_as_head() -> None:
     assert len(buffer) == 5000
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_a_cr_or_lf_alone_is_refused_wherever_it_stands(seed: int) -> None:
+    generator = random.Random(seed)
+    bare = re.compile(rb"\r(?!\n|\Z)|(?<!\r)\n|\x00")
+    for _ in range(500):
+        rest = b"".join(generator.choices([b"\r\n", b"A: b", b"\r", b"\n", b"\0"], [20, 20, 1, 1, 1], k=generator.randrange(30)))
+        buffer = bytearray(b"GET / HTTP/1.1\r\nHost: x\r\n" + rest)
+        end = buffer.find(b"\r\n\r\n")
+        wrong = bare.search(buffer[: end + 4] if end >= 0 else buffer)
+        try:
+            split_head(buffer, LIMIT)
+        except Refusal as refusal:
+            assert wrong or "CR or LF alone" not in refusal.detail
+        else:
+            assert not wrong, buffer
+
+
 def test_the_number_of_headers_is_limited() -> None:
     most = [b"X-%d: 1" % n for n in range(MAX_HEADERS - 1)]  # the Host is one
     assert len(head_of(request(*most)).headers) == MAX_HEADERS
@@ -394,7 +413,9 @@ def unchunk(data: bytes, step: int | None = None, overhead: int = OVERHEAD) -> t
     body, buffer, out = ChunkedBody(overhead), bytearray(), b""
     for start in range(0, len(data), step or len(data)):
         buffer += data[start : start + (step or len(data))]
-        if not body.done:
+        left = -1
+        while not body.done and left != len(buffer):
+            left = len(buffer)
             out += body.feed(buffer)
     return out, bytes(buffer), body.done
 
@@ -429,6 +450,33 @@ def test_a_chunked_body_that_lacks_a_byte_is_not_done(data: bytes, expected: byt
 def test_a_body_full_of_newlines_comes_through() -> None:
     lines = b"\n" * 20000 + b"\r\n" * 20000
     assert unchunk(b"%x\r\n%b\r\n0\r\n\r\n" % (len(lines), lines) + REST, 4096) == (lines, REST, True)
+
+
+@pytest.mark.parametrize("unit", [b"1\r\na\r\n", b"1;x=y\r\na\r\n", b"01\r\na\r\n"], ids=["plain", "extension", "zero"])
+def test_of_very_many_chunks_a_few_are_taken_at_a_time(unit: bytes) -> None:
+    body, buffer, out, calls = ChunkedBody(OVERHEAD), bytearray(unit * 1000 + b"0\r\nTrailer: x\r\n\r\n" + REST), b"", 0
+    while not body.done:
+        data = body.feed(buffer)
+        assert len(data) <= PIECES
+        out += data
+        calls += 1
+    assert (out, bytes(buffer)) == (b"a" * 1000, REST)
+    assert calls > 1000 / PIECES
+
+
+def test_of_very_many_trailers_a_few_are_taken_at_a_time() -> None:
+    body, buffer = ChunkedBody(OVERHEAD), bytearray(b"0\r\n" + b"X: y\r\n" * 200)
+    body.feed(buffer)
+    assert len(buffer) > 100 * 6
+
+
+def test_plain_chunks_are_read_together_only_where_a_chunk_begins() -> None:
+    """Data, extensions and trailers may look like chunks."""
+    like = b"1\r\na\r\n" * 3
+    assert unchunk(b"%x\r\n%b\r\n0\r\n\r\n" % (len(like), like)) == (like, b"", True)
+    for bad in (b"1\r\naa\r\n", b"2\r\na\r\n1\r\na\r\n", b"1\r\na\r\n1\r\na1\r\n"):
+        with pytest.raises(Refusal):
+            unchunk(b"1\r\nb\r\n" * 10 + bad + b"0\r\n\r\n")
 
 
 def test_a_request_after_a_chunked_body_is_the_next_head() -> None:

@@ -12,8 +12,8 @@ from tests.harness import ROOT
 
 SPOKEN = {"comet.errors", "comet.message"}
 SERVER = {
-    "comet.errors", "comet.refusals", "comet.log", "comet.origins", "comet.settings", "comet.stats", "comet.kernel", "comet.server",
-    "comet.turn",
+    "comet.errors", "comet.refusals", "comet.hosts", "comet.log", "comet.origins", "comet.settings", "comet.stats", "comet.kernel",
+    "comet.server", "comet.turn",
 }  # fmt: skip
 HUB = {
     *SPOKEN,
@@ -26,7 +26,7 @@ HUB = {
     "comet.subscriber",
     "comet.turn",
 }
-PROCESSES = {"comet.board", "comet.kernel", "comet.settings"}
+PROCESSES = {"comet.board", "comet.counts", "comet.kernel", "comet.log", "comet.settings"}
 REDIS = {
     *SPOKEN, "comet.history", "comet.turn", "comet.backplane", "comet.backplane.redis_dial", "comet.backplane.redis_scripts",
     "comet.backplane.redis_format", "comet.backplane.redis_link", "comet.backplane.redis_shards", "comet.backplane.redis_calls",
@@ -48,14 +48,15 @@ ALLOWED: dict[str, set[str]] = {
     "comet.loading": {*SPOKEN, "comet.database"},
     "comet.top": set(),
     "comet.service": set(),
-    "comet.log": set(),
+    "comet.log": {"comet.kernel"},
     "comet.systemd": {"comet.kernel.stock"},
     "comet.database": set(),
     "comet.errors": set(),
     "comet.origins": set(),
+    "comet.hosts": {"comet.origins"},
     "comet.refusals": {"comet.errors"},
     "comet.replays": {*SPOKEN, "comet.history", "comet.turn"},
-    "comet.settings": {"comet.arguments", "comet.origins"},
+    "comet.settings": {"comet.arguments", "comet.hosts", "comet.origins"},
     "comet.stats": set(),
     "comet.turn": set(),
     "comet.permit": {"comet.turn"},
@@ -65,7 +66,8 @@ ALLOWED: dict[str, set[str]] = {
     "comet.kernel.check": {"comet.kernel"},
     "comet.kernel.limits": set(),
     "comet.kernel.machine": set(),
-    "comet.kernel.memory": set(),
+    "comet.kernel.memory": {"comet.kernel.processes"},
+    "comet.kernel.output": {"comet.kernel.stock"},
     "comet.kernel.patch": set(),
     "comet.kernel.processes": {"comet.kernel.stock"},
     "comet.kernel.sockets": {"comet.kernel"},
@@ -93,6 +95,7 @@ ALLOWED: dict[str, set[str]] = {
     "comet.subscriber": {"comet.message", "comet.framing", "comet.history"},
     "comet.fanout": {"comet.message", "comet.framing"},
     "comet.board": set(),
+    "comet.counts": set(),
     "comet.router": {
         *SPOKEN,
         "comet.history",
@@ -134,12 +137,13 @@ ALLOWED: dict[str, set[str]] = {
     "comet.backplane.redis_shards": {*REDIS},
     "comet.backplane.redis_link": {"comet.backplane.redis_dial", "comet.backplane.redis_outage", "comet.backplane.redis_scripts"},
     "comet.backplane.redis_format": {*SPOKEN, "comet.history"},
-    "comet.backplane.redis_scripts": {"comet.backplane.memory"},
+    "comet.backplane.redis_scripts": {"comet.backplane.memory", "comet.message"},
     "comet.backplane.redis_dial": set(),
     "comet.backplane.redis_outage": set(),
     "comet.backplane.redis_malformed": set(),
     # the server, which knows a subscriber only by its small interface
     "comet.server": set(),
+    "comet.server.addresses": {"comet.counts"},
     "comet.server.appointments": set(),
     "comet.server.body": SERVER,
     "comet.server.blocks": SERVER,
@@ -150,6 +154,7 @@ ALLOWED: dict[str, set[str]] = {
     "comet.server.parking": SERVER,
     "comet.server.posts": SERVER,
     "comet.server.proxies": SERVER,
+    "comet.server.share": SERVER,
     "comet.server.short": SERVER,
     "comet.server.transport": SERVER,
     "comet.server.wsgi": SERVER,

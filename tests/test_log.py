@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from comet.log import Json, Origin, Plain, Roll, fields
+from comet.log import Json, Origin, Plain, Roll, failed_outside, fields
 from tests.harness import ROOT
 
 ORIGIN = Origin("id-1", "192.0.2.1", "GET /poll/a")
@@ -71,3 +71,36 @@ def test_the_roll_forgets_who_has_ended(caplog: pytest.LogCaptureFixture) -> Non
     roll.left(subscriber, "hang-up")
     assert [one.message for one in caplog.records] == ["ended: hang-up"]
     assert vars(roll) == {"_origins": {}}
+
+
+def test_a_shortage_that_ends_the_process_is_a_sentence() -> None:
+    code = "import comet.log as l; l.set_up('plain', pid=False); raise OSError(24, 'Too many open files')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.endswith("CRITICAL comet: the process ends: [Errno 24] Too many open files\n") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("form", ["plain", "json"])
+def test_a_shortage_is_a_sentence_wherever_it_is_met(form: str) -> None:
+    code = f"""
+import logging, comet.log as l
+l.set_up({form!r}, pid=False)
+for error in (MemoryError(), OSError(24, "Too many open files"), ValueError("a bug")):
+    try:
+        raise error
+    except Exception:
+        logging.getLogger("x").exception("number %d %s failed", 7, "%s")
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stderr.count("number 7 %s failed") == 3
+    assert "number 7 %s failed: MemoryError" in done.stderr and "number 7 %s failed: [Errno 24] Too many open files" in done.stderr
+    assert done.stderr.count("Traceback") == 1 and "ValueError: a bug" in done.stderr
+
+
+def test_a_shortage_outside_a_request_is_a_sentence_and_a_bug_has_its_traceback(caplog: pytest.LogCaptureFixture) -> None:
+    for error in (OSError(24, "Too many open files"), MemoryError(), ValueError("a bug")):
+        failed_outside(None, type(error), error, None)
+    assert [one.message for one in caplog.records] == [
+        "the event loop failed: [Errno 24] Too many open files", "the event loop failed: ", "the event loop failed",
+    ]  # fmt: skip
+    assert [bool(one.exc_info) for one in caplog.records] == [False, False, True]

@@ -25,7 +25,7 @@ class Floor:
     def again(self, descriptor: int, network: str, data: bytes) -> bool:
         return False
 
-    def resume(self, descriptor: int, network: str, subscriber: Any, data: Any) -> None:
+    def resume(self, descriptor: int, network: str, said: bytes, subscriber: Any = None, rest: Any = b"") -> None:
         raise AssertionError("nothing here wakes")
 
     def gone(self, network: str) -> None:
@@ -193,7 +193,7 @@ def test_who_has_no_heartbeat_is_asked_for_a_sign_of_life(parking: Parking, monk
 def test_who_is_awake_and_watched_is_asked_for_a_sign_of_life_where_nothing_is_ever_sent_by_itself(
     parking: Parking, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """An answer that closes its connection never sleeps (HTTP/1.0)."""
+    """With ``--hibernate off``, or while something is being sent."""
     asked: list[int] = []
     monkeypatch.setattr(module, "SILENCE", 0.6)
     monkeypatch.setattr(module, "GRAIN", 10)

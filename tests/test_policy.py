@@ -5,7 +5,7 @@ import signal
 import pytest
 
 from comet.kernel.limits import RESERVE
-from comet.policy import LEAST_LIFE, MOST_DEATHS, CrashLoop, Restarts, Vigil, alone, describe, plan
+from comet.policy import LEAST_LIFE, MOST_DEATHS, MOST_DELAY, Restarts, Vigil, alone, describe, plan, stand_ins
 from comet.settings import AUTO
 
 PLENTY = 1 << 40
@@ -13,15 +13,21 @@ PLENTY = 1 << 40
 
 def test_the_first_death_is_mended_at_once_and_the_next_ones_later() -> None:
     restarts = Restarts()
-    assert [restarts.after(1, ready=False) for _ in range(MOST_DEATHS - 1)] == [0, 0.5, 1, 2]
+    assert [restarts.after(1, ready=False) for _ in range(10)] == [0, 0.5, 1, 2, 4, 8, 16, 32, 60, 60]
+    for _ in range(10_000):  # a week
+        assert restarts.after(1, ready=False) == MOST_DELAY
 
 
-def test_what_never_gets_ready_is_given_up() -> None:
+def test_what_never_gets_ready_is_hopeless_until_it_does() -> None:
     restarts = Restarts()
     for _ in range(MOST_DEATHS - 1):
         restarts.after(100, ready=False)
-    with pytest.raises(CrashLoop):
-        restarts.after(100, ready=False)
+        assert not restarts.hopeless
+    restarts.after(100, ready=False)
+    assert restarts.hopeless
+    assert restarts.after(100, ready=True) == 0
+    assert not restarts.hopeless
+    assert [restarts.after(1, ready=False) for _ in range(3)] == [0, 0.5, 1]
 
 
 def test_who_was_ready_is_started_again_however_often_but_not_faster_than_that() -> None:
@@ -30,6 +36,24 @@ def test_who_was_ready_is_started_again_however_often_but_not_faster_than_that()
         for lived, delay in ((100.0, 0.0), (0.25, 0.0), (0.25, LEAST_LIFE - 0.25), (0.0, LEAST_LIFE), (LEAST_LIFE, 0.0), (0.25, 0.0)):
             assert restarts.after(lived, ready=True) == delay
         assert restarts.after(0, ready=False) == 0
+
+
+def test_each_listener_that_nobody_serves_has_one_stand_in_at_a_time_and_in_turn_all() -> None:
+    held = {10: [0, 1, 2, 3], 12: [2, 3, 0, 1], 13: [3, 0]}
+    seen: dict[int, set[int]] = {0: set(), 1: set()}
+    for turn in range(6):
+        found = stand_ins([0, 1], held, turn)
+        assert sorted(listener for listeners in found.values() for listener in listeners) == [0, 1]
+        for slot, listeners in found.items():
+            for listener in listeners:
+                seen[listener].add(slot)
+    assert seen == {0: {10, 12, 13}, 1: {10, 12}}
+
+
+def test_where_nobody_can_stand_in_nobody_does() -> None:
+    assert stand_ins([0, 1], {}, 7) == {}
+    assert stand_ins([0, 1], {5: [1, 2]}, 7) == {5: [1]}
+    assert stand_ins([], {5: [1, 2]}, 7) == {}
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,14 @@
 """What the kernel knows of a process: memory that goes back."""
 
+import os
 import platform
+import resource
 import subprocess
 import sys
 
 import pytest
 
+from comet.kernel.processes import Kept
 from tests.harness import ROOT
 
 HOLES = """
@@ -26,3 +29,23 @@ def test_what_is_free_between_pieces_that_stay_goes_back() -> None:
     returned, kept = map(int, done.stdout.split())
     assert kept == 1000
     assert returned > 35_000_000  # of 50 MB; a page at either end of each hole can't go
+
+
+def test_what_is_read_of_proc_is_this_process_s_own_also_without_a_descriptor() -> None:
+    statm = Kept("/proc/self/stat")
+    assert int(statm.read().split()[0]) == os.getpid()
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+    try:
+        assert int(statm.read().split()[0]) == os.getpid()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    read, write = os.pipe()
+    pid = os.fork()
+    if not pid:
+        os.write(write, statm.read().split()[0])
+        os._exit(0)
+    os.waitpid(pid, 0)
+    assert int(os.read(read, 100)) == pid
+    os.close(read)
+    os.close(write)

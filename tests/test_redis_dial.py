@@ -85,3 +85,12 @@ def test_a_file_of_tls_that_can_not_be_used_is_named(query: str) -> None:
 def test_a_cluster_is_said_by_the_scheme_alone() -> None:
     assert split("rediss+cluster://h") == (True, "rediss://h")
     assert split("redis://:a+cluster@h") == (False, "redis://:a+cluster@h")
+
+
+def test_a_look_up_of_a_name_that_gets_no_thread_is_a_redis_that_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_thread(*_: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr("gevent.socket.create_connection", no_thread)
+    with pytest.raises(OSError, match="can't start new thread"):
+        dial(read("redis://h"), ("h", 6379), 1.0, "test")

@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import resource
 import socket
 import time
 import tracemalloc
@@ -135,7 +136,7 @@ def test_frames_may_be_cut_anywhere(served: Served) -> None:
         served.turn(1)
         peer.sock.sendall(wire[cut:])
         served.turn(2)
-        assert [one.call for one in peer.heard() if isinstance(one, frames.Answer)] == [1, 2, 3, 4, 5, 6, 7], cut
+        assert [one.call for one in peer.heard() if isinstance(one, frames.Answer)] == [1, 2, 3, 4, 5, 6, 7, 8], cut
         peer.sock.close()
         served.turn(1)
     assert not served.router.links
@@ -351,3 +352,31 @@ def test_nothing_that_is_said_leaves_a_cycle(served: Served) -> None:
         assert gc.collect() < times
     finally:
         gc.enable()
+
+
+# -- out of descriptors
+
+
+def test_who_can_not_be_let_in_waits_and_the_others_are_served(served: Served, caplog: pytest.LogCaptureFixture) -> None:
+    peer = served.peer()
+    limit, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    late = Peer(served.path)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (late.sock.fileno(), hard))
+    try:
+        for _ in range(3):
+            served.turn()
+            assert served.router.turn(0.05), "it goes round for nothing"
+            served.router.accept_again()
+        peer.say(frames.Totals(1))
+        served.turn()
+        assert peer.answer()["channels"] == 0
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    assert [one.message for one in caplog.records] == [
+        "a worker can't be let in ([Errno 24] Too many open files); trying again each second"
+    ]
+    late.say(frames.Totals(2))
+    served.router.accept_again()
+    served.turn()
+    assert late.answer()["channels"] == 0
+    late.sock.close()

@@ -60,3 +60,9 @@ def test_rates_are_taken_over_the_last_seconds() -> None:
     stats.sample(20.0 + RATE_OVER)
     assert stats.messages_a_second < 100
     assert not any(name.startswith("_") for name in stats.document())
+
+
+def test_workers_that_are_missing_are_told_as_the_supervisor_has_it() -> None:
+    missing = {"workers": 1, "seconds": 7, "why": "worker 0 exited with status 1"}
+    assert summary([worker(1)], {}, {"missing": missing}, {})["missing"] == missing
+    assert summary([worker(0)], {}, {}, {})["missing"] == {"workers": 0, "seconds": 0, "why": ""}

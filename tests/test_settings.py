@@ -105,6 +105,14 @@ def test_what_is_open_to_everybody_is_objected_to(flags: list[str], safe: bool) 
     assert (objection(parse(flags, {})) is None) == safe
 
 
+def test_room_for_less_than_one_body_is_objected_to() -> None:
+    assert objection(parse(["--max-bodies", "16777216"], {})) is None
+    for flags in (["--max-bodies", "16777215"], ["--max-batch", "58720257"], ["--max-bodies", "16777216", "--max-body", "16777217"]):
+        sentence = objection(parse(flags, {}))
+        assert sentence is not None
+        assert "--max-bodies" in sentence
+
+
 BAD = [
     *((field.name, text) for field in NUMBERS for text in ("x", "-1", "nan", "", "1 2")),
     *((field.name, "1.5") for field in NUMBERS if isinstance(field.default, int)),
@@ -128,8 +136,8 @@ def test_a_bad_number_ends_with_status_2_and_a_sentence(name: str, text: str, ca
     ("arguments", "told"),
     [
         (["--unknown"], "--unknown is not known here."),
-        (["--max-bodi", "3"], "--max-bodi is not known here; did you mean --max-body?"),
-        (["--max-bodi=3"], "--max-bodi is not known here; did you mean --max-body?"),
+        (["--max-heade", "3"], "--max-heade is not known here; did you mean --max-header?"),
+        (["--max-heade=3"], "--max-heade is not known here; did you mean --max-header?"),
         (["--port"], "argument --port: expected one argument."),
         (["--port", "x"], "argument --port: 'x' should be a whole number."),
         (["--grace", "x"], "argument --grace: 'x' should be a number."),

@@ -10,7 +10,7 @@ from bottle import BaseRequest
 from comet.errors import Refusal
 from comet.server.blocks import MAX_REQUEST
 from comet.server.http import Head, split_head
-from comet.server.short import MAX_BLOCKS, MAX_WISHES, Shortcut
+from comet.server.short import MAX_BLOCKS, MAX_PARAMETERS, MAX_WISHES, Shortcut
 
 LIMIT = 16384
 """`--max-header`, by default."""
@@ -146,6 +146,7 @@ OTHERS = {
     "a line alone": b"GET /poll/a HTTP/1.1\r\n",
     "no header at all": b"GET /poll/a HTTP/1.1\r\n\r\n",
     "nothing": b"",
+    "very many parameters": b"GET /poll/a?%b HTTP/1.1\r\n" % b"&".join([b"a=1"] * (MAX_PARAMETERS + 1)) + BLOCK,
     "a body": b"GET /poll/a HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\nabc",
     "a body to come": b"GET /poll/a HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\n",
     "a chunked body": b"GET /poll/a HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n",

@@ -1,9 +1,11 @@
 """Who follows whom, in SQLite: what is stored how, and what must not hurt it. The calls: `tests.contracts`."""
 
+import errno
 import os
 import random
 import signal
 import sqlite3
+import stat
 import subprocess
 import sys
 import threading
@@ -234,6 +236,80 @@ def test_the_folder_is_made(tmp_path: Path) -> None:
     assert rows(tmp_path / "a" / "b") == []
 
 
+def modes(folder: Path) -> dict[str, int]:
+    """Of the folder (".") and of what is in it."""
+    return {".": stat.S_IMODE(folder.stat().st_mode)} | {one.name: stat.S_IMODE(one.stat().st_mode) for one in folder.iterdir()}
+
+
+PRIVATE = {".": 0o700, database.NAME: 0o600, f"{database.NAME}-wal": 0o600, f"{database.NAME}-shm": 0o600}
+
+
+def test_nobody_but_its_owner_may_read_what_is_made(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        folder = tmp_path / "a" / "data"
+        prepare(folder, whole=True)
+        reader, writer = open_reader(folder), open_writer(folder)
+        writer.execute("INSERT INTO follows VALUES (1, 2)")
+        assert modes(folder) == PRIVATE
+        assert modes(folder.parent)["."] == 0o777, "which may hold something else"
+        writer.close()
+        reader.close()
+    finally:
+        os.umask(before)
+
+
+def test_nor_what_was_there_while_others_have_it_open(folder: Path) -> None:
+    """As an earlier comet made it."""
+    reader = open_reader(folder)
+    for name, mode in modes(folder).items():
+        (folder / name).chmod(mode | 0o055)
+    prepare(folder, whole=False)
+    assert modes(folder) == PRIVATE
+    reader.close()
+
+
+@pytest.mark.parametrize("mode", [0o1777, 0o755])
+def test_a_folder_with_something_else_in_it_is_left_as_it_is(folder: Path, mode: int) -> None:
+    """As /tmp is, or a home: the file is closed to others, they are not."""
+    (folder / "diary").touch(0o644)
+    (folder / "diary").chmod(0o644)
+    database.path_in(folder).chmod(0o644)
+    folder.chmod(mode)
+    prepare(folder, whole=False)
+    assert modes(folder) == {".": mode, "diary": 0o644, database.NAME: 0o600}
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+def test_what_belongs_to_another_user_is_left_as_it_is(folder: Path) -> None:
+    for path in (folder, database.path_in(folder)):
+        path.chmod(0o755)
+        os.chown(path, 65534, 65534)
+    prepare(folder, whole=False)
+    assert modes(folder) == {".": 0o755, database.NAME: 0o755}
+
+
+def test_another_programs_file_keeps_its_mode(folder: Path) -> None:
+    foreign(folder)
+    database.path_in(folder).chmod(0o644)
+    folder.chmod(0o755)
+    with pytest.raises(Unusable):
+        prepare(folder, whole=False)
+    assert modes(folder) == {".": 0o755, database.NAME: 0o644}
+
+
+def test_a_mode_that_can_not_be_changed_is_told_and_no_reason_to_stop(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(path: Path, mode: int) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    database.path_in(folder).chmod(0o644)
+    monkeypatch.setattr(Path, "chmod", refuse)
+    prepare(folder, whole=True)
+    assert f"{database.path_in(folder)} may be read by others, and that can't be changed: Operation not permitted" in caplog.text
+
+
 def corrupted(folder: Path) -> None:
     """Overwrite a page in the middle."""
     writer = open_writer(folder)
@@ -366,6 +442,7 @@ def test_a_page_of_a_star_and_the_count_cost_no_more_than_another_users(known: S
         work()
         return steps[0]
 
+    assert known._reader is not None
     known._reader.set_progress_handler(step, 1)
     few = cost(lambda: known.page_of_subscribers("small", None, 10)) + cost(lambda: known.count_subscribers("small"))
     assert 0 < cost(lambda: known.page_of_subscribers("star", "20000", 10)) + cost(lambda: known.count_subscribers("star")) < 2 * few
@@ -484,3 +561,118 @@ def test_a_load_that_was_killed_ends_in_the_same_state_when_it_is_run_again(fold
     assert len(rows(folder)) == 300_000 + len(before)
     assert_counted(folder)
     assert sorted(path.name for path in folder.iterdir()) == ["edges", database.NAME]
+
+
+# -- a file that is damaged or gone
+
+
+def damage(folder: Path) -> None:
+    """Overwrite all but the first page, as a broken disk does."""
+    path = database.path_in(folder)
+    with open_writer(folder) as writer:
+        writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    writer.close()
+    with path.open("r+b") as file:
+        file.seek(4096)
+        file.write(b"\xff" * (path.stat().st_size - 4096))
+
+
+def remove(folder: Path) -> None:
+    for path in folder.glob(database.NAME + "*"):
+        path.unlink()
+
+
+def empty(folder: Path) -> None:
+    """Another file in its place, that has nothing."""
+    remove(folder)
+    database.path_in(folder).touch()
+
+
+CALLS: list[Callable[[Subscriptions], object]] = [
+    lambda known: known.get_subscribers("user1"),
+    lambda known: known.joined_subscribers("user1"),
+    lambda known: known.following("f1"),
+    lambda known: known.count_following("f1"),
+    lambda known: known.page_of_subscribers("user1", None, 10),
+    lambda known: known.page_of_following("f1", "a", 10),
+    lambda known: known.add_subscriptions([("new", "user1")]),
+    lambda known: known.remove_subscriptions([("f1", "user1")]),
+]
+
+
+@pytest.mark.parametrize("harm", [damage, remove, empty])
+@pytest.mark.parametrize("already", [False, True], ids=["before", "while it is open"])
+def test_a_file_that_can_not_be_used_refuses_each_call_until_there_is_a_copy_in_its_place(
+    folder: Path, tmp_path: Path, harm: Callable[[Path], None], already: bool, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(subscriptions, "LOOK", 0.0)
+    first = Subscriptions(folder)
+    first.add_subscriptions([(f"f{number}", f"user{number % 5}") for number in range(20_000)])
+    first.close()
+    copy = database.path_in(folder).read_bytes()
+    known = Subscriptions(folder) if already else None
+    harm(folder)
+    known = known or Subscriptions(folder)
+    for call in CALLS:
+        assert refused(lambda call=call: call(known)) == "database-away"
+    assert sum("database-away" in one.message for one in caplog.records) == 1, "once, however often it is asked"
+    remove(folder)
+    database.path_in(folder).write_bytes(copy)
+    for call in CALLS:
+        call(known)
+    assert len(known.get_subscribers("user1")) == 4000
+    known.close()
+
+
+def test_of_a_damaged_file_what_can_be_read_is_answered(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    known = Subscriptions(folder)
+    known.add_subscriptions([(f"f{number}", f"user{number % 500}") for number in range(20_000)])
+    path = database.path_in(folder)
+    with open_writer(folder) as writer:
+        writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    writer.close()
+    with path.open("r+b") as file:
+        file.seek(path.stat().st_size // 2)
+        file.write(b"\xff" * (64 << 10))  # no kind of page: random bytes may look like an empty one
+    known.close()
+    known = Subscriptions(folder)
+    answered = away = 0
+    for number in range(500):
+        try:
+            answered += len(known.get_subscribers(f"user{number}")) == 40
+        except Refusal as refusal:
+            assert refusal.slug == "database-away"
+            away += 1
+    assert answered + away == 500 and answered and away, (answered, away)
+    assert sum("is damaged" in one.message for one in caplog.records) == 1
+    known.close()
+
+
+def test_a_file_is_looked_at_again_once_a_second_and_what_is_back_is_told(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    moved = folder / "moved"
+    database.path_in(folder).rename(moved)
+    known = Subscriptions(folder)
+    assert refused(lambda: known.following("a")) == "database-away"
+    moved.rename(database.path_in(folder))
+    monkeypatch.setattr(subscriptions, "LOOK", 1e9)
+    began = known._looks
+    assert refused(lambda: known.following("a")) == "database-away"
+    assert known._looks == began
+    known._looks = 0.0
+    assert known.following("a") == []
+    assert [one.message for one in caplog.records][-1].endswith("can be used again")
+    known.close()
+
+
+def test_a_write_that_gets_no_thread_is_refused(known: Subscriptions, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_thread(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr("gevent.threadpool.start_new_thread", no_thread)
+    assert refused(lambda: known.add_subscriptions([("a", "b")])) == "database-away"
+    monkeypatch.undo()
+    assert known.add_subscriptions([("a", "b")]) == 1

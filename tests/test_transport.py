@@ -24,10 +24,10 @@ class Parking:
     def __init__(self) -> None:
         self.taken: list[int] = []
 
-    def take(self, descriptor: int) -> str:
+    def take(self, descriptor: int) -> bytes:
         os.fstat(descriptor)  # it is open still
         self.taken.append(descriptor)
-        return ""
+        return b""
 
 
 class Alone:

@@ -1,6 +1,8 @@
 """Who is let in, and when. (The rest of the server is tested whole: tests/behaviour.)"""
 
 import errno
+import os
+import resource
 import struct
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
@@ -83,6 +85,53 @@ def test_more_than_are_accepted_at_once_are_served(server: CometServer) -> None:
     assert server.stats.accepted == len(clients)
 
 
+def listening() -> socket.socket:
+    listener = socket.socket()
+    listener.bind(("127.0.0.1", 0))
+    listener.listen(16)
+    return listener
+
+
+def test_it_accepts_in_the_place_of_others_as_long_as_it_is_told_to(server: CometServer) -> None:
+    with listening() as one, listening() as other:
+        server.stand_in([one, other])
+        server.stand_in([other])
+        server.stand_in([other])
+        for _ in range(3):
+            with Client(other.getsockname()[1]) as client:
+                assert client.request("GET", "/").body == b"ok"
+        assert server.stats.accepted == 3
+        server.stand_in([])
+        for listener in (one, other):
+            with Client(listener.getsockname()[1]) as client, Client(server.server_port) as own:
+                client.ask("GET", "/")
+                assert own.request("GET", "/").body == b"ok"
+                listener.accept()[0].close()  # it waits for whose queue it is
+
+
+def test_without_descriptors_it_accepts_in_nobodys_place_until_it_is_told_again(
+    server: CometServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    with listening() as other, Client(other.getsockname()[1]) as client:
+        client.ask("GET", "/")
+        taken, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        free = os.dup(0)
+        os.close(free)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
+        try:
+            server.stand_in([other])
+            wait_until(lambda: caplog.records)
+            gevent.sleep(0.1)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (taken, hard))
+        assert [one.message for one in caplog.records] == [
+            "can't accept in the place of a worker that is missing: [Errno 24] Too many open files"
+        ]
+        server.stand_in([other])
+        assert client.read().body == b"ok"
+        server.stand_in([])
+
+
 def test_who_is_refused_is_told_so_and_does_not_count(server: CometServer) -> None:
     server.capacity = 1
     with Client(server.server_port) as first:
@@ -101,6 +150,9 @@ def test_who_was_to_wait_is_released_where_the_answer_fails_and_the_client_has_g
 
     class Waiting:
         one_shot = True
+        offset = 1
+        places = None
+        framing = POLL
         said: ClassVar[list[str]] = []
 
         def end(self, reason: str) -> None:
@@ -198,7 +250,7 @@ def test_one_newcomer_that_fails_costs_the_others_nothing(server: CometServer, m
     for client in clients:
         client.close()
     wait_until(lambda: not server.stats.connections)
-    assert not server._networks
+    assert not server.addresses.own
 
 
 @pytest.mark.parametrize("seen", [0, 2])
@@ -318,6 +370,8 @@ def test_who_cannot_be_watched_is_closed_and_counts_no_more(server: CometServer,
     asking = Asking(server, monkeypatch)
     asking.soon = way == "answered"
     asking.asleep = way == "at once"
+    if asking.asleep:
+        asking.hub.publish([Publication("a", b"x")])  # of a channel that is there
     with Client(server.server_port) as client, monkeypatch.context() as patch:
         if way == "answered":
             client.ask("GET", "/test/1")

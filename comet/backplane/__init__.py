@@ -35,7 +35,7 @@ What every backplane promises
    idempotency keys in age and number. What is bounded in all is bounded by Redis itself, where that is
    the backplane.
 9. *Pages.* An answer holds one page of messages at most: so many bytes as were asked for (`comet.history.PAGE` if nothing is said), over
-   all channels, or one message that is larger; and it says how many are kept behind it. `read` goes on from its end. So whoever reads
+   all channels, and at most one message more; and it says how many are kept behind it. `read` goes on from its end. So whoever reads
    holds one page, however long the history is.
 10. *Asking makes nothing.* `peek`, `read` and `info` leave no channel behind that was not there.
 """
@@ -88,7 +88,7 @@ class Backplane(Protocol):
 
     def rejoin(self, channel: str, since: Since) -> Position | None:
         """`subscribe` at once, where nothing has to be read: whoever starts now, or stands at the newest
-        position, has missed nothing. That position, or None: then nothing was done. Never blocks."""
+        position, has missed nothing. That position, or None: then nothing was done. It makes no channel. Never blocks."""
 
     def subscribe_soon(
         self, channel: str, since: Since, done: Callable[[Joined], object], failed: Callable[[Refusal], object], size: int = PAGE

@@ -317,12 +317,9 @@ class Link:
         wait = 0.0
         while True:
             gevent.sleep(wait * random.uniform(0.5, 1.0))
-            sock = socket.socket(socket.AF_UNIX)
-            sock.setblocking(False)
             try:
-                sock.connect(self._path)  # which for a Unix socket is done at once, or not at all
+                sock = self._connect()
             except OSError as error:
-                sock.close()
                 if not wait:
                     log.warning("the router can't be reached (%s); trying on", error)
                 wait = min(1.0, 2 * wait + 0.01)
@@ -334,6 +331,17 @@ class Link:
                 log.exception("the link to the router failed; making another")
                 self._end()
             wait = 0.01 if self._heard else min(1.0, 2 * wait + 0.01)
+
+    def _connect(self) -> socket.socket:
+        """Return a connection to the router. Raises OSError."""
+        sock = socket.socket(socket.AF_UNIX)
+        try:
+            sock.setblocking(False)
+            sock.connect(self._path)  # which for a Unix socket is done at once, or not at all
+        except OSError:
+            sock.close()
+            raise
+        return sock
 
     def _begin(self, sock: socket.socket) -> None:
         self._sock = sock

@@ -13,9 +13,9 @@ Bounds, and how each is kept:
 - *age, a channel*: on every append and read the aged go; `expire` takes those of quiet channels.
 - *bytes, in all*: `_warm` holds the channels that have messages, least recently used first. Over
   budget, the first of them gives up its oldest message, and so on.
-- *channels without subscribers*: `_idle` holds those that have had a message, `_vacant` those that never had one, the longest idle first.
-  They go when the linger time is over, or early when there are more than `max_idle` of their kind: whoever listens to names that
-  nobody publishes to pushes out others of these alone.
+- *channels without subscribers*: `_idle` holds those that had had a message when they began to linger, `_vacant` the others, the
+  longest idle first. They go when the linger time is over, or early when there are more than `max_idle` of their kind: whoever listens
+  to names that nobody publishes to pushes out others of these alone.
 
 `peek` makes no channel. Of one that is not there it says a place of the backplane's own, `_own`: "nothing, as of this time". Whoever
 goes on from there has missed nothing if no log that went since then can have had a message later than that (`_forgotten`), and the
@@ -159,8 +159,6 @@ class MemoryBackplane:
         for channel in filter(self._channels.__contains__, names):  # nearly all are away: 40 ns for each of those
             log = self._open(channel)
             messages.append(self._append(channel, log, type, data, now))
-            if channel in self._vacant:
-                self._rest(channel, now)
             delivered += log.subscribers
         position = messages[0].position if messages and messages[0].channel == first else None
         sent = Sent(position, len(names), delivered)
@@ -251,10 +249,7 @@ class MemoryBackplane:
     def rejoin(self, channel: str, since: Since) -> Position | None:
         log = self._channels.get(channel)
         if log is None:
-            if since is not None:
-                return None
-            epoch = self._channels[channel] = self._randbits(EPOCH_BITS)
-            return Position(epoch, 0)
+            return None
         head = Position(log, 0) if isinstance(log, int) else log.position
         if since is not None and since != head:
             return None

@@ -30,7 +30,7 @@ from comet.backplane.redis_calls import AGAIN, Calls, Gather, away, unconfirmed
 from comet.backplane.redis_dial import Target, dial, reason, service_title, title
 from comet.backplane.redis_dial import read as read_url
 from comet.backplane.redis_following import Following
-from comet.backplane.redis_format import Names, Seen, piece, place
+from comet.backplane.redis_format import Names, Seen, piece, place, shares
 from comet.backplane.redis_link import ANSWER, Link
 from comet.backplane.redis_malformed import Garbage
 from comet.backplane.redis_outage import Outage
@@ -300,11 +300,9 @@ class RedisBackplane:
         until = self._until()
         self._following.tell()
         gather = Gather(len(channels), partial(self._undo, channels))
-        for number, (channel, start) in enumerate(zip(channels, since, strict=True)):
-            limit = 0 if number else PAGE  # one page in all
-            gather.asked[number] = self._following.join(
-                channel, start, partial(gather.put, number), _left(until), limit, min(size, PAGE_BYTES)
-            )  # fmt: skip
+        each = shares(len(channels), PAGE, min(size, PAGE_BYTES))
+        for number, (channel, start, (limit, room)) in enumerate(zip(channels, since, each, strict=True)):
+            gather.asked[number] = self._following.join(channel, start, partial(gather.put, number), _left(until), limit, room)
         answers = gather.wait(self._calls, _left(until))
         for refusal in answers:
             if isinstance(refusal, Refusal):
@@ -337,13 +335,12 @@ class RedisBackplane:
         until = self._until()
         self._following.tell()
         gather = Gather(len(channels))
-        for number, (channel, start) in enumerate(zip(channels, since, strict=True)):
+        each = shares(len(channels), PAGE, min(size, PAGE_BYTES))
+        for number, (channel, start, (limit, room)) in enumerate(zip(channels, since, each, strict=True)):
             keys = self._names.both(channel)
-            arguments = (*place(start), 0 if number else PAGE, min(size, PAGE_BYTES))
-            gather.asked[number] = self._calls.ask(
-                keys[0], partial(self._scripts.peek.command, keys, arguments), partial(gather.put, number), timeout=_left(until),
-                answer=ANSWER if number else min(size, PAGE_BYTES),
-            )  # fmt: skip
+            make = partial(self._scripts.peek.command, keys, (*place(start), limit, room))
+            answer = ANSWER if start is None else abs(room)
+            gather.asked[number] = self._calls.ask(keys[0], make, partial(gather.put, number), timeout=_left(until), answer=answer)
         answers = gather.wait(self._calls, _left(until))
         for refusal in answers:
             if isinstance(refusal, Refusal):

@@ -5,6 +5,7 @@ those of redis-py, and ``redis+cluster://`` or ``rediss+cluster://`` for a clust
 (`redis.connection.parse_url`), its connections are not: a link reads and writes by itself.
 """
 
+import errno
 from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 from urllib.parse import urlsplit
@@ -178,7 +179,10 @@ def _connect(target: Target, address: Address) -> Any:
             sock.close()
             raise
     else:
-        sock = socket.create_connection(address)
+        try:
+            sock = socket.create_connection(address)
+        except RuntimeError as error:  # the look-up of a name takes a thread, and the kernel gives none: as good as away
+            raise OSError(errno.EAGAIN, str(error)) from error
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     if target.tls is None:
         return sock

@@ -131,7 +131,8 @@ class Following:
     # -- joining and leaving
 
     def join(self, channel: str, since: Since, done: Callable[[Replay | Refusal], None], timeout: float, limit: int, size: int) -> Any:
-        """Have one subscriber more; `done` has the answer, at its place in the stream, with at most `limit` messages and `size` bytes."""
+        """Have one subscriber more; `done` has the answer, at its place in the stream, with at most `limit` messages and `size` bytes (see
+        `comet.backplane.redis_format.share`)."""
         state = self._channels.get(channel)
         if state is None:
             state = self._channels[channel] = _Channel()
@@ -143,7 +144,7 @@ class Following:
             lambda: self._ask_join(channel, state, since, limit, size),
             partial(self._joined, channel, state, done),
             timeout=timeout,
-            answer=size if since is not None and limit else ANSWER,
+            answer=ANSWER if since is None else abs(size),
             before=lambda link: self._have(link, channel, state),
         )
 

@@ -6,8 +6,9 @@ socket and no greenlet.
 Others may write to the same Redis. What cannot be read is `Malformed`, and costs those who wait for it a gap, nobody anything else.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from itertools import repeat
 from typing import Any, Final, NamedTuple
 
 import msgspec
@@ -159,6 +160,16 @@ def replay(channel: str, reply: Sequence[Any]) -> Replay:
     more = head - start - len(pieces)
     joined = Joined(Position(epoch, start), messages(channel, epoch, start + 1, pieces), bool(gap or skipped), more)
     return Replay(Seen(epoch, head, ms), joined, malformed=skipped)
+
+
+def shares(count: int, messages: int, size: int) -> Iterator[tuple[int, int]]:
+    """Yield for each of `count` channels how many messages and how many bytes of them it may have of a page of so many in all.
+
+    Only of the first the next message comes if it is larger than that: for the others the bytes are said as a negative number.
+    """
+    limit, room = max(1, messages // count), max(1, size // count)
+    yield limit, room
+    yield from repeat((limit, -room), count - 1)
 
 
 def place(since: Since) -> tuple[Any, Any]:

@@ -208,6 +208,8 @@ end
 
 local function since(K, L, e, o, t, epoch, offset, limit, room, ms)  -- see `redis_format.replay`; `ms` is what a `Seen` knows, or 0
   local start, gap, entries = o, 0, {{}}
+  local least = room > 0 and 1 or 0  -- messages; below 0 it is as much room, but what does not fit does not come
+  room = math.abs(room)
   if epoch ~= '' then
     local low = oldest(K, L, o, now() - AGE)
     start = low
@@ -234,7 +236,7 @@ local function since(K, L, e, o, t, epoch, offset, limit, room, ms)  -- see `red
         end
         if entry and offset == at + 1 then
           room = room - #entry[2][2] - FRAMING
-          if room < 0 and at > start then break end
+          if room < 0 and at >= start + least then break end
           at = at + 1
           entries[at - start] = entry[2][2]
         end

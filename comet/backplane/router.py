@@ -65,10 +65,14 @@ class _Known(msgspec.Struct, gc=False):
 
 class RouterBackplane:
     """See `comet.backplane` for what it promises. `path` is the router's socket; `timeout` is how many
-    seconds a request waits for an answer. Made and used in one process, after any fork."""
+    seconds a request waits for an answer; `lives` answers whether the router shows signs of life. Made and used in one process, after
+    any fork."""
 
-    def __init__(self, path: str, timeout: float, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, path: str, timeout: float, clock: Callable[[], float] = time.monotonic, lives: Callable[[], bool] = lambda: True
+    ) -> None:
         self._clock = clock
+        self._lives = lives
         self._link = Link(path, timeout, self)
         self._channels: dict[str, _Known] = {}
         self._changed: dict[str, None] = {}
@@ -100,8 +104,7 @@ class RouterBackplane:
         self._interest.stop()
 
     def ready(self) -> bool:
-        up: bool = self._up.is_set()
-        return up
+        return self._up.is_set() and self._lives()
 
     def wait(self, timeout: float | None) -> bool:
         """Wait until it is ready, at most `timeout` seconds, or until the router turns out to be of another version; return whether it is

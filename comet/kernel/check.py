@@ -28,6 +28,13 @@ SOCKET = 4_250
 """Bytes of kernel memory that one end of a connection takes while no data waits: on loopback 8.5 KB for both."""
 WORKER = 37_000_000
 """Bytes of a process before its first client, resident."""
+BODIES = 64 << 20
+"""Bytes of bodies that a worker may hold, by --max-bodies as it is by default."""
+PER_ADDRESS = 5_000
+"""Connections of an address in a worker, by --max-per-address as it is by default."""
+HOSTILE = 60_000
+"""Bytes of the service that a connection can cost beside its part of the bodies: 54,000 were measured of a batch of which 16 KiB came, and
+45,000, in worker and router, of 64 channels of its own."""
 WORKER_MAPS = 1_000
 """Memory maps of a process without clients: 350 were counted, and the allocator takes more as it grows."""
 
@@ -52,6 +59,10 @@ class Plan:
     hibernate: bool = True
     loopback: bool = False
     """The clients run on this machine too (a load test): it holds both ends of each connection."""
+    bodies: int = BODIES
+    """Bytes of bodies that a worker may hold (--max-bodies)."""
+    per_address: int = PER_ADDRESS
+    """Connections of an address in a worker (--max-per-address)."""
 
     @property
     def ends(self) -> int:
@@ -179,16 +190,23 @@ def _file_max(plan: Plan, machine: Machine) -> Row:
 
 
 def _memory(plan: Plan, machine: Machine) -> Row:
-    """History and messages under way come on top: they have bounds of their own (--history-bytes, tcp_mem)."""
-    ours, kernel, workers = ASLEEP if plan.hibernate else AWAKE, SOCKET * plan.ends, plan.workers * WORKER
-    wanted = plan.clients * (ours + kernel) + workers
-    why = f"{plan.clients:,} x ({ours:,} bytes + {kernel:,} of the kernel) + {plan.workers} x {WORKER // 1_000_000} MB"
+    """All clients asleep, all bodies that are let in, and one address that means ill and has all its connections. History and messages
+    under way come on top: they have bounds of their own (--history-bytes, tcp_mem)."""
+    ours, kernel = ASLEEP if plan.hibernate else AWAKE, SOCKET * plan.ends
+    hostile = min(plan.clients, plan.workers * plan.per_address)
+    fixed = plan.workers * (WORKER + plan.bodies) + hostile * HOSTILE
+    wanted = plan.clients * (ours + kernel) + fixed
+    why = (
+        f"{plan.clients:,} x ({ours:,} bytes + {kernel:,} of the kernel)"
+        f" + {plan.workers} x ({WORKER // 1_000_000} MB + {plan.bodies // 1_000_000} MB of bodies)"
+        f" + a hostile address: {hostile:,} x {HOSTILE:,} bytes"
+    )
     found = machine.memory_available()
     if found is None:
         return Row("memory available", "unknown", _gib(wanted), "unknown", why)
     if found >= wanted:
         return Row("memory available", _gib(found), _gib(wanted), "ok", why)
-    fitting = max(1, (found - workers) // (ours + kernel) // plan.workers)
+    fitting = max(1, (found - fixed) // (ours + kernel) // plan.workers)
     return Row("memory available", _gib(found), _gib(wanted), "low", why, (f"--max-connections {fitting}", "more memory"))
 
 

@@ -1,11 +1,12 @@
 """What the kernel allows this process. A leaf, Linux only."""
 
+import errno
 import os
 import resource
 from pathlib import Path
 
 RESERVE = 256
-"""File descriptors kept back from clients: listener, epolls, database, logs, and connections that
+"""File descriptors kept back from clients: listeners, epolls, database, logs, and connections that
 are being refused."""
 
 FILL = 85
@@ -13,6 +14,17 @@ FILL = 85
 
 BACKLOG = 4096
 """Connections that wait for an accept. The kernel cuts it to net.core.somaxconn, 4096 by default."""
+
+
+SHORTAGES = frozenset({
+    errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.ENOSPC, errno.EDQUOT,
+})  # fmt: skip
+"""What the kernel answers if it has no process, descriptor, memory or room on the disk left: it may have some again a little later."""
+
+
+def is_shortage(error: BaseException) -> bool:
+    """Return whether an error is a shortage of this machine, and so no bug: its traceback tells nobody anything."""
+    return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in SHORTAGES)
 
 
 def raise_file_limit() -> int:

@@ -62,19 +62,43 @@ def give_back() -> None:
         _malloc_trim(0)
 
 
+class Kept:
+    """A file of /proc that each process opens once, and reads again and again: a process that has no descriptor left can still do so."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._pid = 0
+        self._descriptor = -1
+
+    def read(self) -> bytes:
+        """Return its first 4 KiB, as they are now. Raises OSError."""
+        if self._pid != os.getpid():  # what a forked process has inherited is its parent's file
+            if self._descriptor >= 0:
+                close(self._descriptor)
+                self._descriptor = -1
+            self._descriptor = os.open(self._path, os.O_RDONLY)
+            self._pid = os.getpid()
+        return os.pread(self._descriptor, 4096, 0)
+
+
+_schedstat = Kept("/proc/thread-self/schedstat")
+_statm = Kept("/proc/self/statm")
+
+
 def waited() -> float:
-    """Seconds for which this thread could have run and had no core; 0 where the kernel does not tell."""
+    """Seconds for which this process's main thread, which calls this, could have run and had no core; 0 where the kernel does not tell."""
     try:
-        with open("/proc/thread-self/schedstat", "rb", buffering=0) as file:
-            return int(file.read().split()[1]) / 1e9
+        return int(_schedstat.read().split()[1]) / 1e9
     except OSError:  # it does not count, or a sandbox hides it
         return 0.0
 
 
 def resident() -> int:
-    """Bytes of memory this process has in use, shared pages included."""
-    with open("/proc/self/statm", "rb", buffering=0) as file:
-        return int(file.read().split()[1]) * _PAGE
+    """Bytes of memory this process has in use, shared pages included; 0 where that can't be read."""
+    try:
+        return int(_statm.read().split()[1]) * _PAGE
+    except OSError:
+        return 0
 
 
 def peak() -> int:

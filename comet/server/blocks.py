@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from comet.errors import Refusal
+from comet.hosts import EVERY, Hosts
 from comet.server.http import Head, split_head
 
 MAX_REQUEST = 4096
@@ -49,10 +50,10 @@ def lift(data: bytes, limit: int) -> Lifted:
     return Lifted(data, forwarded, request_id)
 
 
-def judge(method: str, block: bytes, limit: int, stand_ins: Mapping[str, str]) -> Head | None:
+def judge(method: str, block: bytes, limit: int, stand_ins: Mapping[str, str], hosts: Hosts = EVERY) -> Head | None:
     """The head of which `block`, its blank line included, is all but the request line: that is one of our own, since
     what is remembered must not depend on the line it came with. None if it is not plain: refused, or more than one head,
-    an Origin, an expectation, the connection's end, or a line that was to be lifted."""
+    a Host that is none of `hosts`, an Origin, an expectation, the connection's end, or a line that was to be lifted."""
     lines = "".join(f"{name}: {value}\r\n" for name, value in stand_ins.items())
     buffer = bytearray(f"{method} / HTTP/1.1\r\n{lines}".encode() + block)
     try:
@@ -62,6 +63,8 @@ def judge(method: str, block: bytes, limit: int, stand_ins: Mapping[str, str]) -
     if head is None or buffer or head.method != method or head.version != "HTTP/1.1":
         return None
     if not head.keep_alive or head.expects_continue or "origin" in head.headers:
+        return None
+    if not hosts.allow(head.headers["host"]):
         return None
     if any(head.headers[name] != value for name, value in stand_ins.items()):
         return None

@@ -26,14 +26,16 @@ from gevent.pywsgi import WSGIHandler
 from comet import log as logs
 from comet import refusals
 from comet.errors import Refusal
+from comet.hosts import Hosts
 from comet.log import Origin, Roll
 from comet.origins import Origins
 from comet.server.blocks import Lifted
-from comet.server.body import RequestBody
+from comet.server.body import RequestBody, Room
 from comet.server.http import Head, origin_in, split_head
-from comet.server.parking import Sleeper
+from comet.server.parking import REQUEST_SIZE, Sleeper
 from comet.server.posts import Call, Posts
 from comet.server.proxies import Behind, Proxies, Proxy
+from comet.server.share import Share
 from comet.server.short import LongWay, Shortcut
 from comet.server.transport import Host, Transport
 from comet.stats import Stats
@@ -59,14 +61,17 @@ class Owner(Host, Protocol):
     proxies: Proxies | None
     roll: Roll | None
     origins: Origins
+    hosts: Hosts
     hibernate: bool
     draining: bool
     closing: bool
     awake: set["Connection"]
     idle: set["Connection"]
     refusing: int
+    bodies: Room
     application: Any
     subscribe: Callable[[Any], Any]
+    share: Share
 
     def date(self) -> bytes: ...
     def gone(self, network: str) -> None: ...
@@ -98,6 +103,8 @@ class Connection(Transport, WSGIHandler):
         """The request that a short way has read, until it is answered: what to say where it is refused stands in its headers."""
         self.parked: Sleeper | None = None
         """Whose answer is under way, when it is a subscriber's."""
+        self._watched = False
+        """The parking watches the client meanwhile."""
         self.command = self.path = ""
         self._address = self._request_id = ""
         self._web_origin = ""
@@ -126,6 +133,8 @@ class Connection(Transport, WSGIHandler):
 
     def _over(self) -> None:
         self.server.awake.discard(self)
+        if self._body is not None:
+            self._body.hold(0)
         self._body = None  # it holds this connection: another cycle, with the body's buffer
         if self.descriptor >= 0:
             self.close()
@@ -301,19 +310,22 @@ class Connection(Transport, WSGIHandler):
         self.headers_sent = self.response_use_chunked = False
         self.response_length = 0
         settings = self.server.settings
-        self._body = None if head.length == 0 else RequestBody(self, head, settings.body_timeout, settings.max_header)
-        if isinstance(self.network, Proxy):
-            try:
+        self._body = None if head.length == 0 else RequestBody(self, head, settings.body_timeout, settings.max_header, self.server.bodies)
+        try:
+            if isinstance(self.network, Proxy):
                 self._borrow(self.network, head.headers.get("x-forwarded-for", ""), head.headers.get("x-request-id", ""))
-            except Refusal as refusal:
-                self.close_connection = True
-                self.answer_refusal(refusal, head)
-                return
+            self._check_host(head)
+        except Refusal as refusal:
+            self.close_connection = True
+            self.answer_refusal(refusal, head)
+            return
         self.environ = self._environ(head)
         self.application = self.server.application
         self._guard(self._run, None)
         self.environ.clear()  # it holds `park`, which holds this handler, and bottle's headers, which hold it: break the cycles
         self._release()
+        if self._body is not None:
+            self._body.hold(0)
         if self._body_is_left:
             self.close_connection = True
 
@@ -324,6 +336,17 @@ class Connection(Transport, WSGIHandler):
         if _ID.fullmatch(request_id):
             self._request_id = request_id
         self.network = self.server.lend(self._address, proxy)
+
+    def _check_host(self, head: Head) -> None:
+        """Raise Refusal ``host-refused`` if the service is asked for by a name that is none of its own. A short way has asked the same
+        when it learned the headers (`comet.server.blocks`)."""
+        host = head.headers.get("host", "")
+        if not self.server.hosts.allow(host):
+            raise Refusal(
+                "host-refused",
+                f"This service answers to addresses, localhost and the names in --hosts, and {host[:200]} is none of them: ask for one "
+                "of those, or name it there.",
+            )
 
     def origin(self) -> Origin:
         """Whose request is under way, for the log and in answers to what went wrong: ``environ["comet.origin"]``."""
@@ -375,15 +398,23 @@ class Connection(Transport, WSGIHandler):
     def park(self, subscriber: Sleeper) -> Iterable[bytes]:
         """``environ["comet.park"]``: answer with what `subscriber` gets, in place of what is returned here."""
         self.parked = subscriber
+        if not isinstance(self.network, Proxy):
+            self.server.share.note(self.network, subscriber)
         if self.server.roll is not None:
             self.server.roll.came(subscriber, self.origin())
         return []
 
+    def admit(self) -> None:
+        """``environ["comet.admit"]``: raise Refusal ``new-channels`` if whose request this is may come to no more of them."""
+        if not isinstance(self.network, Proxy):
+            self.server.share.check(self.network)
+
     def _release(self) -> None:
         """The answer is over, or goes on without this greenlet: then the socket is gone."""
         if self.parked is not None and self.descriptor >= 0:
-            self.server.parking.take(self.descriptor)
-            if not self.parked.one_shot:
+            self.buffer += self.server.parking.take(self.descriptor)
+            self._watched = False
+            if self.parked.framing.closes:
                 self.close_connection = True  # a stream's connection ends with it: its client may not be reading
             self.parked.close()
         self.parked = None
@@ -399,31 +430,17 @@ class Connection(Transport, WSGIHandler):
             return
         self.response_headers = [pair for pair in self.response_headers if pair[0] != b"Content-Length"]
         self.provided_content_length = None
-        if self.request_version == "HTTP/1.0" or self.close_connection or self._body_is_left:
-            self._attend_plainly()
-        else:
-            self.parked.framing = self.parked.framing.with_headers(self._more_headers())
-            self._attend()
+        framing = self.parked.framing.with_headers(self._more_headers())
+        if self.close_connection or self._body_is_left or self.server.draining:
+            framing = framing.closing()
+        self.parked.framing = framing.unchunked() if self.request_version == "HTTP/1.0" and not self.parked.one_shot else framing
+        self._attend()
 
     def _more_headers(self) -> list[tuple[str, str]]:
         """What the application's answer has beyond the framing's own headers, such as a web origin's."""
         usual = {name for name, _ in self.parked.framing.headers(self.parked.cursor)} if self.parked else set()
         pairs = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in self.response_headers]
         return [pair for pair in pairs if pair[0] not in usual]
-
-    def _attend_plainly(self) -> None:
-        """For a connection that ends with this answer: it never sleeps, and framing is pywsgi's."""
-        parked = self.parked
-        assert parked is not None
-        self.server.parking.watch(self.descriptor, parked)
-        self.result = list(parked) if parked.one_shot else self._stream_plainly(parked)
-        super().process_result()
-
-    def _stream_plainly(self, parked: Sleeper) -> Iterable[bytes]:
-        """What `parked` gets. pywsgi writes the last chunk behind it, unless the stream is to end without one."""
-        yield from parked
-        if self.server.draining and parked.framing.abort:
-            self.response_use_chunked = False
 
     def _attend(self) -> None:
         """Answer with the headers that the application gave, and what its subscriber gets."""
@@ -458,11 +475,13 @@ class Connection(Transport, WSGIHandler):
             self.detach()
             return
         try:
-            parked = self.parked = server.subscribe(wish)
+            self.admit()
+            parked = server.subscribe(wish)
         except Refusal as refusal:
             self.close_connection = True
             self.answer_refusal(refusal, self._plain_head())
             return
+        self.park(parked)
         self.plain = b""  # with --hibernate off this goes on for as long as the client stays
         self.headers_sent = True
         self._go_on(b"" if parked.one_shot else parked.framing.start(parked.cursor, self.server.date()))
@@ -476,37 +495,44 @@ class Connection(Transport, WSGIHandler):
             if parked.one_shot:
                 return
         awake = parked.awake
-        watched = False
         while True:
-            items = parked.take(0)
-            if items == [] and (awake.patience != 0 or not parked.one_shot):
-                if server.hibernate and awake.quiet and not self.buffer:
-                    server.parking.take(self.descriptor)  # where it was watched
-                    server.parking.sleep(self.descriptor, self.network, parked, awake.patience)
+            items = awake.take(parked, 0)
+            if items == [] and parked.framing.closes:
+                self.buffer.clear()  # nobody will read it
+            if items == [] and not (parked.one_shot and (awake.patience == 0 or len(self.buffer) >= REQUEST_SIZE)):
+                if server.hibernate and awake.quiet:
+                    self.buffer += server.parking.take(self.descriptor)  # where it was watched
+                    server.parking.sleep(self.descriptor, self.network, parked, awake.patience, bytes(self.buffer))
                     self.detach()
                     return
-                if not watched:
-                    server.parking.watch(self.descriptor, parked)
-                    watched = True
+                self._watch()
                 while ready := server.parking.wait(self.descriptor, awake):
                     self.send(ready)
                     if not awake.quiet:
                         break
                 if ready:
                     continue
-                items = parked.take(0)
+                items = awake.take(parked, 0)
             if items is None:
                 self.send(parked.framing.end(parked.cursor, server.date(), server.draining))
                 self.close_connection = server.draining
                 return
             date = server.date()
-            if parked.one_shot and server.draining:
-                date += b"Connection: close\r\n"
-                self.close_connection = True
+            if server.draining:
+                parked.framing = parked.framing.closing()
             for data in parked.wires(items, date):
                 self.send(data)
             if parked.one_shot:
                 return
+
+    def _watch(self) -> None:
+        """Have the parking notice what a subscriber's client does while this greenlet waits. Raises OSError."""
+        if self.parked is not None and not self._watched:
+            self.server.parking.watch(self.descriptor, self.parked)
+            self._watched = True
+
+    def stalled(self) -> None:
+        self._watch()
 
     def _environ(self, head: Head) -> dict[str, Any]:
         environ: dict[str, Any] = self.server.get_environ()
@@ -517,6 +543,7 @@ class Connection(Transport, WSGIHandler):
         environ["REMOTE_ADDR"], environ["REMOTE_PORT"] = self.socket.getpeername()[:2]
         if self._address:
             environ["REMOTE_ADDR"] = self._address
+            environ["comet.scheme"] = head.headers.get("x-forwarded-proto", "")
         for name, value in head.headers.items():
             environ["HTTP_" + name.upper().replace("-", "_")] = value
         if (kind := environ.pop("HTTP_CONTENT_TYPE", None)) is not None:
@@ -526,7 +553,9 @@ class Connection(Transport, WSGIHandler):
         environ["wsgi.input"] = io.BufferedReader(self._body) if self._body is not None else _NO_BODY
         if self._body is not None:
             environ["comet.more_time"] = self._body.more_time
+            environ["comet.hold"] = self._body.hold
         environ["wsgi.input_terminated"] = True
+        environ["comet.admit"] = self.admit
         environ["comet.park"] = self.park
         environ["comet.origin"] = self.origin
         return environ

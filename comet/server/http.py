@@ -30,10 +30,11 @@ Content-Length and Transfer-Encoding."""
 MAX_HEADERS = 100
 
 _LINE = re.compile(rb"([!-~]{1,32}) ([!-~]+) HTTP/([0-9])\.([0-9])")
-_BARE = re.compile(rb"\r(?!\n|\Z)|(?<!\r)\n|\x00")
 _FOLD = re.compile(rb"\n[ \t]")
 _HOST = re.compile(rb"[A-Za-z0-9._~%!$&'()*+,;=:\[\]-]*")
 _SIZE = re.compile(rb"[0-9A-Fa-f]+")
+_PLAIN = re.compile(rb"([1-9A-Fa-f][0-9A-Fa-f]{0,7})\r\n")
+_EMPTY = re.compile(rb"(?:\r\n)+")
 _ORIGIN = re.compile(rb"\r\norigin:[ \t]*+([!-~]*+)[ \t]*+\r\n", re.IGNORECASE)  # possessive: blanks by the thousand took seconds
 _ABSOLUTE = re.compile(rb"[hH][tT][tT][pP][sS]?://([^/?#]*)")
 
@@ -60,12 +61,12 @@ def split_head(buffer: bytearray, limit: int) -> Head | None:
     `limit` is the bytes a head may have. Raises Refusal: ``header-too-large``, or whatever is wrong,
     as soon as it can be seen; the bytes stay in the buffer and must not be read as a request.
     """
-    while buffer.startswith(b"\r\n"):  # RFC 9112 section 2.2: ignore empty lines before a request
-        del buffer[:2]
+    if empty := _EMPTY.match(buffer):  # RFC 9112 section 2.2: ignore empty lines before a request
+        del buffer[: empty.end()]
     end = buffer.find(b"\r\n\r\n", 0, limit + 4)
     block = bytes(buffer[: end + 4]) if end >= 0 else bytes(buffer[:limit])
-    bare = _BARE.search(block)
-    if bare:
+    lines = block.count(b"\r\n")  # counted: a pattern takes 1 ms for 16 KiB, and who drips lines has all judged for each
+    if block.count(b"\n") != lines or block.count(b"\r") != lines + block.endswith(b"\r") or b"\0" in block:
         raise Refusal("bad-request", "A header holds a NUL, or a CR or LF alone; end lines with CR LF.")
     if end < 0:
         line_end = block.find(b"\r\n")
@@ -76,6 +77,8 @@ def split_head(buffer: bytearray, limit: int) -> Head | None:
         return None
     if _FOLD.search(block):
         raise Refusal("bad-request", "A header is folded over several lines; put it on one.")
+    if lines > MAX_HEADERS + 2:  # before llhttp would tell of each of some thousand
+        raise Refusal("header-too-large", f"A request has at most {MAX_HEADERS} headers.")
     head = _parse(block)
     del buffer[: end + 4]
     return head
@@ -152,8 +155,6 @@ def _parse(block: bytes) -> Head:
 
 
 def _merge(pairs: list[tuple[bytes, bytes]]) -> dict[str, str]:
-    if len(pairs) > MAX_HEADERS:
-        raise Refusal("header-too-large", f"A request has at most {MAX_HEADERS} headers.")
     headers: dict[str, str] = {}
     for raw_name, raw_value in pairs:
         name, value = raw_name.decode("latin-1"), raw_value.strip(b" \t").decode("latin-1")
@@ -189,6 +190,11 @@ def _body(headers: dict[str, str], version: str) -> tuple[int | None, bool]:
     return None, expects
 
 
+PIECES = 64
+"""Chunks, or lines of chunks with extensions, that are read before others have a turn: a tenth of a millisecond, or two. A read of the
+socket may have 2,700 chunks of a byte: twenty clients who sent such took 150 ms of each turn of the loop."""
+
+
 class ChunkedBody:
     """Takes a chunked body off a buffer, piece by piece, to its very end and no further.
 
@@ -202,12 +208,16 @@ class ChunkedBody:
         self._data: list[bytes] = []
         self._left = 0  # of the present chunk's data, which is fed at once, newlines or not
         self._line = b""
+        self._between = True  # a chunk begins
         self._parser: httptools.HttpRequestParser | None = httptools.HttpRequestParser(self)
         self._parser.feed_data(b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
 
     def on_chunk_header(self) -> None:
         found = _SIZE.match(self._line)
         self._left = int(found[0], 16) if found else 0
+
+    def on_chunk_complete(self) -> None:
+        self._between = True
 
     def on_body(self, data: bytes) -> None:
         self._data.append(data)
@@ -216,13 +226,21 @@ class ChunkedBody:
         self.done = True
 
     def feed(self, buffer: bytearray) -> bytes:
-        """Consume what `buffer` has of the body and answer the data in it."""
+        """Consume up to `PIECES` of what `buffer` has of the body and answer the data in them. Whatever stays there is to be fed again,
+        unless the body is done."""
         taken = 0
-        while buffer and self._parser is not None and not self.done:
+        pieces = PIECES
+        while buffer and pieces > 0 and self._parser is not None and not self.done:
+            pieces -= 1
             if self._left:
                 line = bytes(buffer[: self._left])
                 self._left -= len(line)
+            elif self._between and (run := self._run(buffer, pieces + 1))[1]:
+                line, chunks = run
+                pieces -= chunks - 1
+                self._line = b""
             else:
+                self._between = False
                 line = bytes(buffer[: buffer.find(b"\n") + 1] or buffer)
                 self._line = line if self._line.endswith(b"\n") else self._line + line
             del buffer[: len(line)]
@@ -239,3 +257,16 @@ class ChunkedBody:
         if self.done:
             self._parser = None  # it holds its events: break the cycle
         return data
+
+    @staticmethod
+    def _run(buffer: bytearray, most: int) -> tuple[bytes, int]:
+        """Return what stands at the front of `buffer` as whole plain chunks with data, and how many they are, at most `most`. None of
+        them ends the body, so the parser may have them all at once."""
+        end = chunks = 0
+        while chunks < most and (found := _PLAIN.match(buffer, end)):
+            after = found.end() + int(found[1], 16)
+            if buffer[after : after + 2] != b"\r\n":
+                break
+            end = after + 2
+            chunks += 1
+        return bytes(buffer[:end]), chunks

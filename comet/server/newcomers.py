@@ -93,6 +93,8 @@ class Newcomers:
     def _attend(self, descriptor: int, network: str, wish: Any, data: bytes) -> bool:
         """Answer without a greenlet, now or when the channel has been joined; False: nothing was done. `data` is the request."""
         if not self.attend_asleep(descriptor, network, wish):
+            if self._server.share.full(network):
+                return False  # which the greenlet's way puts into words
             self._joining[descriptor] = network
             done, failed = partial(self._joined, descriptor, wish.patience), partial(self._refused, descriptor, data)
             try:
@@ -110,7 +112,9 @@ class Newcomers:
         network = self._joining.pop(descriptor, None)
         if network is None:  # it was cut
             subscriber.close("shutdown")
-        elif subscriber.host is self._server.parking:
+            return
+        self._server.share.note(network, subscriber)
+        if subscriber.host is self._server.parking:
             self._begin(descriptor, network, subscriber, patience)
         else:  # there is something to be sent, which may have to wait
             try:

@@ -7,7 +7,8 @@ event loop watches the epoll. What can happen to a sleeper:
 
 - *a message* (`deliver`): its bytes go straight to the socket. What the socket does not take wakes it.
 - *input*: an idle connection has a request. `Server.again` may answer it here (a poll that only waits
-  again); otherwise it wakes in a greenlet. A stream's input waits until the stream is over.
+  again); otherwise it wakes in a greenlet. Who waits is heard (`_hear`): what comes behind a poll is kept for when the poll
+  is over, what comes behind a stream is dropped, so that the kernel keeps neither.
 - *a hang-up*: everything it had is freed.
 - *a deadline* (`_walk`): a poll is answered empty, a stream gets a heartbeat, an idle one is closed; the peer of one
   that has no heartbeats (`/test`) is asked by the kernel for a sign of life.
@@ -44,7 +45,12 @@ _GONE = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
 _READ = 1
 _BATCH = 512
 REQUEST_SIZE = 4096
-"""Bytes read of a request to an idle connection: larger ones are read on in a greenlet."""
+"""Bytes read of a request to an idle connection: larger ones are read on in a greenlet. A poll with so much behind it is over: it
+is answered, and what is behind it read on."""
+
+CHATTER = 65536
+"""Bytes that a client may send behind a request whose answer is the last of its connection. No client has anything to say there: so
+much is what a connection may send that is about to be closed, too (`comet.server.transport`)."""
 
 BLOCK = 1024
 """Descriptors that share a bound on their deadlines, and are walked together."""
@@ -108,9 +114,9 @@ class Floor(Protocol):
     def again(self, descriptor: int, network: str, data: bytes) -> bool:
         """An idle connection of `network` sent this: answer it without a greenlet, or say False."""
 
-    def resume(self, descriptor: int, network: str, subscriber: Sleeper | None, data: bytes | memoryview) -> None:
-        """Wake a connection in a greenlet: `data` is what it sent (idle), or what it still has to be sent
-        (`subscriber`)."""
+    def resume(self, descriptor: int, network: str, said: bytes, subscriber: Sleeper | None = None, rest: bytes | memoryview = b"") -> None:
+        """Wake a connection in a greenlet: `said` is what it sent and nobody has used; `rest` what `subscriber`, if it is one's, still
+        has to be sent."""
 
     def gone(self, network: str) -> None:
         """A connection from `network` was closed here."""
@@ -146,7 +152,10 @@ class Parking:
         self._buried: list[int] = []
         self._now = _milliseconds()
         """As of the last look, walk or events: for heartbeats, where asking the time at each delivery would cost more."""
-        self._early: set[int] = set()
+        self._early: dict[int, bytes] = {}
+        """Descriptors of polls -> what came behind the poll: the beginning of the next request."""
+        self._chatter: dict[int, int] = {}
+        """Descriptors of those whose answer is the last of their connection -> bytes that came behind the request, and were dropped."""
         self._draining = False
         self._epoll = epoll()
         self._hub = get_hub()
@@ -182,9 +191,12 @@ class Parking:
         awake.ready = None
         return ready
 
-    def sleep(self, descriptor: int, network: str, subscriber: Sleeper, patience: float | None) -> None:
-        """A subscriber with nothing waiting sleeps here from now on; it owns the descriptor."""
+    def sleep(self, descriptor: int, network: str, subscriber: Sleeper, patience: float | None, said: bytes = b"") -> None:
+        """A subscriber with nothing waiting sleeps here from now on; it owns the descriptor. `said` is what came behind its request,
+        less than `REQUEST_SIZE`."""
         self._put(descriptor, subscriber, network)
+        if said:
+            self._early[descriptor] = said
         subscriber.sleep(self, descriptor)
         self._wait_for(descriptor, subscriber, patience)
 
@@ -254,18 +266,21 @@ class Parking:
         phase = self._phases[descriptor // BLOCK]
         return (_milliseconds() + int(seconds * 1000) - phase) // GRAIN * GRAIN + phase
 
-    def take(self, descriptor: int) -> str:
-        """Nobody sleeps or is watched there any more; the caller owns the descriptor. Its network."""
-        if descriptor < len(self._owners) and self._owners[descriptor] is not None:
-            self._owners[descriptor] = None
-            self._deadlines[descriptor] = NEVER
-            self._early.discard(descriptor)
-            self._epoll.unregister(descriptor)
-        return self._networks[descriptor] if descriptor < len(self._networks) else ""
+    def take(self, descriptor: int) -> bytes:
+        """Nobody sleeps or is watched there any more; the caller owns the descriptor. What came behind its request, if that was a
+        poll, and belongs to the next."""
+        if descriptor >= len(self._owners) or self._owners[descriptor] is None:
+            return b""
+        self._owners[descriptor] = None
+        self._deadlines[descriptor] = NEVER
+        self._epoll.unregister(descriptor)
+        self._chatter.pop(descriptor, None)
+        return self._early.pop(descriptor, b"")
 
     def _close(self, descriptor: int, reason: str) -> None:
         owner = self._owners[descriptor]
-        network = self.take(descriptor)
+        network = self._networks[descriptor]
+        self.take(descriptor)
         self._bury(descriptor)
         self._floor.gone(network)
         if owner is not None and not isinstance(owner, _Idle):
@@ -314,7 +329,7 @@ class Parking:
         if subscriber.places is None:
             epoch, offset = subscriber.epoch, subscriber.offset
         else:
-            epoch, offset = subscriber.places.positions[batch.messages[0].channel]
+            epoch, offset = subscriber.places.at(batch.channel)
         if epoch == batch.epoch and batch.before <= offset:
             items = batch.messages[offset - batch.before :]
             if items:
@@ -348,6 +363,9 @@ class Parking:
     def _answered(self, subscriber: Sleeper) -> None:
         """A poll has its answer."""
         descriptor = subscriber.descriptor
+        if subscriber.framing.closes:
+            self._close(descriptor, "answered")
+            return
         self._rest(descriptor)
         subscriber.close()
 
@@ -358,7 +376,6 @@ class Parking:
         if self._proxied:
             self._networks[descriptor] = self._floor.rested(self._networks[descriptor])
         if descriptor in self._early:  # its edge was told already and will not be told again
-            self._early.discard(descriptor)
             self._loop.run_callback(self._look, descriptor)
 
     def _look(self, descriptor: int) -> None:
@@ -376,9 +393,10 @@ class Parking:
             patience = max(0.0, (self._deadlines[descriptor] - _milliseconds()) / 1000)
         elif subscriber.framing.heartbeat:
             patience = self._heartbeat / 1000
-        network = self.take(descriptor)
+        network = self._networks[descriptor]
+        said = self.take(descriptor)
         subscriber.wake(patience)
-        self._floor.resume(descriptor, network, subscriber, rest)
+        self._floor.resume(descriptor, network, said, subscriber, rest)
 
     def end(self, subscriber: Sleeper, reason: str) -> None:
         """Finish a sleeper's answer."""
@@ -393,7 +411,7 @@ class Parking:
         except OSError:
             self._close(descriptor, reason)
             return
-        if complete and subscriber.one_shot and not self._draining:
+        if complete and not subscriber.framing.closes and not self._draining:
             self._rest(descriptor)
             subscriber.close(reason)
         else:
@@ -412,9 +430,9 @@ class Parking:
                 if isinstance(owner, _Idle):
                     self._request(descriptor, event)
                 elif event & _GONE:
-                    self._hang_up(descriptor, owner)
+                    self._end(descriptor, "hang-up", owner)
                 else:
-                    self._early.add(descriptor)
+                    self._hear(descriptor, owner)
             except Exception:  # an edge is told once: one failure must not lose the others of the batch
                 log.exception("an event of a sleeping connection failed")
                 self._give_up(descriptor, owner)
@@ -427,25 +445,55 @@ class Parking:
             else:
                 owner.end("lost")
 
-    def _hang_up(self, descriptor: int, subscriber: Sleeper) -> None:
+    def _end(self, descriptor: int, reason: str, subscriber: Sleeper) -> None:
+        """End who waits, asleep or awake, because of what its client did."""
         if subscriber.host is self:
-            self._close(descriptor, "hang-up")
+            self._close(descriptor, reason)
         else:
-            subscriber.end("hang-up")
+            subscriber.end(reason)
 
-    def _request(self, descriptor: int, event: int) -> None:
-        """An idle connection sent something, or ended."""
+    def _hear(self, descriptor: int, subscriber: Sleeper) -> None:
+        """Take what the client of one who waits has sent. Left to the kernel it would cost twice as much and more: a packet of a byte
+        takes as much memory as a large one."""
+        last = subscriber.framing.closes
+        early = self._early.get(descriptor, b"")
+        if len(early) >= REQUEST_SIZE:
+            self._due(descriptor, subscriber)
+            return  # the rest is read with the next request
         try:
-            data = os_read(descriptor, REQUEST_SIZE)
+            data = os_read(descriptor, CHATTER if last else REQUEST_SIZE)
         except BlockingIOError:
             return
         except OSError:
             data = b""
         if not data:
+            self._end(descriptor, "hang-up", subscriber)
+        elif last:
+            sent = self._chatter[descriptor] = self._chatter.get(descriptor, 0) + len(data)
+            if sent >= CHATTER:
+                self._end(descriptor, "chatty", subscriber)
+        else:
+            self._early[descriptor] = early + data
+            if len(early) + len(data) >= REQUEST_SIZE:
+                self._due(descriptor, subscriber)
+
+    def _request(self, descriptor: int, event: int) -> None:
+        """An idle connection sent something, or ended."""
+        early = self._early.pop(descriptor, b"")
+        try:
+            data = early + os_read(descriptor, REQUEST_SIZE)
+        except BlockingIOError:
+            if not early:
+                return
+            data = early
+        except OSError:
+            data = b""
+        if not data:
             self._close(descriptor, "hang-up")
-        elif event & _GONE or not self._floor.again(descriptor, self._networks[descriptor], data):
-            network = self.take(descriptor)
-            self._floor.resume(descriptor, network, None, data)
+        elif event & _GONE or len(data) >= REQUEST_SIZE or not self._floor.again(descriptor, self._networks[descriptor], data):
+            network = self._networks[descriptor]
+            self.take(descriptor)
+            self._floor.resume(descriptor, network, data)
 
     def _look_for_due(self) -> None:
         now = self._now = _milliseconds()

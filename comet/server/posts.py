@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
 
+from comet.hosts import EVERY, Hosts
 from comet.server.blocks import MAX_REQUEST, judge
 
 MAX_BLOCKS = 1000
@@ -37,17 +38,19 @@ class _Block(NamedTuple):
 
 class Posts:
     """`calls` makes a `Call` of path, Authorization and body, None where it can't; that has no effect yet. `stand_ins` are
-    headers that were taken off before (`comet.server.blocks`)."""
+    headers that were taken off before (`comet.server.blocks`); `hosts` are the names for which requests may ask."""
 
     def __init__(
         self,
         calls: Callable[[str, str, bytes], Call | None],
         limit: int = MAX_REQUEST,
         stand_ins: Mapping[str, str] = MappingProxyType({}),
+        hosts: Hosts = EVERY,
     ) -> None:
         self._make = calls
         self._limit = min(limit, MAX_REQUEST)
         self._stand_ins = stand_ins
+        self._hosts = hosts
         self._blocks: dict[bytes, _Block] = {}
 
     def read(self, data: bytes) -> Call | None:
@@ -71,7 +74,7 @@ class Posts:
 
     def _learn(self, block: bytes) -> _Block | None:
         """Have a block parsed for the first time; None if it is not plain."""
-        head = judge("POST", block + b"\r\n\r\n", self._limit, self._stand_ins)
+        head = judge("POST", block + b"\r\n\r\n", self._limit, self._stand_ins, self._hosts)
         if head is None or head.length is None or not _NOT_PLAIN.isdisjoint(head.headers):
             return None
         if len(self._blocks) >= MAX_BLOCKS:

@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 from comet.errors import Refusal
+from comet.hosts import EVERY, Hosts
 from comet.server.blocks import MAX_REQUEST, judge
 
 MAX_BLOCKS = 1000
@@ -20,22 +21,28 @@ MAX_BLOCKS = 1000
 MAX_WISHES = 2000
 """Whole requests remembered."""
 
+MAX_PARAMETERS = 20
+"""Query parameters of a request that goes the short way: an EventSource or a poll has one or two."""
+
 _LINE = re.compile(rb"GET (/[A-Za-z0-9_.:@,/-]*)(?:\?([A-Za-z0-9_.:@,&=-]*))? HTTP/1\.1")
 
 
 class Shortcut:
     """`wishes` makes a wish of path, query and Last-Event-ID, None where it can't, or raises Refusal; the
-    same must always give the same. `stand_ins` are headers that were taken off before (`comet.server.blocks`)."""
+    same must always give the same. `stand_ins` are headers that were taken off before (`comet.server.blocks`); `hosts` are
+    the names for which requests may ask."""
 
     def __init__(
         self,
         wishes: Callable[[str, Mapping[str, str], str | None], Any],
         limit: int = MAX_REQUEST,
         stand_ins: Mapping[str, str] = MappingProxyType({}),
+        hosts: Hosts = EVERY,
     ) -> None:
         self._make = wishes
         self._limit = min(limit, MAX_REQUEST)
         self._stand_ins = stand_ins
+        self._hosts = hosts
         self._blocks: dict[bytes, str | None] = {}
         self._wishes: dict[bytes, Any] = {}
 
@@ -67,12 +74,14 @@ class Shortcut:
         if found is None:
             return None
         query = found[2]
+        if query and query.count(b"&") >= MAX_PARAMETERS:
+            return None
         pairs = {} if not query else dict(pair.partition("=")[::2] for pair in query.decode().split("&") if pair)
         return found[1].decode(), pairs, self._blocks[block]
 
     def _learn(self, block: bytes) -> bool:
         """Have a block parsed for the first time; whether it is plain."""
-        head = judge("GET", block, self._limit, self._stand_ins)
+        head = judge("GET", block, self._limit, self._stand_ins, self._hosts)
         if head is None or head.length != 0:
             return False
         if len(self._blocks) >= MAX_BLOCKS:

@@ -76,6 +76,7 @@ class Transport:
             except BlockingIOError:
                 sent = 0
             if sent < len(data):
+                self.stalled()
                 self.socket.settimeout(self.server.settings.send_timeout)
                 view = memoryview(data)[sent:]
                 while view := view[self.socket.send(view) :]:
@@ -86,6 +87,9 @@ class Transport:
         except OSError:
             self.abandon("lost")
             raise
+
+    def stalled(self) -> None:
+        """What is being sent has to wait for the client."""
 
     def progress(self) -> None:
         """The client has taken some of what is being sent, and more waits: let the kernel hold more for it. Of a small buffer

@@ -10,7 +10,6 @@ import logging
 import os
 import socket
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from itertools import count
 from typing import Any
@@ -20,15 +19,19 @@ from gevent.event import Event
 from gevent.pywsgi import WSGIServer, format_date_time
 
 from comet.errors import Refusal
+from comet.hosts import Hosts
 from comet.log import Roll
 from comet.origins import Origins
+from comet.server.addresses import Addresses
 from comet.server.blocks import MAX_REQUEST, STAND_INS, Lifted, lift
+from comet.server.body import Room
 from comet.server.connection import Connection
 from comet.server.crew import Crew
 from comet.server.newcomers import Newcomers, Subscribers
 from comet.server.parking import Parking, Sleeper, os_close
 from comet.server.posts import Call, Posts
 from comet.server.proxies import Behind, Proxies, Proxy, network_of
+from comet.server.share import Share
 from comet.server.short import LongWay, Shortcut
 from comet.settings import Settings, networks
 from comet.stats import Stats
@@ -55,7 +58,8 @@ class CometServer(WSGIServer):
 
     `wishes` is the application's short way for a GET that waits (see `Shortcut`), and `hub` answers a
     wish with a subscriber. `capacity` is how many connections the server holds at most; the rest are
-    told so and closed. `roll` keeps who waits, with ``--log-clients``.
+    told so and closed. `addresses` counts them by address; without it this server counts alone. `roll` keeps who waits, with
+    ``--log-clients``.
     """
 
     max_accept = 1
@@ -71,9 +75,12 @@ class CometServer(WSGIServer):
         settings: Settings,
         stats: Stats,
         capacity: int,
+        addresses: Addresses | None = None,
         roll: Roll | None = None,
     ) -> None:
         super().__init__(listener, application, log=None, error_log=log)
+        self._standing_in: dict[int, Any] = {}
+        """Descriptors of the listeners of others that are accepted from, and what watches them."""
         self.settings = settings
         self.stats = stats
         self.capacity = capacity
@@ -84,6 +91,7 @@ class CometServer(WSGIServer):
         """Who waits for a request is closed."""
         self.roll = roll
         self.origins = Origins(settings.origins)
+        self.hosts = Hosts(settings.hosts, settings.host, keyed=bool(settings.publish_key))
         self.proxies = Proxies(networks(settings.trusted_proxies)) if settings.trusted_proxies else None
         self.parking = Parking(self, settings.idle_timeout, settings.heartbeat, self.date, self.proxies is not None)
         self.awake: set[Connection] = set()
@@ -92,14 +100,16 @@ class CometServer(WSGIServer):
         """Those of them that wait for a request to begin."""
         # these read of a request only what is asked for: not what it is called, which the roll keeps, nor whose it is
         stand_ins = STAND_INS if self.proxies is not None else {}
-        self.shortcut = Shortcut(wishes, settings.max_header, stand_ins) if roll is None else LongWay()
-        self.posts = Posts(calls, settings.max_header, stand_ins) if roll is None else LongWay()
+        self.shortcut = Shortcut(wishes, settings.max_header, stand_ins, self.hosts) if roll is None else LongWay()
+        self.posts = Posts(calls, settings.max_header, stand_ins, self.hosts) if roll is None else LongWay()
+        self.share = Share(settings.max_new_channels, settings.linger)
         self.subscribe = hub.subscribe
         self._subscribe_asleep = hub.subscribe_asleep
         self._crew = Crew()
         self._newcomers = Newcomers(self, hub, self._crew)
         self.attend_asleep = self._newcomers.attend_asleep
-        self._networks: Counter[str] = Counter()
+        self.addresses = addresses or Addresses(settings.max_per_address)
+        self.bodies = Room(settings.max_bodies)
         self.refusing = 0
         """Connections that are being turned away."""
         self._empty = Event()
@@ -122,19 +132,32 @@ class CometServer(WSGIServer):
     # -- admission
 
     def do_read(self) -> tuple[list[tuple[int, str]]] | None:
-        """Accept, for pywsgi's loop: bare descriptors, since most connections need no more, and their hosts."""
-        accepted: list[tuple[int, str]] = []
-        try:
-            while len(accepted) < MOST_ACCEPTED:
-                descriptor, address = self.socket._accept()
-                os.set_blocking(descriptor, False)
-                accepted.append((descriptor, address[0]))
-        except BlockingIOError:
-            pass
-        except OSError:
-            if not accepted:  # else it will be met again
-                raise
+        """Accept, for pywsgi's loop."""
+        accepted = _accept(self.socket)
         return (accepted,) if accepted else None
+
+    def stand_in(self, listeners: Iterable[socket.socket]) -> None:
+        """Accept from these listeners too, whose workers do not serve, and no longer from those that were named before."""
+        wanted = {listener.fileno(): listener for listener in listeners}
+        for descriptor in self._standing_in.keys() - wanted.keys():
+            self._stop_standing_in(descriptor)
+        for descriptor in wanted.keys() - self._standing_in.keys():
+            watcher = self._standing_in[descriptor] = self.loop.io(descriptor, 1)
+            watcher.start(self._accept_instead, wanted[descriptor])
+
+    def _accept_instead(self, listener: socket.socket) -> None:
+        try:
+            accepted = _accept(listener)
+        except OSError as error:  # no descriptor is left, say; `stand_in` is called each second
+            log.warning("can't accept in the place of a worker that is missing: %s", error)
+            self._stop_standing_in(listener.fileno())
+        else:
+            self.do_handle(accepted)
+
+    def _stop_standing_in(self, descriptor: int) -> None:
+        watcher = self._standing_in.pop(descriptor)
+        watcher.stop()
+        watcher.close()
 
     def do_handle(self, accepted: list[tuple[int, str]]) -> None:
         """Serve new connections, each at once up to where it first waits: behind the requests of all who are in already they
@@ -146,9 +169,8 @@ class CometServer(WSGIServer):
     def _admit(self, descriptor: int, host: str) -> None:
         """Serve a new connection, or say why not."""
         network = (None if self.proxies is None else self.proxies.proxy(host)) or network_of(host)
-        refusal = self._refusal(network)
+        refusal = self._count(network)
         if refusal is None:
-            self._count(network, 1)
             self.stats.accepted += 1
             self.stats.connections += 1
             self._newcomers.serve(descriptor, network)
@@ -168,51 +190,47 @@ class CometServer(WSGIServer):
         Raises Refusal ``address-full``."""
         network = Behind(network_of(client))
         network.proxy = proxy
-        refusal = self._address_full(network)
+        refusal = self._count_address(network)
         if refusal is not None:
             raise refusal
-        self._count(network, 1)
         return network
 
     def rested(self, network: str) -> str:
         """An answer is over: the network that its connection is of between two requests."""
         if not isinstance(network, Behind):
             return network
-        self._count(network, -1)
+        self.addresses.remove(network)
         return network.proxy
 
     def new_id(self) -> str:
         """Of a request that was given none."""
         return next(self._ids)
 
-    def _refusal(self, network: str) -> Refusal | None:
+    def _count(self, network: str) -> Refusal | None:
+        """Count a new connection by its address, or return why it is not let in."""
         if self.draining:
             return Refusal("draining", "This server is stopping; connect again, to another one or a little later.")
         if self.stats.connections >= self.capacity:
             return Refusal(
                 "worker-full", f"This process holds its {self.capacity} connections; try again later, or start more (--max-connections)."
             )
-        return None if isinstance(network, Proxy) else self._address_full(network)
+        return None if isinstance(network, Proxy) else self._count_address(network)
 
-    def _address_full(self, network: str) -> Refusal | None:
+    def _count_address(self, network: str) -> Refusal | None:
+        if self.addresses.add(network):
+            return None
         most = self.settings.max_per_address
-        if self._networks[network] >= most:
-            return Refusal("address-full", f"{network} has {most} connections open; close some (--max-per-address is the limit).")
-        return None
+        return Refusal("address-full", f"{network} has {most} connections open; close some (--max-per-address is the limit).")
 
     def gone(self, network: str) -> None:
         """A connection that was let in has been closed."""
-        self._count(self.rested(network), -1)
+        if isinstance(network, Behind):
+            self.rested(network)
+        elif not isinstance(network, Proxy):
+            self.addresses.remove(network)
         self.stats.connections -= 1
         if not self.stats.connections:
             self._empty.set()
-
-    def _count(self, network: str, change: int) -> None:
-        if isinstance(network, Proxy):
-            return
-        self._networks[network] += change
-        if not self._networks[network]:
-            del self._networks[network]
 
     # -- between sleep and greenlet
 
@@ -237,15 +255,12 @@ class CometServer(WSGIServer):
         self.parking.again(descriptor, network, subscriber, wish.patience)
         return True
 
-    def resume(self, descriptor: int, network: str, subscriber: Sleeper | None, data: bytes | memoryview) -> None:
+    def resume(self, descriptor: int, network: str, said: bytes, subscriber: Sleeper | None = None, rest: bytes | memoryview = b"") -> None:
         """See `Floor`."""
         connection = Connection(descriptor, self, network)
-        if subscriber is None:
-            connection.buffer += data
-            self._crew.run(connection.handle, b"")
-        else:
-            connection.parked = subscriber
-            self._crew.run(connection.handle, data)
+        connection.buffer += said
+        connection.parked = subscriber
+        self._crew.run(connection.handle, rest)
 
     # -- stopping
 
@@ -284,3 +299,19 @@ class CometServer(WSGIServer):
         self._empty.wait(1.0)
         self.parking.close()
         return late
+
+
+def _accept(listener: socket.socket) -> list[tuple[int, str]]:
+    """Return connections that wait: bare descriptors, since most need no more, and their hosts. Raises OSError."""
+    accepted: list[tuple[int, str]] = []
+    try:
+        while len(accepted) < MOST_ACCEPTED:
+            descriptor, address = listener._accept()  # type: ignore[attr-defined]
+            os.set_blocking(descriptor, False)
+            accepted.append((descriptor, address[0]))
+    except BlockingIOError:
+        pass
+    except OSError:
+        if not accepted:  # else it will be met again
+            raise
+    return accepted

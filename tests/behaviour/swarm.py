@@ -291,7 +291,7 @@ class Client(Peer):
 class Poller(Client):
     def request(self) -> bytes:
         self.asking = True
-        query = f"since={self.cursor}&timeout=25" if self.epoch else "timeout=0"
+        query = f"since={self.cursor}&timeout=25" if self.epoch else "timeout=0.01"  # one that does not wait would make no channel
         return f"GET /poll/{self.channel}?{query} HTTP/1.1\r\nHost: test\r\n\r\n".encode()
 
     def read(self) -> None:

@@ -55,8 +55,8 @@ MANY_BYTES = LOAD._replace(size=10_000)
 HOSTILE = 20 if FULL else 2
 """Clients of each kind of `tests.behaviour.hostile`."""
 
-LEAST_P99 = 0.02
-"""Seconds. Below, the p99 of a direct message is the machine's own: what else runs on two cores."""
+LEAST_P99 = 0.02 if FULL else 0.2
+"""Seconds. Below, the p99 of a direct message is the machine's own: what else runs on two cores, other tests in CI."""
 
 FULL_QUEUE = MAX_WAITING if FULL else 1 << 20
 """Bytes that the router lets wait for a worker; in CI the code is changed, so that less load will do."""
@@ -329,7 +329,7 @@ def test_hostile_clients_cost_the_others_little(begin: Begin, seed: int) -> None
     )
     try:
         assert hostile.stdout.readline() == b"begun\n"
-        during = direct(chaos.service, chaos.left())
+        during = direct(chaos.service, max(chaos.left(), LOAD.seconds / 2))
     finally:
         hostile.kill()
         hostile.wait()

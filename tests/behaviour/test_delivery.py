@@ -139,7 +139,7 @@ class Reader:
         self._text = b""
         if self.kind == "poll":
             if self.cursor is None:
-                self.take(0)
+                self.take(0.001)  # who does not wait would stand in no log where there is none yet
             return
         headers = {} if self.cursor is None else {"Last-Event-ID": self.cursor}
         self.client.ask("GET", f"/{self.kind}/{','.join(self.channels)}", headers=headers)

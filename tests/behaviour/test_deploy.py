@@ -81,6 +81,12 @@ def test_nginx_and_the_service_agree() -> None:
     assert int(send) > Settings().send_timeout
     (body,) = re.findall(r"client_max_body_size (\d+)m", text)
     assert int(body) << 20 == Settings().max_batch
+    headers, bodies = (set(re.findall(rf"client_{part}_timeout (\d+)s", text)) for part in ("header", "body"))
+    assert headers == {f"{Settings().header_timeout:.0f}"}
+    assert all(int(body) <= Settings().body_timeout for body in bodies) and bodies
+    (most_open,) = re.findall(r"limit_conn comet_open (\d+);", text)
+    assert int(most_open) <= Settings().max_per_address, "comet would have the last word, without a reason given here"
+    assert re.findall(r"location = (\S+) \{[^}]*client_max_body_size 0;", text) == ["/follows"] and text.count("body_size 0;") == 1
     (socket,) = re.findall(r"^ListenStream=(.+)$", (DEPLOY / "comet.socket").read_text(), re.MULTILINE)
     assert f"server {socket} " in text
 
@@ -89,7 +95,9 @@ def test_nginx_is_a_site_beside_others() -> None:
     """Its file is included in the block `http` of an nginx that may serve other sites."""
     text = re.sub(r"#.*", "", (DEPLOY / "nginx.conf").read_text())
     outermost = set(re.findall(r"^(\w+)", text, re.MULTILINE))
-    assert outermost <= {"map", "server", "split_clients", "upstream"}, outermost
+    assert outermost <= {"map", "server", "split_clients", "upstream", "limit_conn_zone", "limit_req_zone"}, outermost
+    names = re.findall(r"^(?:upstream|map .+|split_clients .+) \$?(\w+) \{$|^limit_.* zone=(\w+):", text, re.MULTILINE)
+    assert len(names) == 8 and all("".join(name).startswith("comet") for name in names), "another site may have the same"
     assert "default_server" not in text
     assert "/etc/nginx/nginx.conf" not in " ".join(lines_of(DEPLOY / "README.md")), "that file is not ours to write"
 
@@ -100,6 +108,39 @@ def test_the_unit_gives_the_service_the_time_it_takes() -> None:
     assert int(unit["TimeoutStartSec"]) > 2 * settings.hang_limit
     assert int(unit["TimeoutStopSec"]) > settings.grace + 4 * 3
     assert int(unit["WatchdogSec"]) > 5
+
+
+def memory_of(folder: Path, kilobytes: int) -> dict[str, int]:
+    """What install.sh gives the service of a machine with so much memory, in MiB."""
+    script = (DEPLOY / "install.sh").read_text()
+    functions = [re.search(rf"^{name}\(\) \{{.*?\}}$", script, re.MULTILINE | re.DOTALL) for name in ("say", "memory_file")]
+    (folder / "meminfo").write_text(f"MemTotal:       {kilobytes} kB\nMemFree:        1 kB\n")
+    lines = ["set -eu", *(one[0] for one in functions if one), f"memory_file {folder}/meminfo"]
+    text = subprocess.run(["sh", "-c", "\n".join(lines)], capture_output=True, text=True, check=True).stdout
+    assert "[Service]\n" in text
+    return {name: int(value) for name, value in re.findall(r"^(\w+)=(\d+)M$", text, re.MULTILINE)}
+
+
+@pytest.mark.parametrize("mebibytes", [480, 985, 2000, 3900, 24105, 257_000])
+def test_the_service_leaves_memory_to_the_rest_of_the_machine(tmp_path: Path, mebibytes: int) -> None:
+    found = memory_of(tmp_path, mebibytes << 10)
+    assert set(found) == {"MemoryHigh", "MemoryMax"}
+    assert found["MemoryHigh"] < found["MemoryMax"] <= max(256, min(mebibytes - 256, mebibytes * 7 // 8))
+    assert found["MemoryHigh"] >= 240, "supervisor, router, and two generations of a worker"
+    steps = {memory_of(tmp_path, (mebibytes << 10) + more)["MemoryMax"] for more in (0, 200)}
+    assert len(steps) == 1, "the kernel takes a little more or less at each boot"
+
+
+def test_a_machine_for_a_million_clients_gives_the_service_what_they_take(tmp_path: Path) -> None:
+    (row,) = [row for row in check.rows(MILLION, Machine(lambda path: "MemAvailable: 24000000 kB\n")) if row.name == "memory available"]
+    gigabytes = float(row.wanted.split()[0])
+    buffers = int(settings_of(DEPLOY / "90-comet.conf")["net.ipv4.tcp_mem"].split()[2]) * 4096
+    assert (gigabytes * 1.024**3 * 1e9 + buffers) / (1 << 20) < memory_of(tmp_path, 24_684_000)["MemoryHigh"]
+
+
+def test_the_kernel_may_kill_the_service_before_its_neighbours() -> None:
+    (score,) = re.findall(r"^OOMScoreAdjust=(-?\d+)$", (DEPLOY / "comet.service").read_text(), re.MULTILINE)
+    assert int(score) >= 0
 
 
 def test_the_settings_file_names_settings() -> None:

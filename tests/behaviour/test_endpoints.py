@@ -213,7 +213,15 @@ def test_poll_with_timeout_zero_gives_a_cursor_at_once(server: Server) -> None:
     answer = poll(server, "poll-zero", "timeout=0")
     assert ID.fullmatch(answer["cursor"])
     assert (answer["gap"], answer["messages"]) == (False, [])
-    assert poll(server, "poll-zero", "timeout=0")["cursor"] == answer["cursor"]
+    assert server.request("GET", "/channels/poll-zero").status == 404, "nothing was made of it"
+    again = poll(server, "poll-zero", f"timeout=0&since={answer['cursor']}")
+    assert (again["gap"], again["messages"]) == (False, [])
+    server.publish("poll-zero", "one")
+    for cursor in (answer["cursor"], again["cursor"]):
+        got = poll(server, "poll-zero", f"timeout=0&since={cursor}")
+        assert (got["gap"], data_of(got)) == (False, ["one"])
+    assert server.request("DELETE", "/channels/poll-zero").status == 200
+    assert poll(server, "poll-zero", f"timeout=0&since={answer['cursor']}")["gap"]
 
 
 def test_poll_answers_empty_after_its_timeout_and_not_before(server: Server) -> None:
@@ -326,7 +334,7 @@ def test_of_several_names_in_the_query_the_first_known_counts(server: Server) ->
 
 
 def test_poll_of_several_channels_has_one_cursor_for_all(server: Server) -> None:
-    start = poll(server, "pa,pb,pc", "timeout=0")
+    start = poll(server, "pa,pb,pc", "timeout=0.01")
     assert len(start["cursor"].split(".")) == 3
     first = server.publish("pb", "one")
     server.publish("pa", "two")

@@ -17,8 +17,11 @@ import pytest
 from gevent import socket
 
 from comet.server.connection import REFUSED_HEAD
+from comet.settings import BATCH_ANSWER
 from comet.subscriber import TAKING
 from handlers import ROUTES
+from handlers.params import MAX_PARAMETERS
+from handlers.publish import MAX_LINES
 from tests.conftest import Start
 from tests.harness import AMPLE, TIMEOUT, Client, Response, Server, wait_until
 
@@ -249,6 +252,48 @@ def test_who_drips_after_its_refusal_is_cut_off_after_a_second(server: Server) -
         assert 0.9 < took(begun) < AMPLE
 
 
+def test_all_bodies_together_are_bounded_and_small_ones_are_taken_all_the_same(start: Start) -> None:
+    room, size = 10 << 20, 1 << 20
+    server = start("--max-body", str(size), "--max-batch", str(size), "--max-bodies", str(room))
+    before = server.memory()
+    head = b"POST /publish/a HTTP/1.1\r\nHost: h\r\nContent-Length: %d\r\n\r\n" % size
+    clients = [server.client() for _ in range(30)]
+    for client in clients:
+        with contextlib.suppress(OSError):  # it may be refused in the middle
+            client.send(head + b"x" * (size - 1))
+    wait_until(lambda: server.stats()["refused"].get("bodies-full", 0) >= 20)
+    assert server.memory() - before < 2 * room, "of three times as much that was sent"
+    assert server.request("POST", "/publish/b", b"x" * 16_000).status == 201
+    with server.client() as client:
+        client.send(head + b"x" * size)
+        answer = refused(client, 503, "bodies-full")
+        assert int(answer.headers["retry-after"]) > 0
+    for client in clients:
+        client.close()
+    wait_until(lambda: server.stats()["connections"] == 1)
+    for _ in range(30):  # what is answered has given its room back
+        assert server.request("POST", "/publish/b", b"x" * size).status == 201
+
+
+def test_a_batch_takes_room_for_its_answer_until_that_is_taken(start: Start) -> None:
+    server = start("--max-bodies", str(17 << 20), "--send-buffer", "4096", "--busy-send-buffer", "0")
+    bad = b"\n" * MAX_LINES
+    with server.client() as slow:
+        slow.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        slow.ask("POST", "/publish", bad)
+        wait_until(lambda: server.stats()["refused"].get("bad-line", 0) == MAX_LINES)
+        with server.client() as second, server.client() as third:
+            second.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            second.ask("POST", "/publish", bad)
+            wait_until(lambda: server.stats()["refused"].get("bad-line", 0) == 2 * MAX_LINES)
+            answer = third.request("POST", "/publish", bad)
+            assert (answer.status, answer.json["error"]) == (503, "bodies-full")
+    wait_until(lambda: server.stats()["connections"] == 1)
+    answer = server.request("POST", "/publish", bad)
+    assert answer.status == 200
+    assert len(answer.body) < BATCH_ANSWER
+
+
 # -- counts
 
 
@@ -275,6 +320,34 @@ def test_connections_of_one_address_are_limited_and_freed(start: Start) -> None:
         assert client.request("GET", "/healthz").status == 200
         client.close()
     assert server.stats()["refused"] == {"address-full": 2}
+
+
+@pytest.mark.parametrize("way", ["short", "long"])
+@pytest.mark.parametrize("path", ["/poll/{}?timeout=0.01", "/stream/{}"])
+def test_new_channels_of_one_address_are_limited_and_those_with_messages_are_not(start: Start, path: str, way: str) -> None:
+    server = start("--max-new-channels", "10")
+    assert server.request("POST", "/publish/news", b"1").status == 201
+    headers = {} if way == "short" else {"Cookie": "a=b"}
+
+    def ask(names: str) -> Any:
+        with Client(server.port, source="127.0.0.2") as client:
+            client.ask("GET", path.format(names), headers=headers)
+            return client.read() if "poll" in path else client.read_head()
+
+    assert ask(",".join(f"a{number}" for number in range(6))).status == 200
+    assert ask("b").status == 200
+    assert ask("news").status == 200
+    assert ask(",".join(f"c{number}" for number in range(3))).status == 200
+    with Client(server.port, source="127.0.0.2") as client:
+        client.ask("GET", path.format("d"), headers=headers)
+        answer = client.read()
+        assert (answer.status, answer.json["error"], answer.headers["retry-after"]) == (429, "new-channels", "30")
+    with Client(server.port, source="127.0.0.2") as client:
+        client.send(EVENT_SOURCE)
+        told_to_come_back(client, "new-channels", 30)
+    with Client(server.port, source="127.0.0.3") as other:
+        assert other.request("GET", "/poll/d?timeout=0.01").status == 200
+    assert server.stats()["refused"] == {"new-channels": 2}
 
 
 def test_a_full_process_says_so_and_the_rest_goes_on(start: Start) -> None:
@@ -650,6 +723,42 @@ def test_a_batch_of_very_many_lines_costs_bounded_memory(start: Start) -> None:
         length = int(answer.headers["content-length"])
     assert length < 16 << 20, length
     assert server.stats()["peak_memory_bytes"] - before < 100 << 20
+
+
+@pytest.mark.parametrize(
+    ("head", "data"),
+    [
+        (b"POST /publish", b"\n" * (8 << 20)),
+        (b"POST /publish", b'{"channel":"a","data":"%b"}\n' % (b"\\u00e9" * 10_900) * 120),
+        (b"POST /follows", b"\n" * (1 << 20)),
+        (b"POST /follows", b"a b\n" * (1 << 18)),
+    ],
+    ids=["empty lines", "long lines", "bad follows", "follows"],
+)
+def test_a_body_of_very_many_or_very_long_lines_does_not_hold_up_the_others(start: Start, head: bytes, data: bytes) -> None:
+    server = start()
+    slowest = 0.0
+    with server.client() as sender, server.client() as other:
+        sending = gevent.spawn(sender.send, b"%b HTTP/1.1\r\nHost: h\r\nContent-Length: %d\r\n\r\n%b" % (head, len(data), data))
+        answer = gevent.spawn(sender.read)
+        while not answer.ready():
+            begun = server.cpu_seconds()
+            assert other.request("GET", "/healthz").status == 200
+            slowest = max(slowest, server.cpu_seconds() - begun)  # a busy machine may delay it
+        assert answer.get().status in (200, 413)
+        sending.get()
+    assert slowest < 0.1, "all of it at once takes longer"
+
+
+@pytest.mark.parametrize("path", [b"/poll/a", b"/channels/a/history", b"/users/a/followers", b"/events/a"])
+def test_very_many_query_parameters_are_refused(server: Server, path: bytes) -> None:
+    with server.client() as client:
+        for number, status in ((MAX_PARAMETERS, 200), (MAX_PARAMETERS + 1, 400), (4000, 400)):
+            if status == 400 or b"poll" in path:
+                client.send(b"GET %b?timeout=0%b HTTP/1.1\r\nHost: h\r\n\r\n" % (path, b"&a" * (number - 1)))
+                answer = client.read()
+                assert answer.status == status, answer
+                assert status == 200 or answer.json["error"] == "bad-parameter"
 
 
 # -- keep-alive, pipelining, one write

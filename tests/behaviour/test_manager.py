@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from comet.supervisor import MARGIN
+from tests.behaviour.test_faults import no_descriptors
 from tests.behaviour.test_supervisor import alive
 from tests.harness import ROOT, TIMEOUT, Client, wait_until
 
@@ -302,4 +304,26 @@ def test_without_a_router_of_its_own_it_is_ready_too(begin: Begin, listener: soc
     service.ready()
     with Client(port(listener)) as client:
         assert client.request("GET", "/readyz").status == 503
+    assert service.stop() == 0
+
+
+def test_a_worker_that_can_not_start_again_is_told_and_is_no_reason_to_end_the_others(begin: Begin, listener: socket.socket) -> None:
+    service = begin([listener], "--workers", "2", "--hang-limit", "3", watchdog=3.0)
+    service.ready()
+    forker = next(
+        pid for pid in alive(service.mark) if Path(f"/proc/{pid}/task/{pid}/children").read_text().split() and pid != service.process.pid
+    )
+    worker = int(Path(f"/proc/{forker}/task/{forker}/children").read_text().split()[0])
+    with no_descriptors(forker):
+        os.kill(worker, signal.SIGKILL)
+        while "1 missing: worker " not in (said := service.told())[-1]:
+            assert said[0].startswith("STATUS="), said
+        began = time.monotonic()
+        while time.monotonic() - began < 2 * (3 + MARGIN) + 3:  # longer than a place may be empty that nobody is known to be missing in
+            beat = service.heard.recv(4096)
+            if beat == b"WATCHDOG=1":
+                last = time.monotonic()
+    assert time.monotonic() - last < 3
+    while "missing" in service.told()[-1]:
+        pass
     assert service.stop() == 0

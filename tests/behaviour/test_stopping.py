@@ -233,7 +233,7 @@ def test_who_was_just_answered_may_ask_once_more(start: Start) -> None:
     """Its next request may have been on its way."""
     server = start("--grace", "60")
     with server.client() as polls, server.client() as publishes, server.client() as idles:
-        cursor = polls.request("GET", "/poll/a?timeout=0").json["cursor"]
+        cursor = polls.request("GET", "/poll/a?timeout=0.001").json["cursor"]
         for client in (publishes, idles):
             assert client.request("GET", "/healthz").status == 200
         stopping = Stopping(server).begun()

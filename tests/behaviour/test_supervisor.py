@@ -25,6 +25,7 @@ from comet.fanout import MANY
 from comet.kernel.processes import FIRST
 from comet.permit import PATIENCE
 from comet.policy import MOST_DEATHS
+from comet.server.addresses import SLACK
 from tests.harness import AMPLE, HALF_A_POST, ROOT, TIMEOUT, Client, Events, Server, wait_until
 
 AnyClient = TypeVar("AnyClient", bound=Client)
@@ -225,12 +226,12 @@ def test_workers_share_one_port_and_the_connections(begin: Begin) -> None:
     assert (folder / "router").stat().st_mode & 0o777 == 0o600
 
 
-def test_a_worker_has_no_descriptor_that_is_not_its_own(begin: Begin) -> None:
+def test_a_worker_has_no_descriptor_but_its_own_and_the_listeners_it_may_stand_in_at(begin: Begin) -> None:
     service = begin("--workers", "4")
     for pid in service.workers().values():
         links = [str(path.readlink()) for path in Path(f"/proc/{pid}/fd").iterdir()]
         listening = service_sockets(pid, service.port)
-        assert listening == 1, links
+        assert listening == 4, links
         assert len(os.listdir(f"/proc/{pid}/task")) == 1, "a thread"
 
 
@@ -252,6 +253,79 @@ def test_auto_says_what_it_plans(begin: Begin) -> None:
     assert "WARNING" not in log
     little = begin("--workers", "2", "--clients", "300", "--max-connections", "100")
     assert "300 clients were asked for; 2 workers of 100 connections are good for 170: set --workers 4" in little.log.read_text()
+
+
+# -- connections by address
+
+
+def streams(service: Service, wanted: int, **headers: str) -> list[Client]:
+    """Ask for so many streams from 127.0.0.2, and return those that are held. The others must be refused."""
+    held = []
+    for _ in range(wanted):
+        client = service.holds(Client(service.port, source="127.0.0.2"))
+        client.ask("GET", "/stream/a", headers=headers)
+        head = client.read_head()
+        if head.status == 200:
+            held.append(client)
+        else:
+            assert (head.status, b"address-full" in client.read_body()) == (429, True)
+    return held
+
+
+MOST = 40
+SHARE = range(MOST, MOST + MOST // SLACK + 1)
+"""What an address may get of two workers."""
+
+
+def test_an_address_has_its_share_in_all_workers_and_who_dies_gives_back(begin: Begin) -> None:
+    service = begin("--workers", "2", "--max-per-address", str(MOST))
+    held = streams(service, 3 * MOST)
+    assert len(held) in SHARE
+    assert service.request("GET", "/healthz").status == 200, "another address"
+    wait_until(lambda: service.stats()["refused"] == {"address-full": 3 * MOST - len(held)})
+    wait_until(lambda: service.clients() == len(held))
+    killed = service.workers()[0]
+    os.kill(killed, signal.SIGKILL)
+    service.counted("worker_restarts", 1)
+    wait_until(lambda: len(service.workers()) == 2 and killed not in service.workers().values())
+    lost = len(held) - wait_until(service.clients)
+    assert 0 < lost < len(held)
+    again = streams(service, 2 * MOST)
+    assert len(held) - lost + len(again) in SHARE
+    for client in (*held, *again):
+        client.close()
+    wait_until(lambda: service.clients() == 0)
+    assert len(streams(service, 2 * MOST)) in SHARE
+
+
+def test_behind_proxies_a_client_has_its_share_in_all_workers(begin: Begin) -> None:
+    service = begin("--workers", "2", "--max-per-address", str(MOST), "--trusted-proxies", "127.0.0.2")
+    held = streams(service, 2 * MOST, **{"X-Forwarded-For": "198.51.100.1"})
+    assert len(held) in SHARE
+    assert len(streams(service, 5, **{"X-Forwarded-For": "198.51.100.2"})) == 5
+    assert not streams(service, 3, **{"X-Forwarded-For": "198.51.100.1"})
+    for client in held:
+        client.close()
+    wait_until(lambda: service.clients() == 5)
+    assert len(streams(service, 2 * MOST, **{"X-Forwarded-For": "198.51.100.1"})) in SHARE
+
+
+def test_a_generation_that_drains_counts_until_its_connections_are_gone(begin: Begin) -> None:
+    service = begin("--workers", "2", "--max-per-address", str(MOST), "--grace", str(TIMEOUT))
+    slow = [service.holds(Client(service.port, source="127.0.0.2")) for _ in range(MOST - 10)]
+    for client in slow:
+        client.send(HALF_A_POST)
+    wait_until(lambda: service.stats()["requests"] >= len(slow))
+    before = service.workers()
+    service.process.send_signal(signal.SIGHUP)
+    service.counted("generation", 2)
+    held = streams(service, 2 * MOST)
+    assert len(slow) + len(held) in SHARE
+    for client in slow:
+        client.send(b"dy")
+        assert client.read().status == 201
+    service.gone(*before.values())
+    assert len(held) + len(streams(service, 2 * MOST)) in SHARE
 
 
 # -- deaths
@@ -548,7 +622,7 @@ def test_workers_that_die_again_and_again_end_the_service(code: Path, tmp_path: 
     path.write_text(path.read_text().replace("    methods: dict", "    raise OSError('out of everything')\n    methods: dict", 1))
     status, out, log = ends_by_itself(code, tmp_path, "--workers", "1")
     assert (status, out) == (1, "")
-    assert f"giving up: worker 0 exited with status 1, as it did {MOST_DEATHS - 1} times before" in log
+    assert f"giving up: worker 0 exited with status 1 (out of everything), as it did {MOST_DEATHS - 1} times before" in log
     assert log.count("OSError: out of everything") == MOST_DEATHS
 
 

@@ -226,7 +226,7 @@ def test_several_channels_share_a_page(h: Harness) -> None:
     for channel in "abc":
         h.publish(channel, *sent)
     joined = h.backplane.subscribe(["a", "b", "c"], [OLDEST] * 3)
-    assert size(joined) <= PAGE
+    assert size(joined) <= PAGE + joined[0].messages[0].size
     for channel, answer in zip("abc", joined, strict=True):
         assert bodies(whole(h, channel, answer)) == sent
     (told,) = h.publish("b", "next")

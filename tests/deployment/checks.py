@@ -9,6 +9,7 @@ import re
 import shlex
 import subprocess
 import time
+from pathlib import Path
 from typing import Any
 
 from comet.server.wsgi import NEXT_REQUEST
@@ -133,13 +134,17 @@ def what_the_unit_grants_is_in_force(on: Deployed) -> str:
 
     score = int((proc / "oom_score_adj").read_text())
     capabilities = re.findall(r"^CapEff:\s+(\w+)", (first / "status").read_text(), re.MULTILINE)
-    assert (on.shown("LimitNOFILE"), on.shown("LimitNICE"), on.shown("OOMScoreAdjust")) == ("1048576", "30", "-500")
+    assert (on.shown("LimitNOFILE"), on.shown("LimitNICE"), on.shown("OOMScoreAdjust")) == ("1048576", "30", "0")
     if int(capabilities[0], 16) >> CAP_SYS_RESOURCE & 1:
-        assert (most(proc, "open files"), most(proc, "nice priority"), score) == (1048576, 30, -500)
+        assert (most(proc, "open files"), most(proc, "nice priority"), score) == (1048576, 30, 0)
     else:  # systemd itself may give no more there than it has
         for what in ("open files", "nice priority"):
             assert most(proc, what) == most(first, what)
         assert score == int((first / "oom_score_adj").read_text())
+    memory = Path("/proc/meminfo").read_text()  # the container's too
+    total = int(re.findall(r"^MemTotal: +(\d+) kB$", memory, re.MULTILINE)[0]) << 10
+    high, most_memory = int(on.shown("MemoryHigh")), int(on.shown("MemoryMax"))
+    assert total // 2 < high < most_memory < total, (high, most_memory, total)
     assert on.shown("TasksMax") == "4096" and on.shown("Restart") == "on-failure"
     assert on.run("stat -c '%a %U' /etc/comet/publish-key").stdout.split() == ["600", "root"]
     assert on.run("stat -c '%a %U' /run/comet/ /var/lib/comet/").stdout.split() == ["700", "comet"] * 2
@@ -150,7 +155,7 @@ def what_the_unit_grants_is_in_force(on: Deployed) -> str:
     set_here = [name for name, value in ours.items() if set_to[name] == value]
     assert {"net.core.somaxconn", "net.ipv4.ip_local_port_range"} <= set(set_here), set_to
     return (
-        f"{most(proc, 'open files'):,} open files, {score} for the out-of-memory killer, owners and modes; "
+        f"{most(proc, 'open files'):,} open files, {most_memory >> 20:,} MiB of memory, {score} for the out-of-memory killer, owners and modes; "
         f"{len(set_here)} of {len(ours)} kernel settings of the network, the rest are the host's"
     )
 
