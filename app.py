@@ -359,7 +359,7 @@ def _backplane(settings: Settings, place: Place | None, stats: Stats) -> "Memory
 
 
 def _router_lives(board: Board) -> bool:
-    """Whether the router has lately shown that it lives. One that is just being started has said nothing yet: its link tells."""
+    """Return whether the router has lately shown that it lives. One that is just being started has said nothing yet: its link tells."""
     said = board.look(ROUTER)
     return said is None or said.age <= SILENCE
 
@@ -405,7 +405,7 @@ def _together(place: Place, own: Callable[[], dict[str, Any]], hub: Hub | None) 
 
 
 def _missing(place: Place | None) -> Mapping[str, Any]:
-    """How many workers are missing, as the supervisor has said it."""
+    """Return how many workers are missing, as the supervisor has said it."""
     said = None if place is None else place.board.look(SUPERVISOR)
     document = {} if said is None else said.document
     missing: Mapping[str, Any] = document.get("missing", service.NOBODY_MISSING)  # a supervisor that is older than this code has none

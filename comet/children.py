@@ -146,12 +146,12 @@ class Router:
     process: "subprocess.Popen[bytes]"
     born: float
     checked: bool = False
-    """It was looked whether it speaks as the workers do."""
+    """True once it was looked whether it speaks as the workers do."""
 
     @classmethod
     def start(cls, listener: int, lifeline: int, board: int, workers: int, arguments: Sequence[str]) -> Self:
-        """On descriptors that it inherits, for so many workers, with the supervisor's own `arguments`. Raises OSError if the kernel
-        refuses."""
+        """Start it on descriptors that it inherits, for so many workers, with the supervisor's own `arguments`. Raises OSError if the
+        kernel refuses."""
         process = subprocess.Popen(  # noqa: S603 - our own module
             [
                 sys.executable, "-m", "comet.router", "--listener-fd", str(listener), "--lifeline-fd", str(lifeline),

@@ -83,7 +83,7 @@ _COUNTED: Final = (
 """The counts, of whatever rows there are, and what keeps them."""
 
 BEFORE_LOAD: Final = ("DROP INDEX following", "DROP TABLE counts", "DROP TRIGGER followed", "DROP TRIGGER unfollowed")
-"""What would have each of millions of rows touch a page more."""
+"""Statements that a bulk load begins with: they drop what would have each of millions of rows touch a page more."""
 
 AFTER_LOAD: Final = (_SCHEMA[1], *_COUNTED)
 """Makes it again, of all rows at once."""

@@ -112,9 +112,9 @@ def held(worker: int, listeners: int) -> Sequence[int]:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """What a worker has of the service: its number (`worker`, from 0) among how many (`workers`), its listener, those of `others` by
-    number, its slot of the board, the descriptor of the counts of connections by address (None if each worker counts for itself) and its
-    column there, the path of the router's socket, and the end of the lifeline that ends when the supervisor does."""
+    """The part of a service that one worker has: its number (`worker`, from 0) among how many (`workers`), its listener, those of
+    `others` by number, its slot of the board, the descriptor of the counts of connections by address (None if each worker counts for
+    itself) and its column there, the path of the router's socket, and the end of the lifeline that ends when the supervisor does."""
 
     generation: int
     worker: int

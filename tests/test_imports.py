@@ -139,8 +139,9 @@ ALLOWED: dict[str, set[str]] = {
     "comet.backplane.redis_format": {*SPOKEN, "comet.history"},
     "comet.backplane.redis_scripts": {"comet.backplane.memory", "comet.message"},
     "comet.backplane.redis_dial": set(),
-    "comet.backplane.redis_outage": set(),
-    "comet.backplane.redis_malformed": set(),
+    "comet.backplane.redis_speaker": set(),
+    "comet.backplane.redis_outage": {"comet.backplane.redis_speaker"},
+    "comet.backplane.redis_malformed": {"comet.backplane.redis_speaker"},
     # the server, which knows a subscriber only by its small interface
     "comet.server": set(),
     "comet.server.addresses": {"comet.counts"},

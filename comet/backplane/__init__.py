@@ -102,7 +102,7 @@ class Backplane(Protocol):
         """Undo one `subscribe` of these channels."""
 
     def peek(self, channels: Sequence[str], since: Sequence[Since], size: int = PAGE) -> Sequence[Joined]:
-        """What `subscribe` would answer, without joining, and without making a channel.
+        """Answer as `subscribe` would, without joining, and without making a channel.
 
         Of a channel that is not there the answer's position is in no log: it says "nothing, as of now". Whoever goes on from there
         gets everything that is published later, without a gap while that is kept.

@@ -185,7 +185,7 @@ class Replay(Struct, array_like=True, gc=False):
 
 
 MEANING: Final = 1
-"""To be raised when frames mean something else and look as they did."""
+"""Part of the version: raise it when frames mean something else and look as they did."""
 
 
 def _version() -> str:

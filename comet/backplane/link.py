@@ -45,7 +45,7 @@ _READ, _WRITE = 1, 2
 log = logging.getLogger("comet.backplane")
 
 RENEW = "restart the service, or start it with --renew-router, so that a reload begins another router where it has to"
-"""What to do about a router of other code."""
+"""The advice about a router of other code."""
 
 _told = msgspec.msgpack.Decoder(frames.Told)
 

@@ -90,9 +90,9 @@ class RedisBackplane:
 
     @classmethod
     def of(cls, settings: Any, outage: Outage | None = None, garbage: Garbage | None = None) -> "RedisBackplane":
-        """With those settings; `outage` says in the log that Redis is away, `garbage` that something there cannot be read. Raises
-        ValueError for a URL that can't be read, and Denied when Redis does not let us in; that it can't be reached is no error, since
-        it may come."""
+        """Return one with those settings; `outage` says in the log that Redis is away, `garbage` that something there cannot be read.
+        Raises ValueError for a URL that can't be read, and Denied when Redis does not let us in; that it can't be reached is no error,
+        since it may come."""
         target = cls.target(settings.backplane)
         outage = outage or Outage()
         try:

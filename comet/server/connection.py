@@ -475,7 +475,8 @@ class Connection(Transport, WSGIHandler):
             self.detach()
             return
         try:
-            self.admit()
+            if wish.patience != 0:  # else nothing is made
+                self.admit()
             parked = server.subscribe(wish)
         except Refusal as refusal:
             self.close_connection = True

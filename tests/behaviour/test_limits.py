@@ -347,6 +347,8 @@ def test_new_channels_of_one_address_are_limited_and_those_with_messages_are_not
         told_to_come_back(client, "new-channels", 30)
     with Client(server.port, source="127.0.0.3") as other:
         assert other.request("GET", "/poll/d?timeout=0.01").status == 200
+    with Client(server.port, source="127.0.0.2") as client:  # which makes none
+        assert client.request("GET", "/poll/d?timeout=0", headers=headers).status == 200
     assert server.stats()["refused"] == {"new-channels": 2}
 
 
