@@ -3,13 +3,23 @@ and how often it turns."""
 
 import ctypes
 import logging
+import time
+from collections import deque
 from collections.abc import Callable
+from typing import Final, NamedTuple
+from weakref import WeakKeyDictionary
 
-import gevent
 from gevent import get_hub
+from gevent.hub import Hub, Waiter
 from gevent.libev import corecext
 
-_SOON = 1e-9
+_SOON: Final = 1e-9
+
+SHARE: Final = 0.001
+"""Seconds of a turn of the loop after which no more of those who gave way go on."""
+
+TRICKLE: Final = 0.002
+"""Seconds from one of those who `trickle` to the next: what they do then takes a tenth of that."""
 
 _libev = ctypes.CDLL(corecext.__file__)
 
@@ -59,12 +69,6 @@ PACE = Pace()
 """Of this process."""
 
 
-def give_way() -> None:
-    """Let everything else that is ready run, and sockets be looked at. Not ``sleep(0)``: gevent runs up to fifty
-    greenlets that do so before it looks at sockets again."""
-    gevent.sleep(_SOON)
-
-
 class Soon:
     """Runs functions in the loop's next turn, behind whatever is ready, for work that needs no greenlet."""
 
@@ -112,3 +116,65 @@ class Alarm:
     def _ring(self) -> None:
         self._timer.stop()
         self._work()
+
+
+class _Line:
+    """Greenlets that gave way, in order. `rest` seconds after one came, or after the last that went on, those in front go on: at least one
+    of them, and more until `share` seconds are used up."""
+
+    def __init__(self, rest: float, share: float) -> None:
+        self._alarm = Alarm(rest, self._run)
+        self._share = share
+        self._waiting: deque[Waiter[None]] = deque()
+
+    def wait(self) -> None:
+        """Let the others run until it is this greenlet's turn."""
+        waiter: Waiter[None] = Waiter()
+        self._waiting.append(waiter)
+        if not self._alarm.active:
+            self._alarm.set()
+        try:
+            waiter.get()
+        finally:
+            if waiter in self._waiting:  # it was told to end meanwhile
+                self._waiting.remove(waiter)
+
+    def _run(self) -> None:
+        ends = time.monotonic() + self._share
+        for _ in range(len(self._waiting)):
+            if not self._waiting:
+                break
+            self._waiting.popleft().switch(None)
+            if time.monotonic() >= ends:
+                break
+        if self._waiting and not self._alarm.active:
+            self._alarm.set()
+
+
+class _Lines(NamedTuple):
+    """What a thread's loop has."""
+
+    way: _Line
+    trickle: _Line
+
+
+_LINES: Final[WeakKeyDictionary[Hub, _Lines]] = WeakKeyDictionary()
+
+
+def _lines() -> _Lines:
+    hub = get_hub()
+    lines = _LINES.get(hub)
+    if lines is None:
+        lines = _LINES[hub] = _Lines(_Line(_SOON, SHARE), _Line(TRICKLE, 0.0))
+    return lines
+
+
+def give_way() -> None:
+    """Let everything else that is ready run, and sockets be looked at. However many give way, they go on for little more than `SHARE` of a
+    turn in all. Not ``sleep(0)``: gevent runs up to fifty greenlets that do so before it looks at sockets again."""
+    _lines().way.wait()
+
+
+def trickle() -> None:
+    """As `give_way`, for what nobody needs to have done fast: one greenlet in `TRICKLE` seconds goes on, however many there are."""
+    _lines().trickle.wait()

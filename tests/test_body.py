@@ -4,6 +4,7 @@ import io
 import random
 import socket
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from comet.errors import Refusal
 from comet.server import body as module
 from comet.server.body import LEAST, OWN, RequestBody, Room
-from comet.server.http import PIECES, Head
+from comet.server.http import PIECES, TINY, Head
 from comet.server.transport import Transport
 from comet.settings import Settings
 
@@ -68,16 +69,19 @@ def test_who_waits_to_be_asked_is_asked_once_and_not_when_the_body_is_here(pair:
     assert peer.recv(1000) == b""
 
 
+@pytest.mark.parametrize(("size", "way"), [(1, "trickle"), (TINY, "give_way")])
 def test_between_two_pieces_of_a_body_in_very_many_chunks_others_have_a_turn(
-    pair: tuple[Transport, socket.socket], monkeypatch: pytest.MonkeyPatch
+    pair: tuple[Transport, socket.socket], monkeypatch: pytest.MonkeyPatch, size: int, way: str
 ) -> None:
     transport, _ = pair
-    turns: list[int] = []
-    monkeypatch.setattr(module, "give_way", lambda: turns.append(len(transport.buffer)))
-    transport.buffer[:] = b"1\r\na\r\n" * (10 * PIECES) + b"0\r\n\r\nnext"
-    assert io.BufferedReader(body(transport, None)).read() == b"a" * (10 * PIECES)
-    assert len(turns) >= 10
-    assert turns == sorted(turns, reverse=True)
+    turns: dict[str, list[int]] = {"trickle": [], "give_way": []}
+    for name, lengths in turns.items():
+        monkeypatch.setattr(module, name, partial(lambda lengths: lengths.append(len(transport.buffer)), lengths))
+    data = b"a" * size
+    transport.buffer[:] = (b"%x\r\n%b\r\n" % (size, data)) * (10 * PIECES) + b"0\r\n\r\nnext"
+    assert io.BufferedReader(body(transport, None)).read() == data * (10 * PIECES)
+    assert {name: len(lengths) for name, lengths in turns.items()} == {"trickle": 0, "give_way": 0, way: 10}
+    assert turns[way] == sorted(turns[way], reverse=True)
     assert transport.buffer == b"next"
 
 

@@ -8,8 +8,9 @@ import pytest
 from gevent import get_hub
 from gevent.event import Event
 
+from comet import turn
 from comet.kernel.processes import waited
-from comet.turn import Alarm, Pace, Soon, gather, give_way
+from comet.turn import SHARE, TRICKLE, Alarm, Pace, Soon, gather, give_way, trickle
 from tests.harness import AMPLE, wait_until
 
 
@@ -61,6 +62,73 @@ def test_what_fails_keeps_nothing_else_from_being_done(caplog: pytest.LogCapture
     soon(lambda: done.append("b"))
     give_way()
     assert done == ["a", "b"]
+
+
+class Clock:
+    """Seconds, as far as they are used up."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        """What a module takes for `time.monotonic`."""
+        return self.now
+
+
+def test_those_who_give_way_take_a_share_of_a_turn_in_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(turn, "time", clock)
+    went_on: list[list[int]] = [[]]
+    turns = get_hub().loop.prepare()
+
+    def work(number: int) -> None:
+        give_way()
+        went_on[-1].append(number)
+        clock.now += 0.6 * SHARE
+
+    several = [gevent.spawn(work, number) for number in range(7)]
+    gevent.sleep(0)
+    turns.start(lambda: went_on.append([]))
+    gevent.joinall(several, timeout=AMPLE)
+    turns.stop()
+    turns.close()
+    assert [those for those in went_on if those] == [[0, 1], [2, 3], [4, 5], [6]]
+
+
+def test_one_goes_on_however_long_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(turn, "time", clock)
+    done: list[int] = []
+
+    def work(number: int) -> None:
+        for _ in range(3):
+            give_way()
+            clock.now += 10 * SHARE
+            done.append(number)
+
+    gevent.joinall([gevent.spawn(work, number) for number in range(2)], timeout=AMPLE)
+    assert done == [0, 1, 0, 1, 0, 1]
+
+
+def test_who_is_told_to_end_holds_nobody_up() -> None:
+    several = [gevent.spawn(give_way) for _ in range(3)]
+    gevent.sleep(0)
+    several[0].kill(block=False)
+    several[2].kill(block=False)
+    gevent.joinall(several, timeout=AMPLE)
+    assert [one.successful() and one.value is None for one in several] == [False, True, False]
+    give_way()
+
+
+def test_they_trickle_one_by_one() -> None:
+    began = time.monotonic()
+    several = [gevent.spawn(trickle) for _ in range(20)]
+    gevent.sleep(0)
+    give_way()
+    assert not all(several[number].ready() for number in range(20))
+    gevent.joinall(several, timeout=AMPLE)
+    assert all(one.successful() for one in several)
+    assert time.monotonic() - began >= 20 * TRICKLE
 
 
 def test_an_alarm_takes_its_whole_time_whenever_it_is_set() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from comet.errors import Refusal
 from comet.server.http import ChunkedBody, Head
 from comet.server.transport import READ_SIZE, Transport
-from comet.turn import give_way
+from comet.turn import give_way, trickle
 
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
@@ -107,7 +107,10 @@ class RequestBody(io.RawIOBase):
     def _receive(self) -> None:
         transport, buffer = self._transport, self._transport.buffer
         if buffer and self._began:
-            give_way()  # as `receive` does: others have a turn between two pieces of a body
+            if self._chunks and self._chunks.tiny:
+                trickle()
+            else:
+                give_way()  # as `receive` does: others have a turn between two pieces of a body
         self._began = True
         if not buffer:
             if self._expected:
