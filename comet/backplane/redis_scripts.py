@@ -20,8 +20,8 @@ Who looks at a channel that is not there (`peek`) makes none. It stands at a pla
 goes on from there has missed nothing if no log can have come and gone since (`lacks`), and the one that is there has all its messages.
 
 What a stranger has put under one of these keys, of another type or with fields that comet never writes, is no log and no stream: it goes
-when it is met, as if Redis had evicted it (`known`, `ours`), and those who follow the channel are told (`redis_format.MALFORMED`). An
-entry that is missing amid a stream comes as an empty one, which nobody can read.
+when it is met, as if Redis had evicted it (`known`, `ours`), and those who follow the channel are told, by something that cannot be read
+(`redis_format.Malformed`). An entry that is missing amid a stream comes as an empty one, which cannot be read either.
 
 A Redis that was rewound may have come as far again by the time at which somebody looks who knows: other messages stand at the
 offsets that were lost. So who knows how far a log was knows the time of that message as well (`redis_format.Seen`), and it is another
