@@ -8,6 +8,7 @@ fails loudly.
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -50,6 +51,15 @@ def _has_ipv6() -> bool:
 
 HAS_IPV6 = _has_ipv6()
 """Whether this machine has IPv6 on loopback: some containers do not."""
+
+
+def copy_code(folder: Path) -> Path:
+    """Copy the program, to be changed, and what is compiled of it: else each start of a copy would compile all. Return `folder`."""
+    unfinished = shutil.ignore_patterns("*.pyc.*")  # others may be compiling just now
+    for name in ("comet", "handlers"):
+        shutil.copytree(ROOT / name, folder / name, ignore=unfinished)
+    shutil.copy(ROOT / "app.py", folder)
+    return folder
 
 
 def free_port() -> int:

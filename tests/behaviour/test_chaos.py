@@ -8,7 +8,6 @@ Each scenario is shorter in CI. In full, as `make chaos` runs them and prints wh
 import math
 import os
 import random
-import shutil
 import signal
 import sys
 import time
@@ -25,7 +24,7 @@ from gevent import subprocess as green
 from comet.router import MAX_WAITING
 from tests.behaviour.swarm import PATIENCE, Report
 from tests.behaviour.test_supervisor import Service, alive, children, of
-from tests.harness import ROOT, wait_until
+from tests.harness import ROOT, copy_code, wait_until
 
 FULL = os.environ.get("COMET_CHAOS") == "full"
 
@@ -243,10 +242,7 @@ def test_too_much_waits_for_a_worker_that_does_not_read(begin: Begin, seed: int,
 
 def changed(folder: Path) -> Path:
     """A copy of the code whose router lets less wait."""
-    copy = folder / "code"
-    for name in ("comet", "handlers"):
-        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "app.py", copy)
+    copy = copy_code(folder / "code")
     path = copy / "comet" / "router.py"
     text = path.read_text()
     assert "MAX_WAITING = 16 << 20\n" in text

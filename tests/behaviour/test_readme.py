@@ -200,7 +200,7 @@ class Person:
         for name in CHECKOUT:
             source = ROOT / name
             if source.is_dir():
-                shutil.copytree(source, self.checkout / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
+                shutil.copytree(source, self.checkout / name, ignore=shutil.ignore_patterns("*.pyc.*", "results"))
             else:
                 shutil.copy(source, self.checkout / name)
         (self.checkout / ".venv").symlink_to(sys.prefix)

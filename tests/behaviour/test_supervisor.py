@@ -26,7 +26,7 @@ from comet.kernel.processes import FIRST
 from comet.permit import PATIENCE
 from comet.policy import MOST_DEATHS
 from comet.server.addresses import SLACK
-from tests.harness import AMPLE, HALF_A_POST, ROOT, TIMEOUT, Client, Events, Server, wait_until
+from tests.harness import AMPLE, HALF_A_POST, ROOT, TIMEOUT, Client, Events, Server, copy_code, wait_until
 
 AnyClient = TypeVar("AnyClient", bound=Client)
 
@@ -151,11 +151,7 @@ def begin(tmp_path: Path) -> Iterator[Begin]:
 @pytest.fixture
 def code(tmp_path: Path) -> Path:
     """A copy of the program, to be changed."""
-    copy = tmp_path / "code"
-    for name in ("comet", "handlers"):
-        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "app.py", copy)
-    return copy
+    return copy_code(tmp_path / "code")
 
 
 def of(code: Path) -> type[Service]:
