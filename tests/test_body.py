@@ -85,6 +85,15 @@ def test_between_two_pieces_of_a_body_in_very_many_chunks_others_have_a_turn(
     assert transport.buffer == b"next"
 
 
+def test_a_body_in_tiny_chunks_has_its_time_as_well(pair: tuple[Transport, socket.socket]) -> None:
+    transport, _ = pair
+    transport.buffer[:] = b"1\r\na\r\n" * (100 * PIECES)
+    with pytest.raises(Refusal) as late:
+        io.BufferedReader(body(transport, None, timeout=0.05)).read()
+    assert late.value.slug == "body-timeout"
+    assert len(transport.buffer) > 6 * PIECES
+
+
 def test_a_body_that_stops_is_refused(pair: tuple[Transport, socket.socket]) -> None:
     transport, peer = pair
     peer.sendall(b"a")

@@ -109,6 +109,8 @@ class RequestBody(io.RawIOBase):
         if buffer and self._began:
             if self._chunks and self._chunks.tiny:
                 trickle()
+                if time.monotonic() > self._deadline:
+                    raise Refusal("body-timeout", "The body's chunks are too small to be read in time; send larger ones.")
             else:
                 give_way()  # as `receive` does: others have a turn between two pieces of a body
         self._began = True
