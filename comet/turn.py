@@ -118,6 +118,13 @@ class Alarm:
         self._work()
 
 
+class _Place(Waiter):  # type: ignore[misc]
+    """A greenlet's place in a line."""
+
+    __slots__ = ("ready",)
+    ready: bool
+
+
 class _Line:
     """Greenlets that gave way, in order. `rest` seconds after one came, or after the last that went on, those in front go on: at least one
     of them, and more until `share` seconds are used up."""
@@ -125,19 +132,29 @@ class _Line:
     def __init__(self, rest: float, share: float) -> None:
         self._alarm = Alarm(rest, self._run)
         self._share = share
-        self._waiting: deque[Waiter[None]] = deque()
+        self._waiting: deque[_Place] = deque()
 
     def wait(self) -> None:
         """Let the others run until it is this greenlet's turn."""
-        waiter: Waiter[None] = Waiter()
-        self._waiting.append(waiter)
+        place = _Place()
+        self.put(place, True)
+        self.stand(place)
+
+    def put(self, place: _Place, ready: bool) -> None:
+        """Have whoever stands at `place` go on when it is its turn, with this answer."""
+        place.ready = ready
+        self._waiting.append(place)
         if not self._alarm.active:
             self._alarm.set()
+
+    def stand(self, place: _Place) -> bool:
+        """Wait for the turn of `place`; return what `put` said."""
         try:
-            waiter.get()
+            place.get()
+            return place.ready
         finally:
-            if waiter in self._waiting:  # it was told to end meanwhile
-                self._waiting.remove(waiter)
+            if place in self._waiting:  # its greenlet was told to end meanwhile
+                self._waiting.remove(place)
 
     def _run(self) -> None:
         ends = time.monotonic() + self._share
@@ -178,3 +195,26 @@ def give_way() -> None:
 def trickle() -> None:
     """As `give_way`, for what nobody needs to have done fast: one greenlet in `TRICKLE` seconds goes on, however many there are."""
     _lines().trickle.wait()
+
+
+def wait_for_input(descriptor: int, seconds: float) -> bool:
+    """Wait until there is something to read from a descriptor, and then for one's turn, as `give_way`: when thousands of clients send a
+    byte at the same moment, or have kept silent for too long, they have a share of a turn in all. Return False after `seconds` without."""
+    line, loop = _lines().way, get_hub().loop
+    place = _Place()
+    readable, late = loop.io(descriptor, 1), loop.timer(max(0.0, seconds))
+
+    def come(ready: bool) -> None:
+        readable.stop()
+        late.stop()
+        line.put(place, ready)
+
+    readable.start(come, True)
+    late.start(come, False)
+    try:
+        return line.stand(place)
+    finally:
+        readable.stop()
+        readable.close()
+        late.stop()
+        late.close()

@@ -12,7 +12,7 @@ from gevent.socket import socket as GeventSocket
 
 from comet.server.parking import Parking, os_close, os_read, os_write
 from comet.settings import Settings
-from comet.turn import give_way
+from comet.turn import give_way, wait_for_input
 
 READ_SIZE = 16384
 LINGER_BYTES = 65536
@@ -55,18 +55,20 @@ class Transport:
 
     def receive(self, timeout: float) -> bytes:
         """What the client sends next, b"" at its end. Raises TimeoutError after `timeout` seconds."""
+        deadline = time.monotonic() + timeout
         if timeout <= 0:
             raise TimeoutError
         if self._has_read:
             give_way()  # reading does not yield while there is data: a flood would stop everyone else
         self._has_read = True
-        try:
-            return os_read(self.descriptor, READ_SIZE)
-        except BlockingIOError:
-            pass
-        self.socket.settimeout(timeout)
-        data: bytes = self.socket.recv(READ_SIZE)
-        return data
+        while True:
+            try:
+                return os_read(self.descriptor, READ_SIZE)
+            except BlockingIOError:
+                pass
+            if not wait_for_input(self.descriptor, deadline - time.monotonic()):
+                raise TimeoutError
+            self._has_read = False  # it has waited for its turn just now
 
     def send(self, data: bytes | memoryview) -> None:
         """Raises TimeoutError when the client has taken nothing for the send time-out."""
