@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Iterator
 
 import gevent
 import pytest
@@ -10,8 +11,8 @@ from gevent.event import Event
 
 from comet import turn
 from comet.kernel.processes import waited
-from comet.turn import SHARE, TRICKLE, Alarm, Pace, Soon, gather, give_way, trickle
-from tests.harness import AMPLE, wait_until
+from comet.turn import SHARE, TRICKLE, Alarm, Pace, Soon, gather, give_way, trickle, wait_for_input
+from tests.harness import AMPLE, TIMEOUT, wait_until
 
 
 def test_all_that_is_put_off_runs_once_and_in_order() -> None:
@@ -129,6 +130,61 @@ def test_they_trickle_one_by_one() -> None:
     gevent.joinall(several, timeout=AMPLE)
     assert all(one.successful() for one in several)
     assert time.monotonic() - began >= 20 * TRICKLE
+
+
+@pytest.fixture
+def pipes() -> Iterator[list[tuple[int, int]]]:
+    """Ends to read from and to write to."""
+    several = [os.pipe() for _ in range(7)]
+    yield several
+    for reader, writer in several:
+        os.close(reader)
+        os.close(writer)
+
+
+def test_input_is_waited_for(pipes: list[tuple[int, int]]) -> None:
+    reader, writer = pipes[0]
+    began = time.monotonic()
+    assert not wait_for_input(reader, 0.05)
+    assert 0.045 < time.monotonic() - began < AMPLE
+    assert not wait_for_input(reader, -1.0)
+    waits = gevent.spawn(wait_for_input, reader, TIMEOUT)
+    gevent.sleep(0)
+    os.write(writer, b"x")
+    assert waits.get(timeout=AMPLE) is True
+    assert wait_for_input(reader, TIMEOUT)  # it is still there
+
+
+def test_what_comes_to_many_at_once_is_looked_at_in_turns(pipes: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(turn, "time", clock)
+    went_on: list[list[int]] = [[]]
+    turns = get_hub().loop.prepare()
+
+    def work(reader: int) -> None:
+        assert wait_for_input(reader, TIMEOUT)
+        went_on[-1].append(reader)
+        clock.now += 0.6 * SHARE
+
+    several = [gevent.spawn(work, reader) for reader, _ in pipes]
+    gevent.sleep(0)
+    turns.start(lambda: went_on.append([]))
+    for _, writer in pipes:
+        os.write(writer, b"x")
+    gevent.joinall(several, timeout=AMPLE)
+    turns.stop()
+    turns.close()
+    assert [len(those) for those in went_on if those] == [2, 2, 2, 1]
+
+
+def test_who_is_told_to_end_waits_for_no_input_any_more(pipes: list[tuple[int, int]]) -> None:
+    reader, writer = pipes[0]
+    waits = gevent.spawn(wait_for_input, reader, TIMEOUT)
+    comes = gevent.spawn(wait_for_input, reader, TIMEOUT)
+    gevent.sleep(0)
+    waits.kill()
+    os.write(writer, b"x")
+    assert comes.get(timeout=AMPLE) is True
 
 
 def test_an_alarm_takes_its_whole_time_whenever_it_is_set() -> None:
