@@ -49,7 +49,8 @@ def one(context: Context, channel: str) -> HTTPResponse:
 def batch(context: Context) -> HTTPResponse:
     """POST /publish: NDJSON, a publication a line, published in order; a result a line.
 
-    A bad line fails alone; the others are published.
+    A bad line fails alone; the others are published. If nothing can be published any more in the middle of a batch, each line from there on
+    has the refusal as its result: those before it are published, so the batch is not refused as a whole.
     """
     data = body(context.settings.max_batch)
     lines = data.split(b"\n", MAX_LINES + 1)  # of eight million the list alone would be 64 MB
@@ -60,10 +61,20 @@ def batch(context: Context) -> HTTPResponse:
     hold(len(data) + len(lines) * BATCH_ANSWER // MAX_LINES)  # until the client has taken the answer
     del data
     results: list[bytes] = []
+    failed: Refusal | None = None
     for those in _slices(lines):
         if results:
             give_way()
-        results.append(b"".join(_publish(context, those)))
+        if failed is None:
+            try:
+                results.append(b"".join(_publish(context, those)))
+                continue
+            except Refusal as refusal:
+                if not results:
+                    raise
+                failed = refusal
+        results.append(encode(failed.document()) * len(those))
+        context.stats.refused[failed.slug] += len(those)
     return answer_bytes(b"".join(results), content_type="application/x-ndjson")
 
 
