@@ -24,6 +24,10 @@ from comet.subscriber import Awake, Host, Subscriber, Wish
 ENDING_PAUSE = 0.05
 """Seconds between two lots of streams that a drain ends."""
 
+LEAST_PAGE = 4 << 10
+"""Bytes of a page while clients that take nothing hold all that may be held: some twenty short messages, so that those who do take come
+forward."""
+
 ENDED_AT_ONCE = 20
 """Streams a lot at least: few need no spreading."""
 
@@ -220,8 +224,8 @@ class Hub:
         self._replays.ask(subscriber, channel, position)
 
     def _page_size(self) -> int:
-        """Return how many bytes the next page may have: the fewer the more its clients hold. At the bound, a page is a message."""
-        return max(1, min(PAGE, (self._replay_bytes - self._replays.held) // 8))
+        """Return how many bytes the next page may have: the fewer the more its clients hold, and at the bound `LEAST_PAGE`."""
+        return max(LEAST_PAGE, min(PAGE, (self._replay_bytes - self._replays.held) // 8))
 
     def _read_page(self, channel: str, position: Position) -> Joined | None:
         return self._backplane.read(channel, position, None, self._page_size())

@@ -58,6 +58,8 @@ class Replays:
         self.held = 0
         """Bytes of those, as `Message.cost` counts: a page that several hold counts once."""
         self._slots = BoundedSemaphore(READS)
+        self._retries = BoundedSemaphore(READS)
+        """Of pages that could not be read once: what hangs there must not keep those waiting that can be read."""
 
     def ask(self, reader: Reader, channel: str, position: Position) -> None:
         """Have `reader` given the page that follows `position`, soon. Does not block."""
@@ -126,17 +128,19 @@ class Replays:
         if page is not None:
             self._kept.move_to_end(place)
             return page
-        with self._slots:
-            while not all(reader.ended for reader in waiting):
-                try:
+        slots = self._slots
+        while not all(reader.ended for reader in waiting):
+            try:
+                with slots:
                     page = self._read(*place)
-                except Refusal as refusal:
-                    log.debug("a page of history can't be read: %s", refusal.detail)
-                    gevent.sleep(AGAIN)
-                    continue
-                if page is not None and page.more and not page.gap and place not in self._kept:  # `share` may have had it meanwhile
-                    self._keep(place, page)
-                return page
+            except Refusal as refusal:
+                log.debug("a page of history can't be read: %s", refusal.detail)
+                slots = self._retries
+                gevent.sleep(AGAIN)
+                continue
+            if page is not None and page.more and not page.gap and place not in self._kept:  # `share` may have had it meanwhile
+                self._keep(place, page)
+            return page
         return Joined(place[1], (), False)
 
     def _keep(self, place: tuple[str, Position], page: Joined) -> None:

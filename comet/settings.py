@@ -202,7 +202,7 @@ class Settings:
         64 << 20,
         "bytes",
         "History that a worker holds for clients which catch up: pages that they have not taken yet (near the bound pages are smaller, at "
-        "it a message each), and, a quarter of it, pages for others at the same place.",
+        "it 4 KiB, or a message, each), and, a quarter of it, pages for others at the same place.",
     )
 
     log: str = _knob("plain", "plain or json", "json is an object a line, tracebacks included.")

@@ -264,8 +264,8 @@ class Awake:
     """
 
     __slots__ = (
-        "_bytes", "_held", "_queue", "_reading", "_replayed", "_sending", "_waiting", "behind", "offered", "patience", "ready", "reason",
-        "took", "waker",
+        "_bytes", "_held", "_queue", "_reading", "_replayed", "_sending", "_skipped", "_waiting", "behind", "offered", "patience",
+        "ready", "reason", "took", "waker",
     )  # fmt: skip
 
     def __init__(self, patience: float | None, offered: dict[str, Position]) -> None:
@@ -283,6 +283,8 @@ class Awake:
         self._queue: list[Item] = []
         self._held: list[Message] | None = None if offered else []
         """What was delivered before it has joined."""
+        self._skipped: dict[str, Position] = {}
+        """Places up to which something was lost before it has joined."""
         self._replayed: dict[str, Position | None] = {}
         """Channels that are replayed, and the newest message that was dropped of each."""
         self._reading: Position | None = None
@@ -303,6 +305,8 @@ class Awake:
             if answer.more:
                 self._replayed[channel] = None
         held, self._held = self._held or (), None
+        skipped, self._skipped = self._skipped, {}
+        self.skip(subscriber, skipped)  # what was lost behind an answer while another one was still to come
         self._bytes -= sum(message.size for message in held)  # offered again below, and charged then
         for message in held:
             if message.epoch == self.offered[message.channel].epoch:  # else of the log before: the next one comes with `skip`
@@ -322,7 +326,8 @@ class Awake:
             self._queue.append(Gap(list(self.offered.values())))
             self.offered[channel] = end
         self._queue.extend(answer.messages)
-        dropped = self._replayed[channel]
+        dropped = self._replayed.pop(channel)
+        self._replayed[channel] = dropped  # behind the others: else one that is never caught up with would keep them waiting for ever
         if answer.more or (dropped is not None and dropped.epoch == end.epoch and dropped.offset > end.offset):
             return
         if dropped is not None and dropped.epoch != end.epoch:
@@ -348,11 +353,12 @@ class Awake:
             self._read_on(subscriber)
 
     def skip(self, subscriber: Subscriber, places: Mapping[str, Position]) -> None:
-        """See `Subscriber.skip`. What was held of these channels is from before the loss, and an answer that is still to come tells the gap
-        by itself. So is a page that is on its way: it is read anew."""
+        """See `Subscriber.skip`. What was held of these channels is from before the loss. So is a page that is on its way: it is read anew.
+        Before it has joined, the loss is told after the answers, unless they tell it themselves."""
         if self._held is not None:
             self._bytes -= sum(message.size for message in self._held if message.channel in places)
             self._held = [message for message in self._held if message.channel not in places]
+            self._skipped.update(places)
             return
         ahead = _ahead(self.offered, places)
         if ahead:

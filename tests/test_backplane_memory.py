@@ -401,3 +401,18 @@ def test_what_is_past_its_time_is_not_used_even_before_it_is_forgotten() -> None
     joined = backplane.read("a", OLDEST)
     assert joined is not None
     assert [message.position for message in joined.messages] == [again.position]
+
+
+def test_each_of_several_channels_has_a_share_of_a_page() -> None:
+    backplane = MemoryBackplane(Bounds(), Clock())
+    backplane.attach(lambda messages: None, lambda channel, epoch: None)
+    backplane.publish([Publication("busy", b"x" * 900) for _ in range(100)])
+    backplane.publish([Publication("quiet", b"y" * 900) for _ in range(3)])
+    for _ in range(20):
+        for channels in (("busy", "quiet"), ("quiet", "busy")):
+            page = dict(zip(channels, backplane.peek(channels, ["oldest"] * 2, 20_000), strict=True))
+            assert len(page["quiet"].messages) == 3
+            assert 10 <= len(page["busy"].messages) <= 17
+            assert page["busy"].more == 100 - len(page["busy"].messages)
+    tiny = [backplane.peek(("busy", "quiet"), ["oldest"] * 2, 1) for _ in range(50)]
+    assert {tuple(len(joined.messages) for joined in page) for page in tiny} == {(1, 0), (0, 1)}, "now the one, now the other"

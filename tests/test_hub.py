@@ -2,12 +2,14 @@
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import gevent
 import pytest
+from gevent.event import Event
 
 from comet import replays
 from comet.backplane import Deliver, Dropped, Lost
@@ -529,6 +531,50 @@ def test_a_page_that_can_not_be_read_now_is_asked_for_again(world: World, crashe
     world.publish("a", "2")
     assert whole(subscriber) == ["1", "2"]
     assert world.backplane.reads == 2
+
+
+class Page:
+    """One who reads a page of history."""
+
+    def __init__(self) -> None:
+        self.ended = False
+        self.read = Event()
+
+    def page(self, channel: str, answer: Joined) -> None:
+        self.read.set()
+
+    def go_on(self) -> None:
+        """It takes it."""
+
+    def end(self, reason: str) -> None:
+        self.ended = True
+
+
+def test_pages_that_hang_keep_those_waiting_alone_that_want_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replays, "AGAIN", 0.0)
+    tried: Counter[str] = Counter()
+    never = Event()
+
+    def read(channel: str, position: Position) -> Joined:
+        tried[channel] += 1
+        if channel != "good":
+            if tried[channel] > 1:
+                never.wait()
+            raise Refusal("backplane-away", "One of the servers hangs.")
+        return Joined(position, (), False)
+
+    several = replays.Replays(read, 0)
+    hanging = [Page() for _ in range(3 * replays.READS)]
+    for number, one in enumerate(hanging):
+        several.ask(one, f"hangs{number}", Position(1, 0))
+    wait_until(lambda: len(tried) == len(hanging))
+    good = Page()
+    several.ask(good, "good", Position(1, 0))
+    assert good.read.wait(TIMEOUT)
+    assert not any(one.read.is_set() for one in hanging)
+    for one in hanging:
+        one.ended = True
+    never.set()
 
 
 def test_a_loss_while_the_shared_answer_goes_round_is_told_to_all(world: World, crashes: list[Any]) -> None:

@@ -169,6 +169,17 @@ def test_a_loss_before_the_first_answer_is_in_that_answer() -> None:
     assert not client.asked
 
 
+def test_a_loss_behind_an_answer_while_another_is_awaited_is_a_gap() -> None:
+    client = Client("a", "b")
+    client.offer(*log(2)[1:])
+    client.subscriber.skip({"a": Position(7, 1), "elsewhere": Position(1, 1)})
+    client.offer(*log(2, epoch=7)[1:])
+    client.join([Joined(NOW, log(1), False), Joined(NOW, [], False)])
+    assert client.taken() == ["1", "GAP@7-1,5-0", "2"]
+    assert not client.asked
+    assert client.subscriber.awake.quiet
+
+
 @pytest.mark.parametrize("answered", [False, True])
 def test_a_loss_while_history_is_read_is_one_gap(answered: bool) -> None:
     client, messages = Client("a", "b").join_now(), log(3)
@@ -301,6 +312,20 @@ def test_channels_are_replayed_one_after_the_other_and_those_that_are_not_go_on(
     assert client.taken() == ["1", "2"]
     assert client.asked == [("a", NOW), ("b", NOW)]
     assert client.subscriber.awake.quiet
+
+
+def test_a_channel_that_is_never_caught_up_with_keeps_no_other_waiting() -> None:
+    client, busy, quiet = Client("busy", "quiet"), log(100, "busy"), log(2, "quiet")
+    client.join([Joined(NOW, busy[:2], False, 98), Joined(NOW, [], False, 1)])
+    assert client.taken() == ["1", "2"]
+    assert client.take(0) == []
+    client.page(Joined(NOW, busy[2:4], False, 96), "busy")
+    client.offer(quiet[1])
+    assert client.taken() == ["3", "4"]
+    assert client.take(0) == []
+    client.page(Joined(NOW, quiet, False), "quiet")
+    assert client.taken() == ["1", "2"]
+    assert [channel for channel, _ in client.asked] == ["busy", "quiet"]
 
 
 def test_history_that_is_gone_before_it_was_read_is_a_gap() -> None:

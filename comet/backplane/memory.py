@@ -231,8 +231,7 @@ class MemoryBackplane:
 
     def subscribe(self, channels: Sequence[str], since: Sequence[Since], size: int = PAGE) -> Sequence[Joined]:
         now = self._clock()
-        answers = []
-        room = size
+        answers: list[Joined | None] = []
         for channel, start in zip(channels, since, strict=True):
             if start is None and channel not in self._channels:
                 epoch = self._channels[channel] = self._randbits(EPOCH_BITS)
@@ -241,10 +240,8 @@ class MemoryBackplane:
             log = self._open(channel)
             log.subscribers += 1
             self._settle(channel, log.subscribers)
-            answer = self._since(channel, log, start, None, now, room)
-            room -= sum(message.size for message in answer.messages)
-            answers.append(answer)
-        return answers
+            answers.append(None)
+        return self._page(channels, since, answers, now, size)
 
     def rejoin(self, channel: str, since: Since) -> Position | None:
         log = self._channels.get(channel)
@@ -269,8 +266,7 @@ class MemoryBackplane:
 
     def peek(self, channels: Sequence[str], since: Sequence[Since], size: int = PAGE) -> Sequence[Joined]:
         now = self._clock()
-        answers = []
-        room = size
+        answers: list[Joined | None] = []
         for channel, start in zip(channels, since, strict=True):
             if channel not in self._channels:
                 gap = start is not None and start != OLDEST and self._lacks(start)
@@ -279,10 +275,8 @@ class MemoryBackplane:
             log = self._open(channel)
             if not log.subscribers:
                 self._rest(channel, now)
-            answer = self._since(channel, log, start, None, now, room)
-            room -= sum(message.size for message in answer.messages)
-            answers.append(answer)
-        return answers
+            answers.append(None)
+        return self._page(channels, since, answers, now, size)
 
     def unsubscribe(self, channels: Sequence[str]) -> None:
         for channel in channels:
@@ -333,6 +327,24 @@ class MemoryBackplane:
             "history_bytes": self._bytes,
             "idempotency_keys": len(self._keys),
         }
+
+    def _page(
+        self, channels: Sequence[str], since: Sequence[Since], answers: list[Joined | None], now: float, size: int
+    ) -> Sequence[Joined]:
+        """Return the answers, with a page of `size` bytes for those channels that have none yet.
+
+        Each has an equal share of the room that those before it have left, and a message at least while there is room. Which is the first
+        differs from time to time: a channel that is never caught up with must not keep the others out for ever.
+        """
+        lacking = [number for number, answer in enumerate(answers) if answer is None]
+        if len(lacking) > 1:
+            first = random.randrange(len(lacking))
+            lacking = lacking[first:] + lacking[:first]
+        for done, number in enumerate(lacking):
+            share = max(1, size // (len(lacking) - done)) if size > 0 else 0
+            answer = answers[number] = self._since(channels[number], self._open(channels[number]), since[number], None, now, share)
+            size -= sum(message.size for message in answer.messages)
+        return [answer for answer in answers if answer is not None]
 
     def _since(self, channel: str, log: _Channel, since: Since, limit: int | None, now: float, size: int = PAGE) -> Joined:
         self._trim(channel, log, now)
