@@ -4,7 +4,7 @@ and how often it turns."""
 import ctypes
 import logging
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from typing import Final, NamedTuple
 from weakref import WeakKeyDictionary
@@ -119,51 +119,64 @@ class Alarm:
 
 
 class _Place(Waiter):  # type: ignore[misc]
-    """A greenlet's place in a line."""
+    """A greenlet's place in a line; `whose` work it does."""
 
-    __slots__ = ("ready",)
-    ready: bool
+    __slots__ = ("ready", "whose")
+
+    def __init__(self, whose: str) -> None:
+        super().__init__()
+        self.whose = whose
+        self.ready = True
 
 
 class _Line:
-    """Greenlets that gave way, in order. `rest` seconds after one came, or after the last that went on, those in front go on: at least one
-    of them, and more until `share` seconds are used up."""
+    """Greenlets that gave way. `rest` seconds after one came, or after the last that went on, some go on: at least one, and more until
+    `share` seconds are used up. Addresses take turns, and those of an address go on in order: so one with a thousand connections holds up
+    the others no more than one with a single connection."""
 
     def __init__(self, rest: float, share: float) -> None:
         self._alarm = Alarm(rest, self._run)
         self._share = share
-        self._waiting: deque[_Place] = deque()
+        self._waiting: OrderedDict[str, deque[_Place]] = OrderedDict()
+        self._running = False
+        self._later: list[_Place] = []
+        """Those who came while some went on: there has to be a turn of the loop before they do."""
 
-    def wait(self) -> None:
+    def wait(self, whose: str) -> None:
         """Let the others run until it is this greenlet's turn."""
-        place = _Place()
-        self.put(place, True)
-        self.stand(place)
+        place = _Place(whose)
+        self.put(place)
+        place.get()
 
-    def put(self, place: _Place, ready: bool) -> None:
-        """Have whoever stands at `place` go on when it is its turn, with this answer."""
-        place.ready = ready
-        self._waiting.append(place)
+    def put(self, place: _Place) -> None:
+        """Have whoever waits at `place` go on when it is its turn. If it was told to end by then, that is nothing."""
+        if self._running:
+            self._later.append(place)
+            return
+        those = self._waiting.get(place.whose)
+        if those is None:
+            those = self._waiting[place.whose] = deque()
+        those.append(place)
         if not self._alarm.active:
             self._alarm.set()
 
-    def stand(self, place: _Place) -> bool:
-        """Wait for the turn of `place`; return what `put` said."""
-        try:
-            place.get()
-            return place.ready
-        finally:
-            if place in self._waiting:  # its greenlet was told to end meanwhile
-                self._waiting.remove(place)
-
     def _run(self) -> None:
         ends = time.monotonic() + self._share
-        for _ in range(len(self._waiting)):
-            if not self._waiting:
-                break
-            self._waiting.popleft().switch(None)
+        self._running = True
+        while self._waiting:
+            whose, those = next(iter(self._waiting.items()))
+            place = those.popleft()
+            if those:
+                self._waiting.move_to_end(whose)
+            else:
+                del self._waiting[whose]
+            place.switch(None)
             if time.monotonic() >= ends:
                 break
+        self._running = False
+        later, self._later = self._later, []
+        for place in later:
+            self.put(place)
         if self._waiting and not self._alarm.active:
             self._alarm.set()
 
@@ -186,33 +199,36 @@ def _lines() -> _Lines:
     return lines
 
 
-def give_way() -> None:
+def give_way(whose: str = "") -> None:
     """Let everything else that is ready run, and sockets be looked at. However many give way, they go on for little more than `SHARE` of a
-    turn in all. Not ``sleep(0)``: gevent runs up to fifty greenlets that do so before it looks at sockets again."""
-    _lines().way.wait()
+    turn in all, and addresses take turns: `whose` is the one for which work is done, if that is known. Not ``sleep(0)``: gevent runs up to
+    fifty greenlets that do so before it looks at sockets again."""
+    _lines().way.wait(whose)
 
 
-def trickle() -> None:
+def trickle(whose: str = "") -> None:
     """As `give_way`, for what nobody needs to have done fast: one greenlet in `TRICKLE` seconds goes on, however many there are."""
-    _lines().trickle.wait()
+    _lines().trickle.wait(whose)
 
 
-def wait_for_input(descriptor: int, seconds: float) -> bool:
+def wait_for_input(descriptor: int, seconds: float, whose: str = "") -> bool:
     """Wait until there is something to read from a descriptor, and then for one's turn, as `give_way`: when thousands of clients send a
     byte at the same moment, or have kept silent for too long, they have a share of a turn in all. Return False after `seconds` without."""
     line, loop = _lines().way, get_hub().loop
-    place = _Place()
+    place = _Place(whose)
     readable, late = loop.io(descriptor, 1), loop.timer(max(0.0, seconds))
 
     def come(ready: bool) -> None:
         readable.stop()
         late.stop()
-        line.put(place, ready)
+        place.ready = ready
+        line.put(place)
 
     readable.start(come, True)
     late.start(come, False)
     try:
-        return line.stand(place)
+        place.get()
+        return place.ready
     finally:
         readable.stop()
         readable.close()

@@ -76,7 +76,7 @@ def test_between_two_pieces_of_a_body_in_very_many_chunks_others_have_a_turn(
     transport, _ = pair
     turns: dict[str, list[int]] = {"trickle": [], "give_way": []}
     for name, lengths in turns.items():
-        monkeypatch.setattr(module, name, partial(lambda lengths: lengths.append(len(transport.buffer)), lengths))
+        monkeypatch.setattr(module, name, partial(lambda lengths, whose: lengths.append(len(transport.buffer)), lengths))
     data = b"a" * size
     transport.buffer[:] = (b"%x\r\n%b\r\n" % (size, data)) * (10 * PIECES) + b"0\r\n\r\nnext"
     assert io.BufferedReader(body(transport, None)).read() == data * (10 * PIECES)

@@ -111,6 +111,42 @@ def test_one_goes_on_however_long_it_takes(monkeypatch: pytest.MonkeyPatch) -> N
     assert done == [0, 1, 0, 1, 0, 1]
 
 
+def test_addresses_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(turn, "time", clock)
+    done: list[str] = []
+
+    def work(whose: str) -> None:
+        for _ in range(3):
+            give_way(whose)
+            clock.now += 0.6 * SHARE
+            done.append(whose)
+
+    gevent.joinall([gevent.spawn(work, whose) for whose in ["many"] * 10 + ["one"]], timeout=AMPLE)
+    assert len(done) == 33
+    assert [index for index, whose in enumerate(done) if whose == "one"] == [1, 3, 5]
+
+
+def test_who_goes_on_and_gives_way_again_does_so_in_another_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(turn, "time", Clock())
+    turns = 0
+    watcher = get_hub().loop.prepare()
+
+    def count() -> None:
+        nonlocal turns
+        turns += 1
+
+    def work(whose: str) -> None:
+        for _ in range(20):
+            give_way(whose)
+
+    watcher.start(count)
+    gevent.joinall([gevent.spawn(work, whose) for whose in "ab"], timeout=AMPLE)
+    watcher.stop()
+    watcher.close()
+    assert turns >= 20
+
+
 def test_who_is_told_to_end_holds_nobody_up() -> None:
     several = [gevent.spawn(give_way) for _ in range(3)]
     gevent.sleep(0)

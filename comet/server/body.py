@@ -108,11 +108,11 @@ class RequestBody(io.RawIOBase):
         transport, buffer = self._transport, self._transport.buffer
         if buffer and self._began:
             if self._chunks and self._chunks.tiny:
-                trickle()
+                trickle(transport.network)
                 if time.monotonic() > self._deadline:
                     raise Refusal("body-timeout", "The body's chunks are too small to be read in time; send larger ones.")
             else:
-                give_way()  # as `receive` does: others have a turn between two pieces of a body
+                give_way(transport.network)  # as `receive` does: others have a turn between two pieces of a body
         self._began = True
         if not buffer:
             if self._expected:

@@ -97,6 +97,8 @@ class Connection(Transport, WSGIHandler):
         self._body: RequestBody | None = None
         self.fresh = False
         """Its first request is still to be read; where some of it was, a short way did not lead there."""
+        self.crowded = False
+        """It was woken with many others, and takes turns with them from the start."""
         self.asked: Any = None
         """What its first request is, where that was read elsewhere: a wish or a `Call`."""
         self.plain = b""
@@ -117,6 +119,8 @@ class Connection(Transport, WSGIHandler):
         there. Lets no exception out."""
         self.server.awake.add(self)
         try:
+            if self.crowded:
+                give_way(self.network)
             if self.parked is not None:
                 self.headers_sent = True
                 self._guard(self._go_on, rest)
@@ -172,7 +176,7 @@ class Connection(Transport, WSGIHandler):
             if self.descriptor < 0:
                 return False
             if not self.close_connection and self.buffer:
-                give_way()  # who pipelines takes turns with the others
+                give_way(self.network)  # who pipelines takes turns with the others
             if self.close_connection:
                 return bool(self.buffer) or self._body_is_left
 

@@ -34,6 +34,8 @@ class Transport:
     descriptor: int
     """The connection, -1 once it is given away or closed. A gevent socket is made for it only when
     something has to wait: most requests are read and answered without."""
+    network = ""
+    """The address that it is of, for taking turns."""
     buffer: bytearray
     """Read from the socket and not used yet: the front of the next request."""
 
@@ -59,14 +61,14 @@ class Transport:
         if timeout <= 0:
             raise TimeoutError
         if self._has_read:
-            give_way()  # reading does not yield while there is data: a flood would stop everyone else
+            give_way(self.network)  # reading does not yield while there is data: a flood would stop everyone else
         self._has_read = True
         while True:
             try:
                 return os_read(self.descriptor, READ_SIZE)
             except BlockingIOError:
                 pass
-            if not wait_for_input(self.descriptor, deadline - time.monotonic()):
+            if not wait_for_input(self.descriptor, deadline - time.monotonic(), self.network):
                 raise TimeoutError
             self._has_read = False  # it has waited for its turn just now
 
