@@ -18,7 +18,7 @@ from comet.hub import Hub
 from comet.message import Position, Publication, Receipt
 from comet.server import short, transport
 from comet.server.connection import Connection
-from comet.server.wsgi import MOST_ACCEPTED, CometServer
+from comet.server.wsgi import MOST_ACCEPTED, MOST_WOKEN, CometServer
 from comet.settings import Settings
 from comet.stats import Stats
 from comet.subscriber import Subscriber, Wish
@@ -432,3 +432,23 @@ def test_a_failing_accept_loses_nobody_who_was_accepted_before(server: CometServ
             assert client.read().status == 200
             client.close()
     assert calls > 4
+
+
+def test_who_is_woken_with_many_others_takes_turns_with_them(server: CometServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    woken: list[Connection] = []
+    monkeypatch.setattr(server._crew, "run", lambda work, rest: woken.append(work.__self__))
+    crowded = [False] * MOST_WOKEN + [True] * 5
+    for _ in range(2):
+        woken.clear()
+        for descriptor in range(1000, 1000 + len(crowded)):
+            server.resume(descriptor, "192.0.2.1", b"")
+        assert [connection.crowded for connection in woken] == crowded
+        gevent.sleep(0.001)  # another turn of the loop
+
+
+def test_who_takes_turns_from_the_start_is_answered(server: CometServer) -> None:
+    with Client(server.address[1]) as client:
+        assert client.request("GET", "/healthz").status == 200
+        server._woken = MOST_WOKEN  # as if others had been
+        client.ask("GET", "/healthz")
+        assert client.read().status == 200
