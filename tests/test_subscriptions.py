@@ -22,7 +22,7 @@ from comet import database, subscriptions
 from comet.database import Unusable, key, open_reader, open_writer, prepare
 from comet.errors import Refusal
 from comet.subscriptions import Subscriptions
-from tests.harness import ROOT, TIMEOUT
+from tests.harness import AMPLE, ROOT, TIMEOUT, wait_until
 
 LARGEST = (1 << 63) - 1
 
@@ -155,15 +155,93 @@ def test_many_greenlets_write_one_after_the_other(known: Subscriptions) -> None:
     assert sum(writer.value for writer in writers) == 100 == known.count_subscribers("rj")
 
 
-def test_who_waits_too_long_for_another_process_is_told_so(known: Subscriptions, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(subscriptions, "open_writer", lambda where: open_writer(where, patience=0.1))
-    other = open_writer(folder)
-    other.execute("BEGIN IMMEDIATE")
-    assert refused(lambda: known.add_subscriptions([("1", "2")])) == "database-busy"
-    assert known.get_subscribers("2") == []  # who reads does not wait
+@pytest.fixture
+def other(folder: Path) -> Iterator[sqlite3.Connection]:
+    """Another program, as a shell of SQLite, that has begun a transaction and does not end it."""
+    with closing(open_writer(folder)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        yield other
+
+
+def follow(known: Subscriptions, count: int) -> "list[gevent.Greenlet[..., str]]":
+    """Start so many writes at the same moment; each ends with "" or the slug with which it was refused."""
+
+    def write(number: int) -> str:
+        try:
+            known.add_subscriptions([(str(number), "rj")])
+        except Refusal as refusal:
+            return refusal.slug
+        return ""
+
+    return [gevent.spawn(write, number) for number in range(count)]
+
+
+def test_no_write_waits_longer_than_it_may_however_many_wait_for_another_program(
+    known: Subscriptions, other: sqlite3.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(subscriptions, "PATIENCE", 0.5)
+    began = time.monotonic()
+    writes = follow(known, 100)
+    assert [write.get() for write in writes] == ["database-busy"] * 100
+    assert time.monotonic() - began < AMPLE, "one after the other they would wait for 50 s"
+    assert known.get_subscribers("rj") == []  # who reads does not wait
     other.execute("ROLLBACK")
-    other.close()
-    assert known.add_subscriptions([("1", "2")]) == 1
+    assert known.add_subscriptions([("1", "rj")]) == 1
+
+
+def test_of_a_file_that_is_known_to_be_locked_one_write_tries_on_and_others_are_refused_at_once(
+    known: Subscriptions, other: sqlite3.Connection, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    monkeypatch.setattr(subscriptions, "HELD", 0.0)
+    (first,) = follow(known, 1)
+    wait_until(lambda: "another process has had" in caplog.text)
+    began = time.monotonic()
+    assert [write.get() for write in follow(known, 100)] == ["database-busy"] * 100
+    assert time.monotonic() - began < AMPLE < database.PATIENCE
+    assert not first.ready()
+    assert known.get_subscribers("rj") == []
+    other.execute("ROLLBACK")
+    assert first.get() == ""
+    assert [write.get() for write in follow(known, 100)] == [""] * 100
+    assert [one.message.partition("follows.db ")[2][:10] for one in caplog.records] == ["locked for", "can be wri"]
+
+
+def test_that_a_file_was_locked_some_time_ago_refuses_nobody(
+    known: Subscriptions, other: sqlite3.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(subscriptions, "PATIENCE", 0.5)
+    monkeypatch.setattr(subscriptions, "HELD", 0.0)
+    assert [write.get() for write in follow(known, 1)] == ["database-busy"]
+    assert known._held
+    other.execute("ROLLBACK")
+    monkeypatch.undo()
+    monkeypatch.setattr(subscriptions, "LOOK", 0.0)
+    assert [write.get() for write in follow(known, 100)] == [""] * 100
+
+
+def test_as_many_writes_wait_as_there_is_room_for(folder: Path, other: sqlite3.Connection) -> None:
+    """A quarter of the connections."""
+    known = Subscriptions(folder, 40)
+    writes = follow(known, 100)
+    wait_until(lambda: sum(write.ready() for write in writes) == 90)
+    assert {write.get() for write in writes if write.ready()} == {"database-busy"}
+    other.execute("ROLLBACK")
+    assert sum(write.get() == "" for write in writes) == 10 == known.count_subscribers("rj")
+    known.close()
+
+
+@pytest.mark.parametrize("stop", [lambda known: known.drain(0.0), Subscriptions.close], ids=["drain", "close"])
+def test_who_stops_does_not_wait_for_another_program(
+    folder: Path, other: sqlite3.Connection, stop: Callable[[Subscriptions], None]
+) -> None:
+    known = Subscriptions(folder)
+    writes = follow(known, 20)
+    wait_until(lambda: known._locked_since)
+    began = time.monotonic()
+    stop(known)
+    assert [write.get() for write in writes] == ["database-busy"] * 20
+    assert time.monotonic() - began < AMPLE < database.PATIENCE
 
 
 def test_a_full_disk_is_said_and_nothing_else_stops(known: Subscriptions) -> None:
