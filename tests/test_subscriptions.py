@@ -3,6 +3,7 @@
 import errno
 import os
 import random
+import re
 import signal
 import sqlite3
 import stat
@@ -646,10 +647,15 @@ def test_a_load_that_was_killed_ends_in_the_same_state_when_it_is_run_again(fold
 
 def damage(folder: Path) -> None:
     """Overwrite all but the first page, as a broken disk does."""
-    path = database.path_in(folder)
     with open_writer(folder) as writer:
         writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     writer.close()
+    damage_pages(folder)
+
+
+def damage_pages(folder: Path) -> None:
+    """As `damage`, whatever is in the log."""
+    path = database.path_in(folder)
     with path.open("r+b") as file:
         file.seek(4096)
         file.write(b"\xff" * (path.stat().st_size - 4096))
@@ -701,6 +707,54 @@ def test_a_file_that_can_not_be_used_refuses_each_call_until_there_is_a_copy_in_
         call(known)
     assert len(known.get_subscribers("user1")) == 4000
     known.close()
+
+
+@pytest.mark.parametrize("harm", [damage_pages, lambda folder: database.path_in(folder).unlink()], ids=["damaged", "gone"])
+def test_who_does_what_the_log_says_has_the_copy_and_nothing_of_the_old_log(
+    folder: Path, tmp_path: Path, harm: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The files that it names are removed in that order. Two workers have the old ones open, and one starts meanwhile."""
+    monkeypatch.setattr(subscriptions, "LOOK", 0.0)
+    known = [Subscriptions(folder), Subscriptions(folder)]
+    known[0].add_subscriptions([(f"f{number}", f"user{number % 5}") for number in range(20_000)])
+    copy = tmp_path / "copy"
+    with closing(open_writer(folder)) as writer, closing(sqlite3.connect(copy)) as backup:
+        writer.backup(backup)
+        writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    for number in range(2):
+        known[number].add_subscriptions([(f"g{number}x{one}", f"user{one % 5}") for one in range(5_000)])
+    harm(folder)
+    for one in known:
+        assert refused(lambda one=one: one.following("f1")) == "database-away"
+    (said,) = [one.message for one in caplog.records if "database-away" in one.message][:1]
+    for name in re.findall(rf"{re.escape(database.NAME)}(?:-\w+)?", said):
+        (folder / name).unlink(missing_ok=True)
+    copy.rename(database.path_in(folder))
+    known.append(Subscriptions(folder))
+    for one in known:
+        assert len(one.get_subscribers("user1")) == one.count_subscribers("user1") == 4000
+    for number, one in enumerate(known):
+        assert one.add_subscriptions([(f"h{number}", "user1")]) == 1
+    assert {one.count_subscribers("user1") for one in known} == {4003}
+    for one in known:
+        one.close()
+    prepare(folder, whole=True)
+    assert_counted(folder)
+    assert len(rows(folder)) == 20_003
+
+
+def test_an_empty_file_in_the_place_of_one_that_is_gone_has_nothing_of_its_log(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a reload makes one while workers have the old one open."""
+    monkeypatch.setattr(subscriptions, "LOOK", 0.0)
+    known = Subscriptions(folder)
+    known.add_subscriptions([(f"f{number}", f"user{number % 5}") for number in range(20_000)])
+    database.path_in(folder).unlink()
+    code = "import pathlib, sys\nfrom comet.database import prepare\nprepare(pathlib.Path(sys.argv[1]), whole=True)\n"
+    subprocess.run([sys.executable, "-c", code, str(folder)], cwd=ROOT, timeout=3 * TIMEOUT, check=True)
+    assert known.get_subscribers("user1") == []
+    assert known.add_subscriptions([("a", "user1")]) == 1
+    known.close()
+    assert rows(folder) == [("user1", "a")]
 
 
 def test_of_a_damaged_file_what_can_be_read_is_answered(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
