@@ -246,23 +246,33 @@ def _judge(database: sqlite3.Connection, path: Path) -> None:
 
 def _make(database: sqlite3.Connection) -> None:
     """The schema, where there is none. Kept in step by its caller: a service prepares its file in one process
-    before others open it."""
+    before others open it. If it is all there, take no lock: another program may hold that, and a reload must not wait for it."""
     ((mode,),) = database.execute("PRAGMA journal_mode = WAL")
     if mode != "wal":
         raise sqlite3.OperationalError(f"the file system can't have a shared log (journal mode {mode})")
+    if _has_schema(database) and _has_counts(database):
+        return
     database.execute("PRAGMA synchronous = FULL")
     with transaction(database):
-        ((version,),) = database.execute("PRAGMA user_version")
-        if version == 0:
+        if not _has_schema(database):
             for statement in _SCHEMA:
                 database.execute(statement)
-        if database.execute("SELECT 1 FROM sqlite_schema WHERE type = 'table' AND name = 'counts'").fetchone() is None:
+        if not _has_counts(database):
             began = time.monotonic()
             for statement in _COUNTED:
                 database.execute(statement)
             seconds = time.monotonic() - began
             if seconds > 1:
                 log.info("the subscriptions of an older comet were counted in %.1f s", seconds)
+
+
+def _has_schema(database: sqlite3.Connection) -> bool:
+    ((version,),) = database.execute("PRAGMA user_version")
+    return bool(version)
+
+
+def _has_counts(database: sqlite3.Connection) -> bool:
+    return database.execute("SELECT 1 FROM sqlite_schema WHERE type = 'table' AND name = 'counts'").fetchone() is not None
 
 
 def _check(database: sqlite3.Connection, path: Path) -> None:

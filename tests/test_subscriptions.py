@@ -245,6 +245,12 @@ def test_who_stops_does_not_wait_for_another_program(
     assert time.monotonic() - began < AMPLE < database.PATIENCE
 
 
+def test_who_starts_or_reloads_does_not_wait_for_another_program(folder: Path, other: sqlite3.Connection) -> None:
+    began = time.monotonic()
+    prepare(folder, whole=True)
+    assert time.monotonic() - began < AMPLE < database.PATIENCE
+
+
 def test_a_full_disk_is_said_and_nothing_else_stops(known: Subscriptions) -> None:
     assert known.add_subscriptions([("1", "rj")]) == 1
     assert known._writer is not None
