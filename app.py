@@ -31,6 +31,9 @@ SILENCE = 2.0
 SPREAD = 0.8
 """Of the grace time over which a drain ends the streams; the rest is for what is still to be written to them."""
 
+LOCKED = 0.2
+"""Part of the grace time for which a write of subscriptions may wait for another program that has their file locked."""
+
 log = logging.getLogger("comet")
 
 
@@ -198,7 +201,7 @@ def serve(settings: Settings, listener: socket.socket, data: Path, place: Place 
     hub = Hub(backplane, stats, settings.backlog, Soon(), _permit(place), settings.busy_backlog, settings.replay_bytes)
     own = _own(place, stats, hub, capacity)
     said = _alone(own, hub) if place is None else partial(_together, place, own, hub if settings.backplane else None)
-    subscriptions = _subscriptions(settings, data)
+    subscriptions = _subscriptions(settings, data, capacity)
     context = Context(hub, subscriptions, settings, stats, said, place.worker if place else 0, partial(_missing, place))
     server = _server(listener, context, capacity, place)
     stopping = _Stopping(settings.grace, place)
@@ -240,6 +243,7 @@ def serve(settings: Settings, listener: socket.socket, data: Path, place: Place 
         place.let_go()
     server.drain()
     hub.drain(SPREAD * stopping.grace)
+    subscriptions.drain(LOCKED * stopping.grace)
     late = server.join(stopping.grace)
     subscriptions.close()
     backplane.close()
@@ -364,10 +368,10 @@ def _router_lives(board: Board) -> bool:
     return said is None or said.age <= SILENCE
 
 
-def _subscriptions(settings: Settings, data: Path) -> "Subscriptions | RedisSubscriptions":
+def _subscriptions(settings: Settings, data: Path, capacity: int) -> "Subscriptions | RedisSubscriptions":
     """Where the messages are ordered for many machines, there they are too."""
     if not settings.backplane:
-        return Subscriptions(data)
+        return Subscriptions(data, capacity)
     return RedisSubscriptions(
         partial(connect, settings.backplane, settings.redis_timeout, settings.redis_connect_timeout, settings.redis_pool),
         settings.redis_prefix,

@@ -88,8 +88,10 @@ BEFORE_LOAD: Final = ("DROP INDEX following", "DROP TABLE counts", "DROP TRIGGER
 AFTER_LOAD: Final = (_SCHEMA[1], *_COUNTED)
 """Makes it again, of all rows at once."""
 
-_FILES: Final = (NAME, f"{NAME}-wal", f"{NAME}-shm")
-"""The file, and its log and the index of that, which SQLite makes beside it and gives the mode of the file."""
+_BESIDE: Final = (f"{NAME}-wal", f"{NAME}-shm")
+"""The log of the file and the index of the log, which SQLite makes beside it and gives the mode of the file."""
+
+_FILES: Final = (NAME, *_BESIDE)
 
 _NUMBER = re.compile(r"0|-?[1-9][0-9]{0,18}", re.ASCII)
 
@@ -198,11 +200,14 @@ def _connect(path: Path, patience: float = PATIENCE, *, make: bool = True) -> sq
 
 
 def _create(path: Path) -> None:
-    """Make an empty file if there is none: SQLite would let everybody read it."""
+    """Make an empty file if there is none: SQLite would let everybody read it. A log that was left there is that of a file that is gone."""
+    left = [beside for name in _BESIDE if (beside := path.with_name(name)).exists()]
     try:
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
     except FileExistsError:
-        pass  # SQLite says what is there
+        return  # SQLite says what is there
+    for beside in left:
+        beside.unlink(missing_ok=True)
 
 
 def _make_private(folder: Path) -> None:
@@ -241,17 +246,18 @@ def _judge(database: sqlite3.Connection, path: Path) -> None:
 
 def _make(database: sqlite3.Connection) -> None:
     """The schema, where there is none. Kept in step by its caller: a service prepares its file in one process
-    before others open it."""
+    before others open it. If it is all there, take no lock: another program may hold that, and a reload must not wait for it."""
     ((mode,),) = database.execute("PRAGMA journal_mode = WAL")
     if mode != "wal":
         raise sqlite3.OperationalError(f"the file system can't have a shared log (journal mode {mode})")
+    if _has_schema(database) and _has_counts(database):
+        return
     database.execute("PRAGMA synchronous = FULL")
     with transaction(database):
-        ((version,),) = database.execute("PRAGMA user_version")
-        if version == 0:
+        if not _has_schema(database):
             for statement in _SCHEMA:
                 database.execute(statement)
-        if database.execute("SELECT 1 FROM sqlite_schema WHERE type = 'table' AND name = 'counts'").fetchone() is None:
+        if not _has_counts(database):
             began = time.monotonic()
             for statement in _COUNTED:
                 database.execute(statement)
@@ -260,11 +266,20 @@ def _make(database: sqlite3.Connection) -> None:
                 log.info("the subscriptions of an older comet were counted in %.1f s", seconds)
 
 
+def _has_schema(database: sqlite3.Connection) -> bool:
+    ((version,),) = database.execute("PRAGMA user_version")
+    return bool(version)
+
+
+def _has_counts(database: sqlite3.Connection) -> bool:
+    return database.execute("SELECT 1 FROM sqlite_schema WHERE type = 'table' AND name = 'counts'").fetchone() is not None
+
+
 def _check(database: sqlite3.Connection, path: Path) -> None:
     began = time.monotonic()
     ((said,), *_) = database.execute("PRAGMA quick_check(1)")
     if said != "ok":
-        raise Unusable(f"{path} is damaged ({said}); put a copy in its place, or name another folder with --data.")
+        raise Unusable(_damaged(path, said))
     seconds = time.monotonic() - began
     if seconds > 1:
         log.info("%s was checked in %.1f s", path, seconds)
@@ -289,10 +304,18 @@ def _unwritable(folder: Path, path: Path) -> str | None:
     return None
 
 
+_LOG: Final = " and ".join(_BESIDE)
+
+
+def _damaged(path: Path, said: object) -> str:
+    """SQLite would read a log that stays there into the copy. The file goes first: while it is there a new log is made for it."""
+    return f"{path} is damaged ({said}); remove it, then {_LOG}, then move a copy in its place, or name another folder with --data."
+
+
 def why(path: Path, error: OSError | sqlite3.Error) -> str:
     """Return a sentence: why the file can't be used, and what to do."""
     if not path.exists():
-        return f"{path} is gone; put a copy in its place, or reload the service, which makes an empty one."
+        return f"{path} is gone; remove {_LOG}, then move a copy in its place, or reload the service, which makes an empty one."
     if getattr(error, "sqlite_errorname", "").startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):
-        return f"{path} is damaged ({error}); put a copy in its place, or name another folder with --data."
+        return _damaged(path, error)
     return f"{path} can't be used: {error}. Free it or its disk, or name another folder with --data."

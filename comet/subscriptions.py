@@ -12,14 +12,17 @@ The loop must not be held up, and two things would do that:
   writing thread may take it. So a step is one row: SQLite joins the ids to one text (no id has a comma).
   A write goes the same way: its rows are one JSON text, which SQLite reads by itself without the lock.
 
-Any worker may write. Within a process one thread does, transaction after transaction; between processes
-SQLite's lock stands, and who waits longer than `comet.database.PATIENCE` for it is told so.
+Any worker may write. Within a process one thread does, transaction after transaction; between processes SQLite's lock stands. A write
+waits at most `comet.database.PATIENCE` in all, for the writes before it and for that lock. Another program may hold the lock for as long as
+it likes (a transaction that is open in a shell). So the number of writes that wait is bounded, and once the lock has been held for `HELD`,
+one write goes on trying and others are refused at once. The thread tries for `TRY` at a time, and is free in between.
 
 Messages do not need the file. If it is damaged or gone, from the start or later, calls are refused (``database-away``) until it can be
 used again: each second that somebody asks, the file that is there by then is looked at.
 """
 
 import logging
+import math
 import sqlite3
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +31,7 @@ from typing import Any, Final, NoReturn
 
 import gevent
 import msgspec
+from gevent.lock import Semaphore
 from gevent.threadpool import ThreadPool
 
 from comet.database import PATIENCE, TRANSACTION, Key, identity, key, open_reader, open_writer, path_in, transaction, why
@@ -40,12 +44,21 @@ STEP: Final = 1000
 SLICE: Final = 1000
 """Rows of a write that are made ready before others have a turn: about a millisecond."""
 
+TRY: Final = 0.25
+"""Seconds that the thread waits for the lock of other processes before it looks whether the write is to wait on."""
+
+HELD: Final = 5.0
+"""Seconds without the lock after which the file counts as locked: a transaction of a comet takes two (`comet.database.PATIENCE`)."""
+
+WAITING: Final = 1000
+"""Writes that may wait in a process: a disk that syncs in 30 ms does as many in `comet.database.PATIENCE`."""
+
 ENDING: Final = 2.0
 """Seconds that the thread has to end."""
 
 LOOK: Final = 1.0
 """Seconds between two looks whether the file is still the one that is open: a second in which what is answered may be of one that is
-gone, and a system call that a look-up does not pay for."""
+gone, and a system call that a look-up does not pay for. And for how long it is known to be locked."""
 
 TOLD: Final = 60.0
 """Seconds between two lines of the log about a file that can't be used: each request would be one."""
@@ -84,11 +97,28 @@ _FOLLOWING = _Direction("followee", "follower", "following")
 class Subscriptions:
     """`folder` has a prepared file, unless that can't be used. Make it after any fork.
 
+    Of the `connections` that this process takes at most a quarter may wait to write, so that messages and health checks find room.
+
     All calls take and give ids as text. Each raises Refusal ``database-busy`` when others have the file
     locked for too long, and ``database-away`` when it can't be used; those that write ``disk-full`` as well."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, connections: int = 4 * WAITING) -> None:
         self._folder = folder
+        self._room = max(1, min(WAITING, connections // 4))
+        """Writes that may wait at the same time."""
+        self._waiting = 0
+        """Writes that wait, and the one under way."""
+        self._turn = Semaphore(1)
+        """Held by the write under way."""
+        self._locked_since: float | None = None
+        """When a try first found the file locked by others; None if the last one did not."""
+        self._found_locked = 0.0
+        """When a try last found the file locked by others."""
+        self._held = False
+        """The file has been locked for `HELD`, and no try has succeeded since."""
+        self._until = math.inf
+        """When no write waits any longer for others."""
+        self._closed = False
         self._reader: sqlite3.Connection | None = None
         self._read: tuple[int, int] | None = None
         """The file that `_reader` has open."""
@@ -107,8 +137,13 @@ class Subscriptions:
             self._tell(error)
         self._thread = ThreadPool(1)  # of its own: transactions queue there, and nothing else behind them
 
+    def drain(self, seconds: float) -> None:
+        """Let no write wait for other processes for longer than `seconds` from now on."""
+        self._until = time.monotonic() + seconds
+
     def close(self) -> None:
-        """Let go of the file; a write under way is undone. One that waits for other processes is not waited for."""
+        """Let go of the file; a write under way is undone, and those that wait are refused."""
+        self._closed = True
         if self._reader is not None:
             self._reader.close()
         writer = self._writer
@@ -219,7 +254,7 @@ class Subscriptions:
         changed = 0
         for start in range(0, len(pairs), TRANSACTION):
             rows = self._rows(pairs[start : start + TRANSACTION])
-            changed += self._in_thread(lambda rows=rows: self._transact(statement, rows))  # type: ignore[misc]
+            changed += self._in_turn(statement, rows)
         return changed
 
     @staticmethod
@@ -233,7 +268,56 @@ class Subscriptions:
             parts.append(msgspec.json.encode(rows)[1:-1])
         return (b"[" + b",".join(parts) + b"]").decode()
 
-    def _in_thread(self, work: Callable[[], int | sqlite3.Error]) -> int:
+    def _in_turn(self, statement: str, rows: str) -> int:
+        """Do a transaction once the writes before it are done. Raises Refusal ``database-busy`` after `PATIENCE`; at once if too many wait,
+        or if the file is locked and another write is trying already."""
+        now = time.monotonic()
+        if self._waiting >= self._room or (self._waiting and self._held and now - self._found_locked < LOOK):
+            raise _busy()
+        self._waiting += 1
+        try:
+            if not self._turn.acquire(timeout=PATIENCE):
+                raise _busy()
+            try:
+                return self._try(statement, rows, now + PATIENCE)
+            finally:
+                self._turn.release()
+        finally:
+            self._waiting -= 1
+
+    def _try(self, statement: str, rows: str, deadline: float) -> int:
+        """Do a transaction, and try again while the file is locked by others, until `deadline`."""
+        while not self._closed and (self._locked_since is None or time.monotonic() < min(deadline, self._until)):
+            changed = self._in_thread(lambda: self._transact(statement, rows))
+            locked = isinstance(changed, sqlite3.Error) and _locked(changed)
+            self._note(locked)
+            if isinstance(changed, int):
+                return changed
+            if not locked:
+                self._refuse(changed)
+        raise _busy()
+
+    def _note(self, locked: bool) -> None:
+        """Remember since when the file has been locked, and say in the log when that is `HELD`, and when it is over."""
+        now = time.monotonic()
+        if not locked:
+            self._locked_since = None
+            if self._held:
+                self._held = False
+                log.info("%s can be written to again", path_in(self._folder))
+            return
+        self._found_locked = now
+        if self._locked_since is None:
+            self._locked_since = now
+        elif not self._held and now - self._locked_since >= HELD:
+            self._held = True
+            log.warning(
+                "another process has had %s locked for %g s; writes are refused (database-busy) until its transaction ends",
+                path_in(self._folder),
+                HELD,
+            )
+
+    def _in_thread(self, work: Callable[[], int | sqlite3.Error]) -> int | sqlite3.Error:
         if not self._thread.size:
             try:
                 self._thread.size = 1  # before there is work for it: that would be done later, although it was refused
@@ -241,8 +325,6 @@ class Subscriptions:
                 log.error("no thread to write subscriptions with: %s", error)
                 raise _away() from error
         changed: int | sqlite3.Error = self._thread.apply(work)
-        if isinstance(changed, sqlite3.Error):
-            self._refuse(changed)
         return changed
 
     def _transact(self, statement: str, rows: str) -> int | sqlite3.Error:
@@ -254,7 +336,7 @@ class Subscriptions:
                 self._writer.close()
                 self._writer = None
             if self._writer is None:
-                self._writer = open_writer(self._folder)
+                self._writer = open_writer(self._folder, TRY)
                 self._written = there
             with transaction(self._writer):
                 return self._writer.execute(statement, (rows,)).rowcount
@@ -270,7 +352,7 @@ class Subscriptions:
         if _name(error) in FULL:
             raise Refusal("disk-full", "The disk of the subscriptions takes no more; make room and send it all again.") from error
         if _passes(error):
-            raise Refusal("database-busy", "Others write subscriptions for too long; send it again, a little later.") from error
+            raise _busy() from error
         if isinstance(error, sqlite3.ProgrammingError):
             raise error
         if not _name(error).startswith("SQLITE_CORRUPT"):  # of a damaged file other pages may well be read
@@ -293,7 +375,15 @@ def _name(error: sqlite3.Error) -> str:
 
 def _passes(error: sqlite3.Error) -> bool:
     """Return whether an error says nothing of the file: its disk is full, or others have it locked."""
-    return _name(error) in FULL or _name(error).startswith(("SQLITE_BUSY", "SQLITE_LOCKED"))
+    return _name(error) in FULL or _locked(error)
+
+
+def _locked(error: sqlite3.Error) -> bool:
+    return _name(error).startswith(("SQLITE_BUSY", "SQLITE_LOCKED"))
+
+
+def _busy() -> Refusal:
+    return Refusal("database-busy", "Others write subscriptions for too long; send it again, a little later.")
 
 
 def _away() -> Refusal:

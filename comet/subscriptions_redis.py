@@ -118,6 +118,9 @@ class RedisSubscriptions:
         self._client: Any = None
         self._sets = Sets(prefix)
 
+    def drain(self, seconds: float) -> None:
+        """Do nothing: no call waits for others who write."""
+
     def close(self) -> None:
         """Let go of the connections."""
         if self._client is not None:

@@ -3,6 +3,7 @@
 import errno
 import os
 import random
+import re
 import signal
 import sqlite3
 import stat
@@ -22,7 +23,7 @@ from comet import database, subscriptions
 from comet.database import Unusable, key, open_reader, open_writer, prepare
 from comet.errors import Refusal
 from comet.subscriptions import Subscriptions
-from tests.harness import ROOT, TIMEOUT
+from tests.harness import AMPLE, ROOT, TIMEOUT, wait_until
 
 LARGEST = (1 << 63) - 1
 
@@ -155,15 +156,99 @@ def test_many_greenlets_write_one_after_the_other(known: Subscriptions) -> None:
     assert sum(writer.value for writer in writers) == 100 == known.count_subscribers("rj")
 
 
-def test_who_waits_too_long_for_another_process_is_told_so(known: Subscriptions, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(subscriptions, "open_writer", lambda where: open_writer(where, patience=0.1))
-    other = open_writer(folder)
-    other.execute("BEGIN IMMEDIATE")
-    assert refused(lambda: known.add_subscriptions([("1", "2")])) == "database-busy"
-    assert known.get_subscribers("2") == []  # who reads does not wait
+@pytest.fixture
+def other(folder: Path) -> Iterator[sqlite3.Connection]:
+    """Another program, as a shell of SQLite, that has begun a transaction and does not end it."""
+    with closing(open_writer(folder)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        yield other
+
+
+def follow(known: Subscriptions, count: int) -> "list[gevent.Greenlet[..., str]]":
+    """Start so many writes at the same moment; each ends with "" or the slug with which it was refused."""
+
+    def write(number: int) -> str:
+        try:
+            known.add_subscriptions([(str(number), "rj")])
+        except Refusal as refusal:
+            return refusal.slug
+        return ""
+
+    return [gevent.spawn(write, number) for number in range(count)]
+
+
+def test_no_write_waits_longer_than_it_may_however_many_wait_for_another_program(
+    known: Subscriptions, other: sqlite3.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(subscriptions, "PATIENCE", 0.5)
+    began = time.monotonic()
+    writes = follow(known, 100)
+    assert [write.get() for write in writes] == ["database-busy"] * 100
+    assert time.monotonic() - began < AMPLE, "one after the other they would wait for 50 s"
+    assert known.get_subscribers("rj") == []  # who reads does not wait
     other.execute("ROLLBACK")
-    other.close()
-    assert known.add_subscriptions([("1", "2")]) == 1
+    assert known.add_subscriptions([("1", "rj")]) == 1
+
+
+def test_of_a_file_that_is_known_to_be_locked_one_write_tries_on_and_others_are_refused_at_once(
+    known: Subscriptions, other: sqlite3.Connection, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    monkeypatch.setattr(subscriptions, "HELD", 0.0)
+    (first,) = follow(known, 1)
+    wait_until(lambda: "another process has had" in caplog.text)
+    began = time.monotonic()
+    assert [write.get() for write in follow(known, 100)] == ["database-busy"] * 100
+    assert time.monotonic() - began < AMPLE < database.PATIENCE
+    assert not first.ready()
+    assert known.get_subscribers("rj") == []
+    other.execute("ROLLBACK")
+    assert first.get() == ""
+    assert [write.get() for write in follow(known, 100)] == [""] * 100
+    assert [one.message.partition("follows.db ")[2][:10] for one in caplog.records] == ["locked for", "can be wri"]
+
+
+def test_that_a_file_was_locked_some_time_ago_refuses_nobody(
+    known: Subscriptions, other: sqlite3.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(subscriptions, "PATIENCE", 0.5)
+    monkeypatch.setattr(subscriptions, "HELD", 0.0)
+    assert [write.get() for write in follow(known, 1)] == ["database-busy"]
+    assert known._held
+    other.execute("ROLLBACK")
+    monkeypatch.undo()
+    monkeypatch.setattr(subscriptions, "LOOK", 0.0)
+    assert [write.get() for write in follow(known, 100)] == [""] * 100
+
+
+def test_as_many_writes_wait_as_there_is_room_for(folder: Path, other: sqlite3.Connection) -> None:
+    """A quarter of the connections."""
+    known = Subscriptions(folder, 40)
+    writes = follow(known, 100)
+    wait_until(lambda: sum(write.ready() for write in writes) == 90)
+    assert {write.get() for write in writes if write.ready()} == {"database-busy"}
+    other.execute("ROLLBACK")
+    assert sum(write.get() == "" for write in writes) == 10 == known.count_subscribers("rj")
+    known.close()
+
+
+@pytest.mark.parametrize("stop", [lambda known: known.drain(0.0), Subscriptions.close], ids=["drain", "close"])
+def test_who_stops_does_not_wait_for_another_program(
+    folder: Path, other: sqlite3.Connection, stop: Callable[[Subscriptions], None]
+) -> None:
+    known = Subscriptions(folder)
+    writes = follow(known, 20)
+    wait_until(lambda: known._locked_since)
+    began = time.monotonic()
+    stop(known)
+    assert [write.get() for write in writes] == ["database-busy"] * 20
+    assert time.monotonic() - began < AMPLE < database.PATIENCE
+
+
+def test_who_starts_or_reloads_does_not_wait_for_another_program(folder: Path, other: sqlite3.Connection) -> None:
+    began = time.monotonic()
+    prepare(folder, whole=True)
+    assert time.monotonic() - began < AMPLE < database.PATIENCE
 
 
 def test_a_full_disk_is_said_and_nothing_else_stops(known: Subscriptions) -> None:
@@ -568,10 +653,15 @@ def test_a_load_that_was_killed_ends_in_the_same_state_when_it_is_run_again(fold
 
 def damage(folder: Path) -> None:
     """Overwrite all but the first page, as a broken disk does."""
-    path = database.path_in(folder)
     with open_writer(folder) as writer:
         writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     writer.close()
+    damage_pages(folder)
+
+
+def damage_pages(folder: Path) -> None:
+    """As `damage`, whatever is in the log."""
+    path = database.path_in(folder)
     with path.open("r+b") as file:
         file.seek(4096)
         file.write(b"\xff" * (path.stat().st_size - 4096))
@@ -623,6 +713,54 @@ def test_a_file_that_can_not_be_used_refuses_each_call_until_there_is_a_copy_in_
         call(known)
     assert len(known.get_subscribers("user1")) == 4000
     known.close()
+
+
+@pytest.mark.parametrize("harm", [damage_pages, lambda folder: database.path_in(folder).unlink()], ids=["damaged", "gone"])
+def test_who_does_what_the_log_says_has_the_copy_and_nothing_of_the_old_log(
+    folder: Path, tmp_path: Path, harm: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The files that it names are removed in that order. Two workers have the old ones open, and one starts meanwhile."""
+    monkeypatch.setattr(subscriptions, "LOOK", 0.0)
+    known = [Subscriptions(folder), Subscriptions(folder)]
+    known[0].add_subscriptions([(f"f{number}", f"user{number % 5}") for number in range(20_000)])
+    copy = tmp_path / "copy"
+    with closing(open_writer(folder)) as writer, closing(sqlite3.connect(copy)) as backup:
+        writer.backup(backup)
+        writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    for number in range(2):
+        known[number].add_subscriptions([(f"g{number}x{one}", f"user{one % 5}") for one in range(5_000)])
+    harm(folder)
+    for one in known:
+        assert refused(lambda one=one: one.following("f1")) == "database-away"
+    (said,) = [one.message for one in caplog.records if "database-away" in one.message][:1]
+    for name in re.findall(rf"{re.escape(database.NAME)}(?:-\w+)?", said):
+        (folder / name).unlink(missing_ok=True)
+    copy.rename(database.path_in(folder))
+    known.append(Subscriptions(folder))
+    for one in known:
+        assert len(one.get_subscribers("user1")) == one.count_subscribers("user1") == 4000
+    for number, one in enumerate(known):
+        assert one.add_subscriptions([(f"h{number}", "user1")]) == 1
+    assert {one.count_subscribers("user1") for one in known} == {4003}
+    for one in known:
+        one.close()
+    prepare(folder, whole=True)
+    assert_counted(folder)
+    assert len(rows(folder)) == 20_003
+
+
+def test_an_empty_file_in_the_place_of_one_that_is_gone_has_nothing_of_its_log(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a reload makes one while workers have the old one open."""
+    monkeypatch.setattr(subscriptions, "LOOK", 0.0)
+    known = Subscriptions(folder)
+    known.add_subscriptions([(f"f{number}", f"user{number % 5}") for number in range(20_000)])
+    database.path_in(folder).unlink()
+    code = "import pathlib, sys\nfrom comet.database import prepare\nprepare(pathlib.Path(sys.argv[1]), whole=True)\n"
+    subprocess.run([sys.executable, "-c", code, str(folder)], cwd=ROOT, timeout=3 * TIMEOUT, check=True)
+    assert known.get_subscribers("user1") == []
+    assert known.add_subscriptions([("a", "user1")]) == 1
+    known.close()
+    assert rows(folder) == [("user1", "a")]
 
 
 def test_of_a_damaged_file_what_can_be_read_is_answered(folder: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -4,6 +4,7 @@ As in test_endpoints, one server serves the module and each test has users of it
 """
 
 import signal
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -284,6 +285,26 @@ def test_a_full_disk_is_507_and_the_service_goes_on_delivering(start: Start) -> 
         assert server.request("GET", "/users/rj/followers").json["followers"] == ["alice"]
     assert server.stats()["refused"]["disk-full"] == 2
     assert server.stats()["errors"] == 0
+
+
+@only_asleep
+def test_a_file_that_another_program_has_locked_holds_up_neither_messages_nor_the_end(start: Start, tmp_path: Path) -> None:
+    """Thirty clients ask to follow; of forty connections ten may wait for the file."""
+    server = start("--data", str(tmp_path / "data"), "--max-connections", "40", "--grace", "5")
+    with closing(database.open_writer(tmp_path / "data")) as other:
+        other.execute("BEGIN IMMEDIATE")
+        clients = [server.client() for _ in range(30)]
+        for number, client in enumerate(clients):
+            client.ask("PUT", f"/users/u{number}/following/star", b"")
+        wait_until(lambda: server.stats()["refused"].get("database-busy") == 20)
+        server.publish("news", "goes on")
+        assert server.request("GET", "/healthz").status == server.request("GET", "/users/star/followers").status == 200
+        server.process.send_signal(signal.SIGTERM)
+        assert {client.read().json["error"] for client in clients} == {"database-busy"}, "also those that waited"
+        assert server.process.wait(TIMEOUT) == 0
+    assert "cut off" not in server.log.read_text()
+    for client in clients:
+        client.close()
 
 
 @pytest.mark.parametrize(
