@@ -66,8 +66,8 @@ _asked = msgspec.msgpack.Decoder(frames.Asked)
 _hello = msgspec.msgpack.Decoder(frames.Hello)
 
 
-class _Foreign(Exception):
-    """A worker speaks another version of `comet.backplane.frames`."""
+class _Foreign(ConnectionError):
+    """A worker speaks another version of `comet.backplane.frames`: its link ends, as if it had broken."""
 
 
 class Link:
@@ -272,11 +272,7 @@ class Router:
                 if link.full:
                     return
             link.unread = None
-        except _Foreign as error:
-            log.error("%s", error)
-            link.flush()
-            self._end(link)
-        except OSError:
+        except OSError:  # the worker has gone, or was turned away
             self._end(link)
         except Exception:
             log.exception("a worker's frame failed; its link is closed, and it makes another")
@@ -408,14 +404,17 @@ class Router:
 
     @staticmethod
     def _greet(link: Link, body: memoryview) -> None:
-        """Answer the first frame of a link. Raises _Foreign if its worker is of code that speaks otherwise."""
+        """Answer the first frame of a link. Raises _Foreign if its worker is of code that speaks otherwise, and OSError if that worker
+        has gone before it could be told."""
         link.put(frames.frame(frames.Welcome(frames.VERSION)))
         try:
             version = _hello.decode(body).version
         except msgspec.MsgspecError:
             version = "none"
         if version != frames.VERSION:
-            raise _Foreign(f"a worker of another version of comet was turned away: it speaks {version}, the router {frames.VERSION}")
+            log.error("a worker of another version of comet was turned away: it speaks %s, the router %s", version, frames.VERSION)
+            link.flush()
+            raise _Foreign
         link.greeted = True
 
     @staticmethod
