@@ -182,8 +182,10 @@ class Supervisor:
     def _hear(self) -> None:
         for what, number, more in self._reports.read():
             one = next((one for one in self._generations if one.number == number), None)
-            if one is not None:  # else it was given up, and this is its last word
+            if one is not None:
                 self._heard(one, what, more)
+            elif what == "born":  # else it was given up, and this is its last word
+                _kill_stray(*more)
 
     def _heard(self, one: Generation, what: str, more: list[int]) -> None:
         match what, more:
@@ -711,11 +713,23 @@ class Supervisor:
 
     def _hear_the_last(self) -> None:
         """Who was born while this process was busy ending. Who has died is not ours any more, and who is ready is killed too."""
+        known = {one.number: one for one in self._generations}
         for what, number, more in self._reports.read():
-            for one in self._generations:
-                if what == "born" and one.number == number:
-                    worker, pid = more
-                    one.workers[worker] = Worker(worker, 0.0, pid)
+            if what == "born":
+                worker, pid = more
+                if number in known:
+                    known[number].workers[worker] = Worker(worker, 0.0, pid)
+                else:
+                    _kill_stray(worker, pid)
+
+
+def _kill_stray(number: int, pid: int) -> None:
+    """Kill a worker that nobody counts: it was forked, and had not said so, when the process of its generation was killed. That process was
+    reaped, so the worker is a child of this one."""
+    stray = Worker(number, 0.0, pid)
+    if stray.lives():
+        log.warning("worker %d (process %d) was born behind the end of its generation: killing it", number, pid)
+        os.kill(pid, signal.SIGKILL)
 
 
 def run(

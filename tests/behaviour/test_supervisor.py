@@ -383,6 +383,24 @@ def test_generation_and_workers_killed_at_once_come_back(begin: Begin) -> None:
     answers(service)
 
 
+def test_who_is_born_behind_the_end_of_its_generation_is_killed(begin: Begin, code: Path) -> None:
+    path = code / "comet" / "generation.py"
+    text = path.read_text()
+    said = '        _say(orders.events, f"born'
+    assert text.count(said) == 1
+    path.write_text(text.replace(said, "        time.sleep(0.5 if orders.number == 2 else 0)\n" + said))
+    service = begin("--workers", "2", kind=of(code))
+    before = {service.router(), service.generation(), *service.workers().values()}
+    service.process.send_signal(signal.SIGHUP)
+    (forker,) = wait_until(lambda: {pid for pid in children(service.process.pid) if len(children(pid)) == 2} - before)
+    strays = children(forker)
+    os.kill(forker, signal.SIGKILL)
+    service.counted("failed_reloads", 1)
+    service.gone(forker, *strays)
+    assert set(alive(service.mark)) == {service.process.pid, *before}
+    assert service.log.read_text().count("was born behind the end of its generation") == 2
+
+
 def test_who_shows_no_sign_of_life_is_killed_and_replaced(begin: Begin) -> None:
     service = begin("--workers", "2", "--hang-limit", "6")
     before, router = service.workers(), service.router()
