@@ -85,7 +85,8 @@ class Supervisor:
         self._told = False
         """The manager knows that the service is ready."""
         self._generations: list[Generation] = []
-        self._numbers = count(1)
+        self._last_number = 0
+        """The number of the generation that was started last."""
         self._router: Router | None = None
         self._router_restarts = Restarts()
         self._generation_restarts = Restarts()
@@ -229,8 +230,9 @@ class Supervisor:
             self._kill(oldest)
             self._loop.later(0.1, self._start_generation)
             return
+        self._last_number += 1
         orders = Orders(
-            next(self._numbers), workers, [listener.fileno() for listener in self._listeners], self._board.descriptor,
+            self._last_number, workers, [listener.fileno() for listener in self._listeners], self._board.descriptor,
             min(banks), self._lifeline, self._reports.inherited, self._router_path, self._connections.descriptor,
         )  # fmt: skip
         try:
@@ -305,8 +307,16 @@ class Supervisor:
 
     @property
     def _whole(self) -> bool:
-        """Some generation is ready, and stays."""
-        return any(one.ready and not one.leaving and not one.orphaned for one in self._generations)
+        """Some generation is ready, and stays, and its workers can order messages."""
+        return any(one.ready and not one.leaving and not one.orphaned and not self._foreign(one) for one in self._generations)
+
+    def _foreign(self, one: Generation) -> bool:
+        """Return whether the router is known to be of other code than workers of this generation, which then have no link to it."""
+        router, said = self._router, self._board.look(ROUTER)
+        if router is None or said is None or said.pid != router.pid:
+            return False
+        slots = map(self._board.look, map(one.slot, one.workers))
+        return bool({slot.document.get("speaks") for slot in slots if slot is not None} - {said.document.get("speaks")})
 
     def _restart_generation(self, name: str, why: str, lived: float, ready: bool) -> None:
         self._counts["generation_restarts"] += 1
@@ -315,7 +325,13 @@ class Supervisor:
             self._give_up(f"{name} {why}, as did {MOST_DEATHS - 1} before it; what is wrong should stand above")
             return
         log.error("%s %s; starting another in %.2g s", name, why, delay)
-        self._loop.later(delay, self._start_generation)
+        last = self._last_number
+        self._loop.later(delay, lambda: self._start_after(last))
+
+    def _start_after(self, last: int) -> None:
+        """Start a generation, unless a reload was faster: one since that of number `last`."""
+        if self._last_number == last:
+            self._start_generation()
 
     def _reload_if_wanted(self) -> None:
         """A new generation, once nothing else is under way."""
@@ -522,12 +538,7 @@ class Supervisor:
         if router is None or router.checked or said is None or said.pid != router.pid or len(self._generations) > 1:
             return
         router.checked = True
-        speak = {
-            slot.document.get("speaks")
-            for one in self._generations if one.ready and not one.leaving
-            for slot in map(self._board.look, map(one.slot, one.workers)) if slot is not None
-        }  # fmt: skip
-        if speak - {said.document.get("speaks")}:
+        if any(self._foreign(one) for one in self._generations if one.ready and not one.leaving):
             log.warning("the router that was started is of other code than the workers: reloading")
             self._reload_wanted = True
 

@@ -602,6 +602,25 @@ def test_what_dies_after_an_update_and_comes_back_as_new_code_takes_the_rest_wit
     publishes(service, "a")
 
 
+def test_behind_a_router_of_code_that_can_not_serve_the_old_code_mends_the_service_when_it_is_put_back(begin: Begin, code: Path) -> None:
+    service = begin("--workers", "2", kind=of(code))
+    good = code.with_name("good")
+    shutil.copytree(code, good)
+    before, router = service.workers(), service.router()
+    change_frames(code)
+    (code / "handlers" / "health.py").write_text("import a_module_that_was_not_installed")
+    os.kill(router, signal.SIGKILL)
+    wait_until(lambda: service.counts()["generation_restarts"] >= 1)  # it is tried again, with back-off
+    assert service.workers() == before
+    assert service.request("GET", "/readyz").status == 503
+    shutil.copytree(good, code, dirs_exist_ok=True)
+    service.process.send_signal(signal.SIGHUP)
+    service.gone(*before.values())
+    publishes(service, "a")
+    assert len(wait_until(service.workers)) == 2
+    service.log.write_text("")  # the traceback was meant
+
+
 # -- crash loops
 
 
