@@ -135,6 +135,7 @@ class Supervisor:
             path = folder / "router"
             try:
                 self._router_listener = sockets.listen_locally(str(path))
+                self._router_file = sockets.file_of(str(path))  # a cleaner of /tmp may remove the folder
             except OSError as error:
                 log.error("can't make the router's socket %s: %s. Set TMPDIR to a folder with a shorter name.", path, error)
                 return 1
@@ -234,6 +235,7 @@ class Supervisor:
         orders = Orders(
             self._last_number, workers, [listener.fileno() for listener in self._listeners], self._board.descriptor,
             min(banks), self._lifeline, self._reports.inherited, self._router_path, self._connections.descriptor,
+            self._router_file,
         )  # fmt: skip
         try:
             one = Generation.start(self._program, orders)

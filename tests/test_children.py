@@ -48,13 +48,13 @@ def start(reports: Reports) -> Iterator[Start]:
         one.kill_and_reap()
 
 
-def test_orders_of_an_older_comet_say_nothing_of_the_counts_of_addresses() -> None:
-    orders = Orders(7, 2, [3, 4], 5, FIRST_WORKER, 6, 7, "/nowhere", 8)
-    assert orders.descriptors() == [3, 4, 5, 6, 7, 8]
+def test_orders_of_an_older_comet_say_nothing_of_the_counts_of_addresses_and_of_the_file_of_the_router() -> None:
+    orders = Orders(7, 2, [3, 4], 5, FIRST_WORKER, 6, 7, "/nowhere", 8, 9)
+    assert orders.descriptors() == [3, 4, 5, 6, 7, 8, 9]
     assert Orders.take({VARIABLE: orders.text()}) == orders
-    older = {name: value for name, value in json.loads(orders.text()).items() if name != "counts"}
+    older = {name: value for name, value in json.loads(orders.text()).items() if name not in ("counts", "router_file")}
     taken = Orders.take({VARIABLE: json.dumps(older)})
-    assert taken == orders._replace(counts=None)
+    assert taken == orders._replace(counts=None, router_file=None)
     assert taken.descriptors() == [3, 4, 5, 6, 7]
 
 

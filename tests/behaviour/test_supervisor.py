@@ -354,6 +354,22 @@ def test_a_killed_router_is_replaced(begin: Begin) -> None:
     answers(service)
 
 
+def test_without_the_folder_of_the_router_who_is_started_anew_finds_it(begin: Begin) -> None:
+    service = begin("--workers", "2")
+    (folder,) = service.folder.iterdir()
+    shutil.rmtree(folder)  # as a cleaner of /tmp does
+    router, before = service.router(), service.workers()
+    for pid in (router, before[0]):
+        os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: service.by_role("router") and service.router() != router)
+    wait_until(lambda: len(service.workers()) == 2 and service.workers()[0] != before[0])
+    wait_until(lambda: all(document["ready"] for document in service.by_role("worker")))
+    publishes(service, "a")
+    service.process.send_signal(signal.SIGHUP)
+    service.counted("generation", 2)
+    publishes(service, "a")
+
+
 def test_when_the_process_of_a_generation_is_killed_its_workers_serve_on_until_the_next(begin: Begin) -> None:
     service = begin("--workers", "2")
     before, forker = service.workers(), service.generation()
