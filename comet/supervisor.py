@@ -355,6 +355,7 @@ class Supervisor:
         for worker in one.workers.values():
             one.signal(worker, signal.SIGTERM)
         if one.workers:
+            self._loop.later(LOOK, lambda: self._check_reads(one))
             self._loop.later(self._settings.grace + MARGIN, lambda: self._kill(one))
         else:
             self._empty(one)
@@ -376,6 +377,12 @@ class Supervisor:
             worker.killed = True
             one.signal(worker, signal.SIGKILL)
         self._loop.later(MARGIN, lambda: self._kill_process(one))
+
+    def _check_reads(self, one: Generation) -> None:
+        """Kill the process of a generation that leaves, if it has not read that: it was stopped, say. Its workers then are children of this
+        process, which tells them by itself."""
+        if one in self._generations and not one.orphaned and not one.reads:
+            self._kill_process(one)
 
     def _kill_process(self, one: Generation) -> None:
         if one in self._generations and not one.orphaned:
@@ -401,8 +408,8 @@ class Supervisor:
                 del one.workers[number]
                 self._forget(one, number)
                 one.lacks(number, f"worker {number} has ended, and so has the process that forks workers")
-            elif worker.killed:
-                os.kill(worker.pid, signal.SIGKILL)
+            elif worker.killed or one.leaving:  # perhaps nobody has told it
+                os.kill(worker.pid, signal.SIGKILL if worker.killed else signal.SIGTERM)
         if one.leaving:
             if not one.workers:
                 self._empty(one)

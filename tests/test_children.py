@@ -92,6 +92,17 @@ def test_one_that_does_not_read_is_killed_and_one_that_has_died_is_told_nothing(
     assert status == -signal.SIGKILL
 
 
+def test_whether_one_has_read_what_it_was_told_is_seen(start: Start, reports: Reports) -> None:
+    one = start(REPEATS)
+    one.fork(1)
+    until(reports, 1)
+    assert one.reads
+    os.kill(one.process.pid, signal.SIGSTOP)
+    one.fork(1)
+    assert not one.reads
+    one.kill_and_reap()
+
+
 def test_who_is_killed_as_it_dies_is_still_there_to_be_reaped(start: Start) -> None:
     one = start("")
     os.waitid(os.P_PID, one.process.pid, os.WEXITED | os.WNOWAIT)

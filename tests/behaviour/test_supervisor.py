@@ -439,6 +439,17 @@ def test_a_generation_that_does_not_obey_is_killed_too(begin: Begin) -> None:
     answers(service)
 
 
+def test_the_workers_of_a_generation_whose_process_is_stopped_drain_in_order(begin: Begin) -> None:
+    service = begin("--workers", "2")
+    events = [service.holds(service.events("a")) for _ in range(4)]
+    os.kill(service.generation(), signal.SIGSTOP)
+    service.process.send_signal(signal.SIGTERM)
+    for one in events:
+        ends(one)
+    assert service.ended() == 0
+    assert "killing 2 workers" not in service.log.read_text()
+
+
 def test_a_supervisor_that_was_stopped_blames_nobody(begin: Begin) -> None:
     service = begin("--workers", "2", "--hang-limit", "6")
     before = service.workers()
