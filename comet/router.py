@@ -60,6 +60,9 @@ MOST_REST = 0.1
 TICK = 1.0
 """Seconds between two looks at what is past its time, and two beats."""
 
+IGNORED = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+"""Signals that mean the supervisor, or nobody here, and may be sent to all processes of a service (`systemctl kill`)."""
+
 log = logging.getLogger("comet.router")
 
 _asked = msgspec.msgpack.Decoder(frames.Asked)
@@ -486,6 +489,8 @@ def _replay(joined: Joined) -> frames.Replay:
 
 def main(arguments: Sequence[str]) -> int:
     """Run until SIGTERM, or until the supervisor is gone; the exit status."""
+    for number in IGNORED:
+        signal.signal(number, signal.SIG_IGN)
     parser = argparse.ArgumentParser(prog="comet.router", description="Started by comet's supervisor.")
     for name in ("listener", "lifeline", "board"):
         parser.add_argument(f"--{name}-fd", type=int, required=True)

@@ -511,6 +511,20 @@ def test_a_reload_loads_new_code_and_refuses_nobody(begin: Begin, code: Path) ->
     assert service.router() == router
 
 
+def test_a_reload_that_is_told_to_all_processes_is_one_and_loses_nothing(begin: Begin) -> None:
+    """As `systemctl kill -s HUP` does."""
+    service = begin("--workers", "2")
+    router = service.router()
+    publishes(service, "a")
+    for pid in alive(service.mark):
+        os.kill(pid, signal.SIGHUP)
+    os.kill(router, signal.SIGUSR1)
+    service.counted("generation", 2)
+    assert service.router() == router
+    assert service.counts()["router_restarts"] == 0
+    publishes(service, "a")
+
+
 def test_the_old_generation_stops_accepting_at_once_and_has_its_grace_time(begin: Begin) -> None:
     service = begin("--workers", "1", "--grace", "8")
     before = service.workers()[0]
