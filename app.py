@@ -359,7 +359,7 @@ def _backplane(settings: Settings, place: Place | None, stats: Stats) -> "Memory
             raise Unfit(str(error)) from error
     if place is None:
         return MemoryBackplane(Bounds.of(settings))
-    return RouterBackplane(place.router, settings.backplane_timeout, lives=partial(_router_lives, place.board))
+    return RouterBackplane(place.way, settings.backplane_timeout, lives=partial(_router_lives, place.board))
 
 
 def _router_lives(board: Board) -> bool:

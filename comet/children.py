@@ -8,11 +8,13 @@ reaped by it: only a parent that has not reaped a process signals it, so a numbe
 Standard library only, since `comet.supervisor` is.
 """
 
+import fcntl
 import logging
 import os
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -109,6 +111,13 @@ class Generation:
     def end(self) -> None:
         """Its process may exit once it has no workers."""
         self._command("end")
+
+    @property
+    def reads(self) -> bool:
+        """True if its process has read all that it was told."""
+        assert self.process.stdin is not None
+        unread: bytes = fcntl.ioctl(self.process.stdin.fileno(), termios.FIONREAD, bytes(4))
+        return not any(unread)
 
     def _command(self, text: str) -> None:
         """Tell its process. One that has died is noticed otherwise; one that doesn't read is killed."""

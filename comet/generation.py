@@ -45,7 +45,7 @@ from comet import log as logs
 from comet.board import FIRST_WORKER, SUPERVISOR, Board
 from comet.kernel import limits
 from comet.kernel.processes import close, fork, give_back, give_way, waitpid
-from comet.kernel.sockets import epoll
+from comet.kernel.sockets import epoll, way_to
 from comet.kernel.stock import stock
 
 VARIABLE = "COMET_GENERATION"
@@ -78,7 +78,7 @@ class Unfit(Exception):
 class Orders(NamedTuple):
     """What the supervisor tells a generation. All but `number`, `workers` (how many), `first_slot` (the board's, of
     worker 0) and `router`, the path of the router's socket, are descriptors that it inherits. Where there are fewer `listeners`
-    than workers, some workers share one, with its queue. A supervisor of an older comet has no `counts`."""
+    than workers, some workers share one, with its queue. A supervisor of an older comet has no `counts`, and no `router_file`."""
 
     number: int
     workers: int
@@ -89,10 +89,12 @@ class Orders(NamedTuple):
     events: int
     router: str
     counts: int | None = None
+    router_file: int | None = None
 
     def descriptors(self) -> list[int]:
         """Those that it inherits."""
-        return [*self.listeners, self.board, self.lifeline, self.events, *(() if self.counts is None else (self.counts,))]
+        lately = (self.counts, self.router_file)
+        return [*self.listeners, self.board, self.lifeline, self.events, *(one for one in lately if one is not None)]
 
     def text(self) -> str:
         """For the environment."""
@@ -114,7 +116,8 @@ def held(worker: int, listeners: int) -> Sequence[int]:
 class Place:
     """The part of a service that one worker has: its number (`worker`, from 0) among how many (`workers`), its listener, those of
     `others` by number, its slot of the board, the descriptor of the counts of connections by address (None if each worker counts for
-    itself) and its column there, the path of the router's socket, and the end of the lifeline that ends when the supervisor does."""
+    itself) and its column there, the path of the router's socket and the one to connect by (`way`), and the end of the lifeline that
+    ends when the supervisor does."""
 
     generation: int
     worker: int
@@ -127,6 +130,7 @@ class Place:
     column: int
     lifeline: int
     router: str
+    way: str
     events: int
 
     def heed(self) -> None:
@@ -291,7 +295,8 @@ class _Generation:
         return Place(
             orders.number, worker, orders.workers, listener,
             {number: stock(socket, "socket")(fileno=orders.listeners[number]) for number in others},
-            board, slot, orders.counts, slot - FIRST_WORKER, orders.lifeline, orders.router, orders.events,
+            board, slot, orders.counts, slot - FIRST_WORKER, orders.lifeline, orders.router,
+            way_to(orders.router, orders.router_file), orders.events,
         )  # fmt: skip
 
     def _reap(self) -> None:

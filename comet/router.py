@@ -60,14 +60,17 @@ MOST_REST = 0.1
 TICK = 1.0
 """Seconds between two looks at what is past its time, and two beats."""
 
+IGNORED = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+"""Signals that mean the supervisor, or nobody here, and may be sent to all processes of a service (`systemctl kill`)."""
+
 log = logging.getLogger("comet.router")
 
 _asked = msgspec.msgpack.Decoder(frames.Asked)
 _hello = msgspec.msgpack.Decoder(frames.Hello)
 
 
-class _Foreign(Exception):
-    """A worker speaks another version of `comet.backplane.frames`."""
+class _Foreign(ConnectionError):
+    """A worker speaks another version of `comet.backplane.frames`: its link ends, as if it had broken."""
 
 
 class Link:
@@ -272,11 +275,7 @@ class Router:
                 if link.full:
                     return
             link.unread = None
-        except _Foreign as error:
-            log.error("%s", error)
-            link.flush()
-            self._end(link)
-        except OSError:
+        except OSError:  # the worker has gone, or was turned away
             self._end(link)
         except Exception:
             log.exception("a worker's frame failed; its link is closed, and it makes another")
@@ -408,14 +407,17 @@ class Router:
 
     @staticmethod
     def _greet(link: Link, body: memoryview) -> None:
-        """Answer the first frame of a link. Raises _Foreign if its worker is of code that speaks otherwise."""
+        """Answer the first frame of a link. Raises _Foreign if its worker is of code that speaks otherwise, and OSError if that worker
+        has gone before it could be told."""
         link.put(frames.frame(frames.Welcome(frames.VERSION)))
         try:
             version = _hello.decode(body).version
         except msgspec.MsgspecError:
             version = "none"
         if version != frames.VERSION:
-            raise _Foreign(f"a worker of another version of comet was turned away: it speaks {version}, the router {frames.VERSION}")
+            log.error("a worker of another version of comet was turned away: it speaks %s, the router %s", version, frames.VERSION)
+            link.flush()
+            raise _Foreign
         link.greeted = True
 
     @staticmethod
@@ -487,6 +489,8 @@ def _replay(joined: Joined) -> frames.Replay:
 
 def main(arguments: Sequence[str]) -> int:
     """Run until SIGTERM, or until the supervisor is gone; the exit status."""
+    for number in IGNORED:
+        signal.signal(number, signal.SIG_IGN)
     parser = argparse.ArgumentParser(prog="comet.router", description="Started by comet's supervisor.")
     for name in ("listener", "lifeline", "board"):
         parser.add_argument(f"--{name}-fd", type=int, required=True)

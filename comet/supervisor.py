@@ -85,7 +85,8 @@ class Supervisor:
         self._told = False
         """The manager knows that the service is ready."""
         self._generations: list[Generation] = []
-        self._numbers = count(1)
+        self._last_number = 0
+        """The number of the generation that was started last."""
         self._router: Router | None = None
         self._router_restarts = Restarts()
         self._generation_restarts = Restarts()
@@ -134,6 +135,7 @@ class Supervisor:
             path = folder / "router"
             try:
                 self._router_listener = sockets.listen_locally(str(path))
+                self._router_file = sockets.file_of(str(path))  # a cleaner of /tmp may remove the folder
             except OSError as error:
                 log.error("can't make the router's socket %s: %s. Set TMPDIR to a folder with a shorter name.", path, error)
                 return 1
@@ -182,8 +184,10 @@ class Supervisor:
     def _hear(self) -> None:
         for what, number, more in self._reports.read():
             one = next((one for one in self._generations if one.number == number), None)
-            if one is not None:  # else it was given up, and this is its last word
+            if one is not None:
                 self._heard(one, what, more)
+            elif what == "born":  # else it was given up, and this is its last word
+                _kill_stray(*more)
 
     def _heard(self, one: Generation, what: str, more: list[int]) -> None:
         match what, more:
@@ -227,9 +231,11 @@ class Supervisor:
             self._kill(oldest)
             self._loop.later(0.1, self._start_generation)
             return
+        self._last_number += 1
         orders = Orders(
-            next(self._numbers), workers, [listener.fileno() for listener in self._listeners], self._board.descriptor,
+            self._last_number, workers, [listener.fileno() for listener in self._listeners], self._board.descriptor,
             min(banks), self._lifeline, self._reports.inherited, self._router_path, self._connections.descriptor,
+            self._router_file,
         )  # fmt: skip
         try:
             one = Generation.start(self._program, orders)
@@ -303,8 +309,16 @@ class Supervisor:
 
     @property
     def _whole(self) -> bool:
-        """Some generation is ready, and stays."""
-        return any(one.ready and not one.leaving and not one.orphaned for one in self._generations)
+        """Some generation is ready, and stays, and its workers can order messages."""
+        return any(one.ready and not one.leaving and not one.orphaned and not self._foreign(one) for one in self._generations)
+
+    def _foreign(self, one: Generation) -> bool:
+        """Return whether the router is known to be of other code than workers of this generation, which then have no link to it."""
+        router, said = self._router, self._board.look(ROUTER)
+        if router is None or said is None or said.pid != router.pid:
+            return False
+        slots = map(self._board.look, map(one.slot, one.workers))
+        return bool({slot.document.get("speaks") for slot in slots if slot is not None} - {said.document.get("speaks")})
 
     def _restart_generation(self, name: str, why: str, lived: float, ready: bool) -> None:
         self._counts["generation_restarts"] += 1
@@ -313,7 +327,13 @@ class Supervisor:
             self._give_up(f"{name} {why}, as did {MOST_DEATHS - 1} before it; what is wrong should stand above")
             return
         log.error("%s %s; starting another in %.2g s", name, why, delay)
-        self._loop.later(delay, self._start_generation)
+        last = self._last_number
+        self._loop.later(delay, lambda: self._start_after(last))
+
+    def _start_after(self, last: int) -> None:
+        """Start a generation, unless a reload was faster: one since that of number `last`."""
+        if self._last_number == last:
+            self._start_generation()
 
     def _reload_if_wanted(self) -> None:
         """A new generation, once nothing else is under way."""
@@ -335,6 +355,7 @@ class Supervisor:
         for worker in one.workers.values():
             one.signal(worker, signal.SIGTERM)
         if one.workers:
+            self._loop.later(LOOK, lambda: self._check_reads(one))
             self._loop.later(self._settings.grace + MARGIN, lambda: self._kill(one))
         else:
             self._empty(one)
@@ -356,6 +377,12 @@ class Supervisor:
             worker.killed = True
             one.signal(worker, signal.SIGKILL)
         self._loop.later(MARGIN, lambda: self._kill_process(one))
+
+    def _check_reads(self, one: Generation) -> None:
+        """Kill the process of a generation that leaves, if it has not read that: it was stopped, say. Its workers then are children of this
+        process, which tells them by itself."""
+        if one in self._generations and not one.orphaned and not one.reads:
+            self._kill_process(one)
 
     def _kill_process(self, one: Generation) -> None:
         if one in self._generations and not one.orphaned:
@@ -381,8 +408,8 @@ class Supervisor:
                 del one.workers[number]
                 self._forget(one, number)
                 one.lacks(number, f"worker {number} has ended, and so has the process that forks workers")
-            elif worker.killed:
-                os.kill(worker.pid, signal.SIGKILL)
+            elif worker.killed or one.leaving:  # perhaps nobody has told it
+                os.kill(worker.pid, signal.SIGKILL if worker.killed else signal.SIGTERM)
         if one.leaving:
             if not one.workers:
                 self._empty(one)
@@ -520,12 +547,7 @@ class Supervisor:
         if router is None or router.checked or said is None or said.pid != router.pid or len(self._generations) > 1:
             return
         router.checked = True
-        speak = {
-            slot.document.get("speaks")
-            for one in self._generations if one.ready and not one.leaving
-            for slot in map(self._board.look, map(one.slot, one.workers)) if slot is not None
-        }  # fmt: skip
-        if speak - {said.document.get("speaks")}:
+        if any(self._foreign(one) for one in self._generations if one.ready and not one.leaving):
             log.warning("the router that was started is of other code than the workers: reloading")
             self._reload_wanted = True
 
@@ -711,11 +733,23 @@ class Supervisor:
 
     def _hear_the_last(self) -> None:
         """Who was born while this process was busy ending. Who has died is not ours any more, and who is ready is killed too."""
+        known = {one.number: one for one in self._generations}
         for what, number, more in self._reports.read():
-            for one in self._generations:
-                if what == "born" and one.number == number:
-                    worker, pid = more
-                    one.workers[worker] = Worker(worker, 0.0, pid)
+            if what == "born":
+                worker, pid = more
+                if number in known:
+                    known[number].workers[worker] = Worker(worker, 0.0, pid)
+                else:
+                    _kill_stray(worker, pid)
+
+
+def _kill_stray(number: int, pid: int) -> None:
+    """Kill a worker that nobody counts: it was forked, and had not said so, when the process of its generation was killed. That process was
+    reaped, so the worker is a child of this one."""
+    stray = Worker(number, 0.0, pid)
+    if stray.lives():
+        log.warning("worker %d (process %d) was born behind the end of its generation: killing it", number, pid)
+        os.kill(pid, signal.SIGKILL)
 
 
 def run(

@@ -48,13 +48,13 @@ def start(reports: Reports) -> Iterator[Start]:
         one.kill_and_reap()
 
 
-def test_orders_of_an_older_comet_say_nothing_of_the_counts_of_addresses() -> None:
-    orders = Orders(7, 2, [3, 4], 5, FIRST_WORKER, 6, 7, "/nowhere", 8)
-    assert orders.descriptors() == [3, 4, 5, 6, 7, 8]
+def test_orders_of_an_older_comet_say_nothing_of_the_counts_of_addresses_and_of_the_file_of_the_router() -> None:
+    orders = Orders(7, 2, [3, 4], 5, FIRST_WORKER, 6, 7, "/nowhere", 8, 9)
+    assert orders.descriptors() == [3, 4, 5, 6, 7, 8, 9]
     assert Orders.take({VARIABLE: orders.text()}) == orders
-    older = {name: value for name, value in json.loads(orders.text()).items() if name != "counts"}
+    older = {name: value for name, value in json.loads(orders.text()).items() if name not in ("counts", "router_file")}
     taken = Orders.take({VARIABLE: json.dumps(older)})
-    assert taken == orders._replace(counts=None)
+    assert taken == orders._replace(counts=None, router_file=None)
     assert taken.descriptors() == [3, 4, 5, 6, 7]
 
 
@@ -90,6 +90,17 @@ def test_one_that_does_not_read_is_killed_and_one_that_has_died_is_told_nothing(
     one.fork(0)
     one.died(status)
     assert status == -signal.SIGKILL
+
+
+def test_whether_one_has_read_what_it_was_told_is_seen(start: Start, reports: Reports) -> None:
+    one = start(REPEATS)
+    one.fork(1)
+    until(reports, 1)
+    assert one.reads
+    os.kill(one.process.pid, signal.SIGSTOP)
+    one.fork(1)
+    assert not one.reads
+    one.kill_and_reap()
 
 
 def test_who_is_killed_as_it_dies_is_still_there_to_be_reaped(start: Start) -> None:

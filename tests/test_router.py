@@ -123,6 +123,16 @@ def test_a_worker_of_another_version_is_told_which_the_router_has_and_turned_awa
     peer.sock.close()
 
 
+def test_a_worker_of_another_version_that_has_gone_before_it_is_greeted_ends_its_own_link_alone(served: Served) -> None:
+    good, gone = served.peer(), Peer(served.path, "1-0123456789abcdef")
+    gone.sock.close()
+    served.turn()
+    good.say(frames.Totals(1))
+    served.turn()
+    assert good.answer()["channels"] == 0
+    assert len(served.router.links) == 1
+
+
 def test_the_version_tells_frames_apart_and_nothing_else() -> None:
     assert frames._version() == frames.VERSION
     assert "object at" not in repr(msgspec.inspect.multi_type_info([frames.Asked, frames.Told]))

@@ -126,6 +126,19 @@ def listen_together(host: str, port: int, count: int, send_buffer: int = 0, unac
     return listeners
 
 
+def file_of(path: str) -> int:
+    """Return a descriptor of the file of a Unix socket, by which it is connected to (`way_to`) even where the file was removed. Raises
+    OSError."""
+    return os.open(path, os.O_PATH)
+
+
+def way_to(path: str, file: int | None) -> str:
+    """Return the path by which to connect to the Unix socket that was bound at `path`: that of its `file_of`, whatever was done to the
+    folder, or `path` where there is none or /proc does not show it."""
+    shown = f"/proc/self/fd/{file}"
+    return shown if file is not None and os.path.exists(shown) else path
+
+
 def listen_locally(path: str) -> socket.socket:
     """A listening Unix socket at `path` that this user alone may use. Raises OSError."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)

@@ -354,6 +354,22 @@ def test_a_killed_router_is_replaced(begin: Begin) -> None:
     answers(service)
 
 
+def test_without_the_folder_of_the_router_who_is_started_anew_finds_it(begin: Begin) -> None:
+    service = begin("--workers", "2")
+    (folder,) = service.folder.iterdir()
+    shutil.rmtree(folder)  # as a cleaner of /tmp does
+    router, before = service.router(), service.workers()
+    for pid in (router, before[0]):
+        os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: service.by_role("router") and service.router() != router)
+    wait_until(lambda: len(service.workers()) == 2 and service.workers()[0] != before[0])
+    wait_until(lambda: all(document["ready"] for document in service.by_role("worker")))
+    publishes(service, "a")
+    service.process.send_signal(signal.SIGHUP)
+    service.counted("generation", 2)
+    publishes(service, "a")
+
+
 def test_when_the_process_of_a_generation_is_killed_its_workers_serve_on_until_the_next(begin: Begin) -> None:
     service = begin("--workers", "2")
     before, forker = service.workers(), service.generation()
@@ -383,6 +399,24 @@ def test_generation_and_workers_killed_at_once_come_back(begin: Begin) -> None:
     answers(service)
 
 
+def test_who_is_born_behind_the_end_of_its_generation_is_killed(begin: Begin, code: Path) -> None:
+    path = code / "comet" / "generation.py"
+    text = path.read_text()
+    said = '        _say(orders.events, f"born'
+    assert text.count(said) == 1
+    path.write_text(text.replace(said, "        time.sleep(0.5 if orders.number == 2 else 0)\n" + said))
+    service = begin("--workers", "2", kind=of(code))
+    before = {service.router(), service.generation(), *service.workers().values()}
+    service.process.send_signal(signal.SIGHUP)
+    (forker,) = wait_until(lambda: {pid for pid in children(service.process.pid) if len(children(pid)) == 2} - before)
+    strays = children(forker)
+    os.kill(forker, signal.SIGKILL)
+    service.counted("failed_reloads", 1)
+    service.gone(forker, *strays)
+    assert set(alive(service.mark)) == {service.process.pid, *before}
+    assert service.log.read_text().count("was born behind the end of its generation") == 2
+
+
 def test_who_shows_no_sign_of_life_is_killed_and_replaced(begin: Begin) -> None:
     service = begin("--workers", "2", "--hang-limit", "6")
     before, router = service.workers(), service.router()
@@ -403,6 +437,17 @@ def test_a_generation_that_does_not_obey_is_killed_too(begin: Begin) -> None:
     service.gone(forker, *before.values())
     wait_until(lambda: len(service.workers(2)) == 2)
     answers(service)
+
+
+def test_the_workers_of_a_generation_whose_process_is_stopped_drain_in_order(begin: Begin) -> None:
+    service = begin("--workers", "2")
+    events = [service.holds(service.events("a")) for _ in range(4)]
+    os.kill(service.generation(), signal.SIGSTOP)
+    service.process.send_signal(signal.SIGTERM)
+    for one in events:
+        ends(one)
+    assert service.ended() == 0
+    assert "killing 2 workers" not in service.log.read_text()
 
 
 def test_a_supervisor_that_was_stopped_blames_nobody(begin: Begin) -> None:
@@ -464,6 +509,20 @@ def test_a_reload_loads_new_code_and_refuses_nobody(begin: Begin, code: Path) ->
     callers.stop()
     assert (service.counts()["reloads"], service.counts()["failed_reloads"]) == (2, 0)
     assert service.router() == router
+
+
+def test_a_reload_that_is_told_to_all_processes_is_one_and_loses_nothing(begin: Begin) -> None:
+    """As `systemctl kill -s HUP` does."""
+    service = begin("--workers", "2")
+    router = service.router()
+    publishes(service, "a")
+    for pid in alive(service.mark):
+        os.kill(pid, signal.SIGHUP)
+    os.kill(router, signal.SIGUSR1)
+    service.counted("generation", 2)
+    assert service.router() == router
+    assert service.counts()["router_restarts"] == 0
+    publishes(service, "a")
 
 
 def test_the_old_generation_stops_accepting_at_once_and_has_its_grace_time(begin: Begin) -> None:
@@ -582,6 +641,25 @@ def test_what_dies_after_an_update_and_comes_back_as_new_code_takes_the_rest_wit
     service.gone(router, *before.values())
     wait_until(lambda: service.request("GET", "/readyz").status == 200)
     publishes(service, "a")
+
+
+def test_behind_a_router_of_code_that_can_not_serve_the_old_code_mends_the_service_when_it_is_put_back(begin: Begin, code: Path) -> None:
+    service = begin("--workers", "2", kind=of(code))
+    good = code.with_name("good")
+    shutil.copytree(code, good)
+    before, router = service.workers(), service.router()
+    change_frames(code)
+    (code / "handlers" / "health.py").write_text("import a_module_that_was_not_installed")
+    os.kill(router, signal.SIGKILL)
+    wait_until(lambda: service.counts()["generation_restarts"] >= 1)  # it is tried again, with back-off
+    assert service.workers() == before
+    assert service.request("GET", "/readyz").status == 503
+    shutil.copytree(good, code, dirs_exist_ok=True)
+    service.process.send_signal(signal.SIGHUP)
+    service.gone(*before.values())
+    publishes(service, "a")
+    assert len(wait_until(service.workers)) == 2
+    service.log.write_text("")  # the traceback was meant
 
 
 # -- crash loops
