@@ -155,7 +155,7 @@ class Following:
         lease = self.lease
         gone = f"{lease.dead} {lease.former}"
         arguments = (random.getrandbits(EPOCH_BITS), gone, lease.node, state.count, *place(since), limit, time, *vouched, size)
-        return self._scripts.join.command(self._names.both(channel), arguments)
+        return self._scripts.join.command(self._names.read(channel), arguments)
 
     def _have(self, link: Link, channel: str, state: _Channel) -> None:
         """Be subscribed on this link. One that is not up will see to that when it is."""

@@ -316,7 +316,7 @@ class Link:
 
     def _refused(self, names: Sequence[bytes], why: str) -> None:
         if not why.startswith("MOVED"):
-            log.error("%s refuses a subscription: %s", self.title, why)
+            self.refuses(why)
         for name in names:
             self._owner.thrown_out(name)
 
@@ -382,6 +382,10 @@ class Link:
                 self._end(f"no answer within {self._timeout:g} s")
         elif now - self._heard > QUIET:
             self.call(Call(lambda: (b"PING",)))
+
+    def refuses(self, error: str) -> None:
+        """Say in the log that Redis answers with this error."""
+        self._outage.refuses(self.title, error)
 
     def fail(self, why: str) -> None:
         """This connection is of no use: make another."""
