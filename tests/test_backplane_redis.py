@@ -1038,9 +1038,24 @@ def test_a_count_that_is_no_number_is_replaced(service: Service) -> None:
     assert service.redis.ask("HEXISTS", "c:{a}", one.following.lease.node) == 0
 
 
+@pytest.mark.parametrize("held", [False, True])
+def test_a_key_of_a_message_that_was_sent_is_a_conflict_for_another_that_is_published(service: Service, held: bool) -> None:
+    one, two = service.workers
+    if held:
+        service.reader(one, "a")
+    sent = one.backplane.send("a", "message", b"x", "key")
+    assert (sent.position is not None) == held
+    (conflict,) = two.backplane.publish([Publication("a", b"other", "message", "key")])
+    assert isinstance(conflict, Refusal)
+    assert conflict.slug == "key-conflict"
+    assert two.backplane.send("a", "message", b"x", "key") == sent
+
+
 def test_garbage_under_a_key_is_no_answer_and_another_message_is_still_a_conflict(service: Service) -> None:
     one, _ = service.workers
     service.reader(one, "a")
+    service.redis.ask("SET", "c:{a}:key:short", "x")
+    assert isinstance(one.backplane.publish([Publication("a", b"x", "message", "short")])[0], Receipt)
     for key in ("c:{a}:key:one", "c:{a}:key:two", "c:{a}:key:three"):
         service.redis.ask("SADD", key, "x") if key[-1] == "e" else service.redis.ask("SET", key, "0" * 32 + "1 2 zz")
     first = one.backplane.publish([Publication("a", b"x", "message", "one")])
@@ -1053,7 +1068,7 @@ def test_garbage_under_a_key_is_no_answer_and_another_message_is_still_a_conflic
     assert sent == one.backplane.send("a", "message", b"y", "two")
     assert sent.delivered == 1
     service.redis.ask("SET", "c:{a}:sent:a:three", "1 2")
-    assert one.backplane.send("a", "message", b"z", "three").position == Position(first[0].position.epoch, 3)
+    assert one.backplane.send("a", "message", b"z", "three").position == Position(first[0].position.epoch, 4)
 
 
 def test_signs_of_life_begin_anew_where_a_stranger_has_overwritten_them(service: Service) -> None:

@@ -96,7 +96,7 @@ local RECEIPT, UNDER_WAY, SENT = '^%d+ %d+ %d+ %d+$', '^$', '^%d+ %d+$'
 
 local function remembered(key, from, ...)  -- what is kept under an idempotency key, if from there on it is like one of these; or false
   local before = redis.pcall('GET', key)
-  if type(before) == 'string' and #before <= 200 then
+  if type(before) == 'string' and #before >= from - 1 and #before <= 200 then
     for _, form in ipairs({{...}}) do
       if string.find(before, form, from) then return before end
     end
@@ -301,10 +301,11 @@ for i = 3, #ARGV, 2 do
   local digest, before = ARGV[i + 1], false
   if digest ~= '' then
     at = at + 1
-    before = remembered(KEYS[at], 33, RECEIPT)
+    before = remembered(KEYS[at], 33, RECEIPT, UNDER_WAY, SENT)  -- the last two are of what was sent, so of another message
   end
   if before then
-    answers[#answers + 1] = string.sub(before, 1, 32) == digest and string.sub(before, 33) or '!'
+    local same = string.sub(before, 1, 32) == digest and string.find(before, RECEIPT, 33)
+    answers[#answers + 1] = same and string.sub(before, 33) or '!'
   else
     if not e then
       e, o, s = open(K, L, ARGV[1])
