@@ -1377,6 +1377,34 @@ def test_a_user_needs_the_rights_that_the_readme_names(caplog: pytest.LogCapture
     assert "NOPERM" not in caplog.text
 
 
+@pytest.mark.parametrize("what", ["scripts", "all"])
+def test_a_redis_that_permits_nothing_any_more_is_not_ready_at_once_and_is_told_once(
+    start: Open, what: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with redis_server() as redis:
+        service = start(redis, workers=1, timeout=1.0)
+        (one,) = service.workers
+        reader = service.reader(one, "a")
+        redis.ask("ACL", "SETUSER", "default", *(["-evalsha", "-eval"] if what == "scripts" else ["-@all", "+ping", "+acl"]))
+        wait_until(lambda: not one.backplane.ready())
+        assert one.following.lease.valid  # for as long as a lease
+        for number in range(20):
+            with pytest.raises(Refusal):
+                one.backplane.publish([Publication("a", b"x")])
+            if what == "all" and number == 19:
+                with pytest.raises(Refusal):
+                    one.backplane.subscribe(["new"], [None])
+        (line,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]
+        assert "refuses what comet asks (NOPERM" in line
+        redis.ask("ACL", "SETUSER", "default", "+@all")
+        wait_until(service.ready)
+        service.publish(one, "a", "last")
+        wait_until(lambda: reader.got[-1:] == ["last"])
+        assert "Traceback" not in caplog.text
+        service.close()
+    caplog.clear()
+
+
 def test_a_redis_that_has_too_many_clients_may_take_us_later() -> None:
     with redis_server("--maxclients", "1") as redis, socket.create_connection((redis.host, redis.port)):
         RedisBackplane.of(settings(redis.url))

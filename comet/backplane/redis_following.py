@@ -116,7 +116,7 @@ class Following:
     def ready(self) -> bool:
         """Redis is in reach, and nothing that was missed is still to come."""
         whole = self._shards.whole and all(link.up for link in self._shards.links)
-        return whole and not self._recovering and self.lease.valid
+        return whole and not self._recovering and self.lease.well
 
     @property
     def followed(self) -> int:
