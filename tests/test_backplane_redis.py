@@ -36,6 +36,7 @@ from comet.backplane.redis import RedisBackplane
 from comet.backplane.redis_dial import Denied, read
 from comet.backplane.redis_format import piece
 from comet.backplane.redis_malformed import QUIET, Garbage
+from comet.backplane.redis_outage import MOST, Outage
 from comet.errors import Refusal
 from comet.history import Joined
 from comet.hub import Hub
@@ -1402,6 +1403,50 @@ def test_a_redis_that_permits_nothing_any_more_is_not_ready_at_once_and_is_told_
         wait_until(lambda: reader.got[-1:] == ["last"])
         assert "Traceback" not in caplog.text
         service.close()
+    caplog.clear()
+
+
+def test_a_redis_that_lets_nobody_publish_is_not_ready(start: Open, caplog: pytest.LogCaptureFixture) -> None:
+    with redis_server() as redis:
+        service = start(redis)
+        redis.ask("ACL", "SETUSER", "default", "resetchannels")
+        wait_until(lambda: not any(worker.backplane.ready() for worker in service.workers))
+        redis.ask("ACL", "SETUSER", "default", "&*")
+        wait_until(service.ready)
+        service.close()
+    assert "refuses what comet asks" in caplog.text
+    caplog.clear()
+
+
+def test_one_worker_of_a_service_says_an_error_of_redis_once(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    now = [0.0]
+    with (tmp_path / "board").open("wb+") as board:
+        outage = Outage(board.fileno(), 3, clock=lambda: now[0])
+
+        def said_by_another() -> bool:
+            before = len(caplog.records)
+            child = os.fork()
+            if child == 0:  # locks are a process's
+                Outage(board.fileno(), 3).refuses("Redis", "NOPERM x")
+                os._exit(len(caplog.records) - before)
+            return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+
+        for now[0] in 0.0, 40.0, 80.0:  # it goes on
+            for number in range(100):
+                outage.refuses("Redis", f"NOPERM x script: f{number}, on @user_script:{number}.")
+            outage.expire()
+        assert [record.getMessage() for record in caplog.records] == [
+            "Redis refuses what comet asks (NOPERM x); its user needs the rights that README names (Many machines)"
+        ]
+        for number in range(100):
+            outage.refuses("Redis", f"ERR {number}")
+        assert len(caplog.records) <= MOST
+        assert not said_by_another()
+        now[0] = 140.0
+        outage.expire()
+        assert said_by_another()
+        outage.refuses("Redis", "NOPERM x")
+        assert caplog.records[-1].getMessage() == caplog.records[0].getMessage()
     caplog.clear()
 
 

@@ -426,6 +426,7 @@ if not gone then redis.call('ZADD', KEYS[1], ms - ARGV[4], ARGV[1]) end
 local dead = redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', text(ms - ARGV[2]))
 redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', text(ms - ARGV[3]))
 if not before then redis.call('PEXPIRE', KEYS[1], ARGV[3]) end
+redis.call('%(publish)s', KEYS[1], '')  -- nobody listens: it fails where nothing may be published
 return {gone and 'dead' or before and 'alive' or 'new', table.concat(dead, ' ')}
 """
 
@@ -473,6 +474,6 @@ class Scripts:
         self.read = script(_READ)
         self.info = script(_INFO)
         self.delete = script(_DELETE % {"publish": publish})
-        self.heartbeat = script(_HEARTBEAT)
+        self.heartbeat = script(_HEARTBEAT % {"publish": publish})
         self.all: Sequence[Script] = list(vars(self).values())
         self.by_digest = {one.digest: one for one in self.all}
