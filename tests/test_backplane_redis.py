@@ -36,6 +36,7 @@ from comet.backplane.redis import RedisBackplane
 from comet.backplane.redis_dial import Denied, read
 from comet.backplane.redis_format import piece
 from comet.backplane.redis_malformed import QUIET, Garbage
+from comet.backplane.redis_outage import MOST, Outage
 from comet.errors import Refusal
 from comet.history import Joined
 from comet.hub import Hub
@@ -819,6 +820,92 @@ def test_keys_that_redis_evicts_are_a_gap_for_who_needs_them(service: Service, w
     assert reader.got == ["1", "2", "3", *(["GAP"] if what == "log" else []), "4"]
 
 
+# -- places of no log: who asked for a channel that was not there
+
+
+def nowhere(service: Service, *channels: str) -> list[Position]:
+    """Where somebody stands who looked at channels that are not there."""
+    answers = service.workers[0].backplane.peek(channels, [None] * len(channels))
+    assert all(answer.position.epoch == 0 and not answer.gap for answer in answers)
+    return [answer.position for answer in answers]
+
+
+def test_who_stands_at_no_log_is_told_nothing_in_the_ordinary_case(service: Service) -> None:
+    one, two = service.workers
+    (place,) = nowhere(service, "a")
+    nowhere(service, "b")  # somebody else's look, later, takes nothing from the first
+    assert [answer.gap for answer in two.backplane.peek(["a"], [place])] == [False]
+    one.proxy.cut()
+    service.publish(two, "a", "1")
+    wait_until(service.ready)
+    for answer in (*one.backplane.peek(["a"], [place]), *two.backplane.subscribe(["a"], [place]), one.backplane.read("a", place)):
+        assert answer is not None
+        assert not answer.gap
+        assert [message.data for message in answer.messages] == [b"1"]
+
+
+@pytest.mark.parametrize("since", [False, True], ids=["alone", "others-published"])
+@pytest.mark.parametrize("how", ["flushed", "restarted", "rewound"])
+def test_what_a_redis_has_lost_is_told_to_who_stood_at_no_log(start: Open, how: str, since: bool) -> None:
+    with redis_server() as redis:
+        service = start(redis)
+        one, two = service.workers
+        channels = ["a", "b", "c"]
+        places = nowhere(service, *channels)
+        if how == "rewound":
+            redis.ask("SAVE")  # the channels are not in it, but since when Redis has lost nothing is
+        for name in channels:
+            service.publish(one, name, "1")
+        if how == "flushed":
+            redis.ask("FLUSHALL")
+        else:
+            redis.kill()
+            wait_until(lambda: not any(worker.backplane.ready() for worker in service.workers))
+            redis.start()
+            wait_until(service.ready)
+        if since:
+            for name in channels:
+                service.publish(two, name, "2")
+        else:
+            later = nowhere(service, *channels)
+            assert not any(answer.gap for answer in one.backplane.peek(channels, later))
+        assert all(answer.gap for answer in two.backplane.peek(channels, places))
+        assert all(answer.gap for answer in one.backplane.subscribe(channels, places))
+        service.close()
+
+
+def test_what_a_redis_has_evicted_is_told_to_who_stood_at_no_log(start: Open) -> None:
+    with redis_server("--maxmemory-policy", "volatile-lru", "--maxmemory-samples", "10") as redis:
+        service = start(redis)
+        one, _ = service.workers
+        (place,) = nowhere(service, "a")
+        service.publish(one, "a", "1")
+        used = int(redis.ask("INFO", "memory").decode().split("used_memory:")[1].split("\r")[0])
+        redis.ask("CONFIG", "SET", "maxmemory", str(used + (1 << 20)))
+        numbers = itertools.count()
+        while redis.ask("EXISTS", "c:{a}"):
+            one.backplane.publish([Publication(f"d{next(numbers)}", b"x" * 2000) for _ in range(100)])
+        assert one.backplane.peek(["a"], [place])[0].gap
+        service.close()
+
+
+def test_where_it_can_not_be_known_what_a_redis_has_lost_a_gap_is_told(start: Open, caplog: pytest.LogCaptureFixture) -> None:
+    with redis_server() as redis:
+        redis.ask("ACL", "SETUSER", "default", "-info")
+        service = start(redis, workers=1)
+        (one,) = service.workers
+        (place,) = nowhere(service, "a")
+        assert one.backplane.peek(["a"], [place])[0].gap
+        one.proxy.cut()
+        wait_until(lambda: not one.backplane.ready())
+        wait_until(service.ready)
+        service.close()
+    (line,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]
+    assert "'info'" in line
+    assert "rights that README names" in line
+    caplog.clear()
+
+
 # -- a stranger writes to the same Redis
 
 
@@ -952,9 +1039,24 @@ def test_a_count_that_is_no_number_is_replaced(service: Service) -> None:
     assert service.redis.ask("HEXISTS", "c:{a}", one.following.lease.node) == 0
 
 
+@pytest.mark.parametrize("held", [False, True])
+def test_a_key_of_a_message_that_was_sent_is_a_conflict_for_another_that_is_published(service: Service, held: bool) -> None:
+    one, two = service.workers
+    if held:
+        service.reader(one, "a")
+    sent = one.backplane.send("a", "message", b"x", "key")
+    assert (sent.position is not None) == held
+    (conflict,) = two.backplane.publish([Publication("a", b"other", "message", "key")])
+    assert isinstance(conflict, Refusal)
+    assert conflict.slug == "key-conflict"
+    assert two.backplane.send("a", "message", b"x", "key") == sent
+
+
 def test_garbage_under_a_key_is_no_answer_and_another_message_is_still_a_conflict(service: Service) -> None:
     one, _ = service.workers
     service.reader(one, "a")
+    service.redis.ask("SET", "c:{a}:key:short", "x")
+    assert isinstance(one.backplane.publish([Publication("a", b"x", "message", "short")])[0], Receipt)
     for key in ("c:{a}:key:one", "c:{a}:key:two", "c:{a}:key:three"):
         service.redis.ask("SADD", key, "x") if key[-1] == "e" else service.redis.ask("SET", key, "0" * 32 + "1 2 zz")
     first = one.backplane.publish([Publication("a", b"x", "message", "one")])
@@ -967,7 +1069,7 @@ def test_garbage_under_a_key_is_no_answer_and_another_message_is_still_a_conflic
     assert sent == one.backplane.send("a", "message", b"y", "two")
     assert sent.delivered == 1
     service.redis.ask("SET", "c:{a}:sent:a:three", "1 2")
-    assert one.backplane.send("a", "message", b"z", "three").position == Position(first[0].position.epoch, 3)
+    assert one.backplane.send("a", "message", b"z", "three").position == Position(first[0].position.epoch, 4)
 
 
 def test_signs_of_life_begin_anew_where_a_stranger_has_overwritten_them(service: Service) -> None:
@@ -1241,7 +1343,21 @@ def test_who_is_not_let_in_is_told_so() -> None:
 
 def test_a_user_needs_the_rights_that_the_readme_names(caplog: pytest.LogCaptureFixture) -> None:
     with redis_server() as redis:
-        redis.ask("ACL", "SETUSER", "comet", "on", ">secret", "~c:*", "resetchannels", "&c:*", "+@all", "-@admin", "-@dangerous", "+client")
+        redis.ask(
+            "ACL",
+            "SETUSER",
+            "comet",
+            "on",
+            ">secret",
+            "~c:*",
+            "resetchannels",
+            "&c:*",
+            "+@all",
+            "-@admin",
+            "-@dangerous",
+            "+client",
+            "+info",
+        )
         url = redis.url.replace("//", "//comet:secret@")
         backplane = RedisBackplane.of(settings(url))
         got: list[Any] = []
@@ -1252,12 +1368,86 @@ def test_a_user_needs_the_rights_that_the_readme_names(caplog: pytest.LogCapture
         backplane.publish([Publication("a", b"1", "message", "key")])
         wait_until(lambda: got)
         backplane.delete("a")
+        (nowhere_,) = backplane.peek(["b"], [None])
+        assert not backplane.peek(["b"], [nowhere_.end])[0].gap
         known = RedisSubscriptions(lambda: connect(url), "c:")
         assert known.add_subscriptions([("x", "y")]) == 1
         assert known.get_subscribers("y") == ["x"]
         known.close()
         backplane.close()
     assert "NOPERM" not in caplog.text
+
+
+@pytest.mark.parametrize("what", ["scripts", "all"])
+def test_a_redis_that_permits_nothing_any_more_is_not_ready_at_once_and_is_told_once(
+    start: Open, what: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with redis_server() as redis:
+        service = start(redis, workers=1, timeout=1.0)
+        (one,) = service.workers
+        reader = service.reader(one, "a")
+        redis.ask("ACL", "SETUSER", "default", *(["-evalsha", "-eval"] if what == "scripts" else ["-@all", "+ping", "+acl"]))
+        wait_until(lambda: not one.backplane.ready())
+        assert one.following.lease.valid  # for as long as a lease
+        for number in range(20):
+            with pytest.raises(Refusal):
+                one.backplane.publish([Publication("a", b"x")])
+            if what == "all" and number == 19:
+                with pytest.raises(Refusal):
+                    one.backplane.subscribe(["new"], [None])
+        (line,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]
+        assert "refuses what comet asks (NOPERM" in line
+        redis.ask("ACL", "SETUSER", "default", "+@all")
+        wait_until(service.ready)
+        service.publish(one, "a", "last")
+        wait_until(lambda: reader.got[-1:] == ["last"])
+        assert "Traceback" not in caplog.text
+        service.close()
+    caplog.clear()
+
+
+def test_a_redis_that_lets_nobody_publish_is_not_ready(start: Open, caplog: pytest.LogCaptureFixture) -> None:
+    with redis_server() as redis:
+        service = start(redis)
+        redis.ask("ACL", "SETUSER", "default", "resetchannels")
+        wait_until(lambda: not any(worker.backplane.ready() for worker in service.workers))
+        redis.ask("ACL", "SETUSER", "default", "&*")
+        wait_until(service.ready)
+        service.close()
+    assert "refuses what comet asks" in caplog.text
+    caplog.clear()
+
+
+def test_one_worker_of_a_service_says_an_error_of_redis_once(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    now = [0.0]
+    with (tmp_path / "board").open("wb+") as board:
+        outage = Outage(board.fileno(), 3, clock=lambda: now[0])
+
+        def said_by_another() -> bool:
+            before = len(caplog.records)
+            child = os.fork()
+            if child == 0:  # locks are a process's
+                Outage(board.fileno(), 3).refuses("Redis", "NOPERM x")
+                os._exit(len(caplog.records) - before)
+            return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+
+        for now[0] in 0.0, 40.0, 80.0:  # it goes on
+            for number in range(100):
+                outage.refuses("Redis", f"NOPERM x script: f{number}, on @user_script:{number}.")
+            outage.expire()
+        assert [record.getMessage() for record in caplog.records] == [
+            "Redis refuses what comet asks (NOPERM x); its user needs the rights that README names (Many machines)"
+        ]
+        for number in range(100):
+            outage.refuses("Redis", f"ERR {number}")
+        assert len(caplog.records) <= MOST
+        assert not said_by_another()
+        now[0] = 140.0
+        outage.expire()
+        assert said_by_another()
+        outage.refuses("Redis", "NOPERM x")
+        assert caplog.records[-1].getMessage() == caplog.records[0].getMessage()
+    caplog.clear()
 
 
 def test_a_redis_that_has_too_many_clients_may_take_us_later() -> None:
@@ -1470,6 +1660,21 @@ def _slots(server: RedisServer, own: str) -> set[int]:
     (line,) = (line for line in server.ask("CLUSTER", "NODES").decode().splitlines() if line.startswith(own))
     ranges = [one.split("-") for one in line.split(" ")[8:] if not one.startswith("[")]
     return {slot for one in ranges for slot in range(int(one[0]), int(one[-1]) + 1)}
+
+
+def test_a_master_that_lost_all_is_told_to_who_stood_at_no_log_there(start: Open, trio: list[RedisServer]) -> None:
+    service = start(trio[0], workers=0)
+    service.workers = [Worker(service, url=cluster_of(trio))]
+    wait_until(service.ready)
+    (one,) = service.workers
+    lost = _slots(trio[1], trio[1].ask("CLUSTER", "MYID").decode())
+    channels = [f"nowhere{number}" for number in range(30)]
+    places = nowhere(service, *channels)
+    assert not any(answer.gap for answer in one.backplane.peek(channels, places))
+    one.backplane.publish([Publication(channel, b"1") for channel in channels])
+    trio[1].ask("FLUSHALL")
+    for channel, answer in zip(channels, one.backplane.peek(channels, places), strict=True):
+        assert answer.gap == (key_slot(f"c:{{{channel}}}".encode()) in lost)
 
 
 def test_a_slot_that_goes_to_another_master_and_back_loses_nothing(start: Open, trio: list[RedisServer]) -> None:

@@ -94,3 +94,17 @@ def test_a_look_up_of_a_name_that_gets_no_thread_is_a_redis_that_is_away(monkeyp
     monkeypatch.setattr("gevent.socket.create_connection", no_thread)
     with pytest.raises(OSError, match="can't start new thread"):
         dial(read("redis://h"), ("h", 6379), 1.0, "test")
+
+
+def test_what_is_no_redis_is_a_redis_that_is_away() -> None:
+    def serve(sock: Any, _: Any) -> None:
+        sock.recv(1 << 16)
+        sock.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+
+    server = StreamServer(("127.0.0.1", 0), serve)
+    server.start()
+    try:
+        with pytest.raises(OSError, match="does not speak the protocol of Redis"):
+            dial(read(f"redis://127.0.0.1:{server.server_port}"), ("127.0.0.1", server.server_port), 5.0, "test")
+    finally:
+        server.stop()

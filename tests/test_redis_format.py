@@ -1,8 +1,9 @@
 """What is published and kept in Redis, as it is read; and what a stranger may have written there."""
 
 import pytest
+from redis.crc import key_slot
 
-from comet.backplane.redis_format import Malformed, Seen, Told, piece, replay, told
+from comet.backplane.redis_format import SLOTS, Malformed, Names, Seen, Told, _tags, piece, replay, told
 from comet.message import Position
 
 ONE, TWO = piece(("message", b"one")), piece(("news", "zwö".encode()))
@@ -13,6 +14,13 @@ def test_what_comet_publishes_is_read() -> None:
     assert told(b"7 3 2 99\n" + ONE + TWO) == Told("M", 7, 3, 99, [("message", b"one"), ("news", "zwö".encode())])
     assert told(b"G") == Told("G")
     assert told(b"D 7") == Told("D", 7)
+
+
+def test_a_script_names_keys_of_one_slot_alone() -> None:
+    assert [key_slot(b"c:{%b}" % tag) for tag in _tags()] == list(range(SLOTS))
+    names = Names("c:", sharded=True)
+    for channel in "a", "user:x", "y" * 128:
+        assert len({key_slot(key) for key in names.read(channel)}) == 1
 
 
 GARBAGE = [

@@ -110,11 +110,11 @@ def test_a_slot_that_goes_in_the_middle_of_a_subscription_leaves_each_answer_its
 
 def test_a_subscription_that_is_refused_is_thrown_out(linked: Any, owner: Owner, caplog: pytest.LogCaptureFixture) -> None:
     link, _ = linked(
-        lambda command: b"-NOPERM no permissions to access one of the channels\r\n" if command[0] == b"SUBSCRIBE" else b":1\r\n"
+        lambda command: b"-NOPERM no permissions to access one of the channels\r\n" if command[0] == b"SUBSCRIBE" else echo(command)
     )
     link.subscribe(b"SUBSCRIBE", [b"a", b"b"])
     wait_until(lambda: owner.thrown == [b"a", b"b"])
-    assert "refuses a subscription: NOPERM" in caplog.text
+    assert "refuses what comet asks (NOPERM" in caplog.text
 
 
 def test_a_subscription_is_over_when_what_was_asked_behind_it_is_answered(linked: Any, owner: Owner) -> None:
@@ -131,6 +131,48 @@ def test_a_subscription_is_over_when_what_was_asked_behind_it_is_answered(linked
     wait_until(lambda: got == [b"1"])
     assert owner.thrown == []
     assert link.waiting == 0
+
+
+@pytest.mark.parametrize("refused", [b"ECHO", b"SUBSCRIBE ECHO"], ids=["the-fence", "both"])
+def test_where_nobody_knows_which_answer_is_whose_another_connection_is_made(
+    linked: Any, refused: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    forbidden = True
+
+    def answer(command: list[bytes]) -> bytes:
+        if forbidden and command[0] in refused.split():
+            return b"-NOPERM no permissions to run this command\r\n"
+        return push("subscribe", "a") if command[0] == b"SUBSCRIBE" else b"+%b\r\n" % command[1]
+
+    link, fake = linked(answer)
+    got: list[bytes] = []
+    link.subscribe(b"SUBSCRIBE", [b"a"])
+    link.call(Call(lambda: (b"GET", b"mine"), got.append))
+    wait_until(lambda: got == [b"mine"])  # asked again, on the next connection
+    assert [command[0] for command in fake.asked] == [b"SUBSCRIBE", b"ECHO", b"GET", b"GET"]
+    forbidden = False
+    link.subscribe(b"SUBSCRIBE", [b"a"])
+    link.call(Call(lambda: (b"GET", b"again"), got.append))
+    wait_until(lambda: got == [b"mine", b"again"])
+    assert "the connection broke: NOPERM" in caplog.text
+    assert "Traceback" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [(b"HTTP/1.1 400 Bad Request\r\n\r\n", "does not speak the protocol of Redis"), (b":7\r\n:8\r\n", "answers what nobody asked")],
+)
+def test_what_redis_would_not_say_ends_a_connection(linked: Any, said: bytes, why: str, caplog: pytest.LogCaptureFixture) -> None:
+    answers = iter([said, b":1\r\n"])
+    link, _ = linked(lambda command: next(answers))
+    got: list[int] = []
+    link.call(Call(lambda: (b"GET", b"x"), got.append))
+    wait_until(lambda: bool(got))
+    if got == [7]:
+        link.call(Call(lambda: (b"GET", b"y"), got.append))
+    wait_until(lambda: got[-1] == 1)
+    assert why in caplog.text
+    assert "Traceback" not in caplog.text
 
 
 def test_no_more_is_asked_than_redis_has_room_to_answer(linked: Any, monkeypatch: pytest.MonkeyPatch) -> None:

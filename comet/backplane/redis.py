@@ -22,6 +22,7 @@ from functools import partial
 from typing import Any, Final
 
 import gevent
+import hiredis
 
 from comet.backplane import Deliver, Dropped, Lost
 from comet.backplane.memory import EPOCH_BITS, Bounds, digest
@@ -31,7 +32,7 @@ from comet.backplane.redis_dial import Target, dial, reason, service_title, titl
 from comet.backplane.redis_dial import read as read_url
 from comet.backplane.redis_following import Following
 from comet.backplane.redis_format import Names, Seen, piece, place, shares
-from comet.backplane.redis_link import ANSWER, Link
+from comet.backplane.redis_link import ANSWER, Call, Link
 from comet.backplane.redis_malformed import Garbage
 from comet.backplane.redis_outage import Outage
 from comet.backplane.redis_replicas import Place, Replicas
@@ -72,12 +73,13 @@ class RedisBackplane:
         garbage: Garbage | None = None,
     ) -> None:
         target = read_url(url)
+        self._outage = outage or Outage()
         self._key_age = bounds.key_age
         self._timeout = timeout
-        self._names = Names(prefix)
+        self._names = Names(prefix, target.cluster)
         self._scripts = Scripts(bounds, target.cluster, now)
         self._shards: Single | Cluster = (Cluster if target.cluster else Single)(
-            target, self._scripts, silence, connect_timeout, self, outage or Outage()
+            target, self._scripts, silence, connect_timeout, self, self._outage
         )  # fmt: skip
         self._calls = Calls(self._shards)
         self._acknowledged = Acknowledged(self._shards, self._calls, self._scripts, self._names, bounds.linger, timeout)
@@ -337,7 +339,7 @@ class RedisBackplane:
         gather = Gather(len(channels))
         each = shares(len(channels), PAGE, min(size, PAGE_BYTES))
         for number, (channel, start, (limit, room)) in enumerate(zip(channels, since, each, strict=True)):
-            keys = self._names.both(channel)
+            keys = self._names.read(channel)
             make = partial(self._scripts.peek.command, keys, (*place(start), limit, room))
             answer = ANSWER if start is None else abs(room)
             gather.asked[number] = self._calls.ask(keys[0], make, partial(gather.put, number), timeout=_left(until), answer=answer)
@@ -349,7 +351,7 @@ class RedisBackplane:
 
     def read(self, channel: str, since: Since, limit: int | None = None, size: int = PAGE_BYTES) -> Joined | None:
         self._following.tell()
-        keys = self._names.both(channel)
+        keys = self._names.read(channel)
         arguments = (*place(since), PAGE if limit is None else min(limit, PAGE), min(size, PAGE_BYTES))
         reply = self._ask_one(keys[0], lambda: self._scripts.read.command(keys, arguments), self._until(), answer=min(size, PAGE_BYTES))
         return None if reply is None else self._following.replayed(channel, reply).joined
@@ -391,6 +393,7 @@ class RedisBackplane:
         self._following.linked(link)
         self._following.lease.beat()
         self._acknowledged.linked(link)
+        link.call(Call(lambda: (b"INFO", b"server"), partial(_informed, link), again=False))
 
     def unlinked(self, link: Link) -> None:
         """See `comet.backplane.redis_link.Owner`."""
@@ -424,6 +427,13 @@ class RedisBackplane:
         self._following.expire()
         self._acknowledged.expire()
         self._garbage.expire()
+        self._outage.expire()
+
+
+def _informed(link: Link, reply: Any) -> None:
+    """Say so where the scripts may not use INFO: see `comet.backplane.redis_scripts`."""
+    if isinstance(reply, hiredis.ReplyError) and str(reply).startswith("NOPERM"):
+        link.refuses(str(reply))
 
 
 class _Said:

@@ -4,7 +4,6 @@ Neighbours: `comet.backplane.redis_shards` knows the servers, `comet.backplane.r
 `comet.backplane.redis` and `comet.backplane.redis_following` ask. An answer is what Redis said, or a Refusal.
 """
 
-import logging
 import math
 import random
 import time
@@ -17,7 +16,7 @@ import hiredis
 from gevent import get_hub
 from gevent.hub import Waiter
 
-from comet.backplane.redis_link import ANSWER, BROKEN, Call, Link
+from comet.backplane.redis_link import ANSWER, AWAY, BROKEN, Call, Link
 from comet.backplane.redis_shards import Cluster, Single
 from comet.errors import Refusal
 
@@ -37,10 +36,11 @@ LONGEST_AGAIN: Final = 1.0
 ELSEWHERE: Final = ("MOVED", "ASK", "TRYAGAIN", "CLUSTERDOWN")
 """Errors of a server that has not done it, because the slot is another's or on its way there."""
 
+EXPECTED: Final = ("OOM", *AWAY, "MISCONF")
+"""Errors of a server that its operator set so: the log of Redis, or an outage, has them."""
+
 Answered = Callable[[Any], None]
 Make = Callable[[], Sequence[Any]]
-
-log = logging.getLogger("comet.backplane")
 
 
 def away() -> Refusal:
@@ -152,6 +152,9 @@ class Calls:
             if text.startswith(ELSEWHERE):
                 self._later(asked)
             else:
+                if not text.startswith(EXPECTED):
+                    assert asked.link is not None
+                    asked.link.refuses(text)
                 self._finish(asked, _refusal(text))
         else:
             self._finish(asked, reply)
@@ -165,8 +168,6 @@ class Calls:
 def _refusal(text: str) -> Refusal:
     if text.startswith("OOM"):
         return Refusal("backplane-full", "Redis has no memory left, so nothing was published; send it again when there is room.")
-    if not text.startswith(("READONLY", "LOADING", "MASTERDOWN", "NOREPLICAS", "MISCONF")):
-        log.error("Redis answered: %s", text)
     return Refusal("backplane-away", f"Redis can't order messages now ({text.split(' ')[0]}); send it again, a little later.")
 
 

@@ -68,6 +68,11 @@ def reason(error: BaseException) -> str:
     return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
+def stranger(error: hiredis.ProtocolError) -> str:
+    """Return why a server is none: what it says is not the protocol of Redis."""
+    return f"it does not speak the protocol of Redis: {error}"
+
+
 def split(url: str) -> tuple[bool, str]:
     """Whether it is of a cluster, and the same for one server."""
     scheme, _, rest = url.partition(":")
@@ -128,12 +133,15 @@ class Connection:
         self.reader = hiredis.Reader(notEnoughData=NOTHING)
 
     def exchange(self, commands: Sequence[Sequence[Any]], timeout: float) -> list[Any]:
-        """Ask all and wait; an error is raised. Raises OSError, hiredis.ReplyError."""
+        """Ask all and wait; an error is raised. Raises OSError, also where what answers is no Redis, and hiredis.ReplyError."""
         replies: list[Any] = []
         with gevent.Timeout(timeout, TimeoutError(f"no answer within {timeout:g} s")):
             self.sock.sendall(b"".join(hiredis.pack_command(tuple(command)) for command in commands))
             while len(replies) < len(commands):
-                reply = self.reader.gets()
+                try:
+                    reply = self.reader.gets()
+                except hiredis.ProtocolError as error:
+                    raise ConnectionError(stranger(error)) from error
                 if reply is NOTHING:
                     data = self.sock.recv(1 << 16)
                     if not data:

@@ -116,7 +116,7 @@ class Following:
     def ready(self) -> bool:
         """Redis is in reach, and nothing that was missed is still to come."""
         whole = self._shards.whole and all(link.up for link in self._shards.links)
-        return whole and not self._recovering and self.lease.valid
+        return whole and not self._recovering and self.lease.well
 
     @property
     def followed(self) -> int:
@@ -155,7 +155,7 @@ class Following:
         lease = self.lease
         gone = f"{lease.dead} {lease.former}"
         arguments = (random.getrandbits(EPOCH_BITS), gone, lease.node, state.count, *place(since), limit, time, *vouched, size)
-        return self._scripts.join.command(self._names.both(channel), arguments)
+        return self._scripts.join.command(self._names.read(channel), arguments)
 
     def _have(self, link: Link, channel: str, state: _Channel) -> None:
         """Be subscribed on this link. One that is not up will see to that when it is."""

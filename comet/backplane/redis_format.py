@@ -6,28 +6,35 @@ socket and no greenlet.
 Others may write to the same Redis. What cannot be read is `Malformed`, and costs those who wait for it a gap, nobody anything else.
 """
 
+from binascii import crc_hqx
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
-from itertools import repeat
+from functools import cache, lru_cache
+from itertools import count, repeat
 from typing import Any, Final, NamedTuple
 
 import msgspec
+from redis.crc import key_slot
 
 from comet.errors import Refusal
 from comet.history import Joined
 from comet.message import Message, Position, Since, check_type
 
+SLOTS: Final = 16384
+"""Of a cluster."""
+
 
 class Names:
-    """The keys of a channel, behind a `prefix` that tells one service's from another's. Raises ValueError for one that hides
-    the hash tag."""
+    """The keys of a channel, behind a `prefix` that tells one service's from another's; `sharded`: in a cluster. Raises ValueError for
+    a prefix that hides the hash tag."""
 
-    def __init__(self, prefix: str) -> None:
+    def __init__(self, prefix: str, sharded: bool = False) -> None:
         if "{" in prefix or "}" in prefix:
             raise ValueError("--redis-prefix must have no braces: in a cluster they would say which keys belong together.")
         self._skip = len(prefix.encode()) + 1
         self._prefix = prefix
         self.nodes = f"{prefix}nodes".encode()
+        self._whole = f"{prefix}whole".encode()
+        self._tags = _tags() if sharded else None
 
     def log(self, channel: str) -> bytes:
         """Its hash; its messages are published under the same name."""
@@ -37,6 +44,11 @@ class Names:
         """Its hash and its stream."""
         log = self.log(channel)
         return log, log + b":log"
+
+    def read(self, channel: str) -> tuple[bytes, bytes, bytes]:
+        """What a script reads a channel from: its hash, its stream, and since when the server that has them has lost nothing."""
+        log, stream = self.both(channel)
+        return log, stream, self._whole if self._tags is None else b"%b:{%b}" % (self._whole, self._tags[key_slot(log)])
 
     def key(self, channel: str, key: str) -> bytes:
         """The answer under an idempotency key."""
@@ -49,6 +61,18 @@ class Names:
     def channel(self, log: bytes) -> str:
         """Whose hash it is."""
         return log[self._skip : -1].decode()
+
+
+@cache
+def _tags() -> Sequence[bytes]:
+    """Return for each slot of a cluster a hash tag that leads there."""
+    tags: dict[int, bytes] = {}
+    for number in count():
+        tag = b"%d" % number
+        tags.setdefault(crc_hqx(tag, 0) % SLOTS, tag)
+        if len(tags) == SLOTS:
+            break
+    return [tags[slot] for slot in range(SLOTS)]
 
 
 class Seen(NamedTuple):

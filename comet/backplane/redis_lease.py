@@ -44,6 +44,8 @@ class Lease:
         """Former ids of this worker that Redis does not call dead yet: whatever is counted under the present one replaces their counts."""
         self._given = -math.inf
         """When the last sign that was acknowledged was given, or before: the others may count from then on."""
+        self._refused = False
+        """Redis would not take the last one: it can't order anything, either."""
         self._under_way: tuple[str, float] | None = None
         """The one that is: of whom, and when it was given."""
         self._since = time.monotonic()
@@ -52,6 +54,11 @@ class Lease:
     def valid(self) -> bool:
         """This worker lives, as far as Redis has said."""
         return time.monotonic() - self._given < LEASE
+
+    @property
+    def well(self) -> bool:
+        """This worker lives, and Redis did what it was asked last."""
+        return self.valid and not self._refused
 
     def returned(self) -> None:
         """A connection was made: just after an outage everybody seems dead."""
@@ -87,7 +94,8 @@ class Lease:
     def _answered(self, reply: Any) -> None:
         assert self._under_way is not None
         (node, given), self._under_way = self._under_way, None
-        if isinstance(reply, Refusal) or node != self.node:
+        self._refused = isinstance(reply, Refusal)
+        if self._refused or node != self.node:
             return
         was, dead = reply
         if was == b"dead":  # to the others, though not to itself: the clock of Redis' machine was set

@@ -26,7 +26,7 @@ import hiredis
 from gevent import get_hub
 from gevent.event import Event
 
-from comet.backplane.redis_dial import NOTHING, Connection, Denied, reason
+from comet.backplane.redis_dial import NOTHING, Connection, Denied, reason, stranger
 from comet.backplane.redis_outage import Outage
 from comet.backplane.redis_scripts import Scripts
 
@@ -47,9 +47,13 @@ ROOM: Final = 16 << 20
 writes the answers, and cuts a connection off that has subscriptions and 32 MB waiting (client-output-buffer-limit pubsub): many who
 come back to long histories would be cut off again and again."""
 
-FENCE: Final = b"*2\r\n$4\r\nECHO\r\n$0\r\n\r\n"
+OVER: Final = b"comet-over"
+"""What no script answers."""
+
+FENCE: Final = b"*2\r\n$4\r\nECHO\r\n$%d\r\n%b\r\n" % (len(OVER), OVER)
 """What is asked behind each (un)subscription. That is confirmed by a push, as is what a cluster ends by itself, when a slot goes, in
-the middle of anything; and refused by an answer. So only what is answered behind it says that it is over."""
+the middle of anything; and refused by an answer. So only what is answered behind it says that it is over. If Redis refuses this as
+well (ACL, a script that runs too long), nobody knows which answer is whose, and another connection is made."""
 
 ANSWER: Final = 256
 """Bytes of most answers."""
@@ -87,7 +91,7 @@ class Call:
     """`make` says what is asked, when it is sent; `again` that it may be asked twice; `size` is how many bytes its answer may have;
     `names` are the channels of a (un)subscription, behind which comes a `FENCE`."""
 
-    __slots__ = ("again", "at", "done", "make", "names", "size")
+    __slots__ = ("again", "at", "done", "make", "names", "refused", "size")
 
     def __init__(
         self,
@@ -102,6 +106,8 @@ class Call:
         self.again = again
         self.size = size
         self.names = names
+        self.refused = ""
+        """Why Redis refused the subscription, if it did."""
         self.at = 0.0
         """When it was sent; 0 where it was not."""
 
@@ -267,6 +273,10 @@ class Link:
                 self._take(reply)
                 if self._connection is not connection:  # whoever got the answer has ended it
                     return
+        except hiredis.ProtocolError as error:
+            self._healthy = False
+            self._end(stranger(error))
+            return
         except Exception:
             log.exception("what %s said could not be taken", self.title)
             self._end("what it said could not be taken")
@@ -282,10 +292,21 @@ class Link:
             elif kind == b"sunsubscribe" and (not self._sent or reply[1] not in self._sent[0].names):
                 self._owner.thrown_out(reply[1])
             return
-        if self._sent[0].names and isinstance(reply, hiredis.ReplyError):  # the fence is still to come
-            self._refused(self._sent[0].names, str(reply))
+        if not self._sent:
+            self._end("it answers what nobody asked")
+            return
+        first = self._sent[0]
+        if first.names and reply != OVER:
+            if isinstance(reply, hiredis.ReplyError) and not first.refused:  # the fence is still to come
+                first.refused = str(reply)
+            else:
+                self._healthy = False
+                self._end(first.refused or "it does not say when a subscription is over")
             return
         call = self._answered()
+        if call.refused:
+            self._thrown_out(call.names, call.refused)
+            return
         if isinstance(reply, hiredis.ReplyError):
             text = str(reply)
             if text.startswith(IN_A_SCRIPT):
@@ -314,9 +335,9 @@ class Link:
         self._owed -= call.size
         return call
 
-    def _refused(self, names: Sequence[bytes], why: str) -> None:
+    def _thrown_out(self, names: Sequence[bytes], why: str) -> None:
         if not why.startswith("MOVED"):
-            log.error("%s refuses a subscription: %s", self.title, why)
+            self.refuses(why)
         for name in names:
             self._owner.thrown_out(name)
 
@@ -382,6 +403,10 @@ class Link:
                 self._end(f"no answer within {self._timeout:g} s")
         elif now - self._heard > QUIET:
             self.call(Call(lambda: (b"PING",)))
+
+    def refuses(self, error: str) -> None:
+        """Say in the log that Redis answers with this error."""
+        self._outage.refuses(self.title, error)
 
     def fail(self, why: str) -> None:
         """This connection is of no use: make another."""

@@ -18,6 +18,10 @@ way: Lua would round an epoch.
 
 Who looks at a channel that is not there (`peek`) makes none. It stands at a place of no log then: epoch 0, and Redis' time. Who
 goes on from there has missed nothing if no log can have come and gone since (`lacks`), and the one that is there has all its messages.
+A log goes with its time, with a deletion (``g``), or with whatever Redis loses by itself: at a flush, an eviction, a restart, a
+fail-over. So Redis keeps, a key a server, since when it has lost nothing (`whole`): ``<milliseconds> <run_id> <evicted_keys>``. A flush
+takes this key along; of a restart and an eviction INFO knows. It is looked up in the script that answers, so a Redis that lost everything a
+moment ago does not say otherwise. If INFO is refused (ACL), that can't be known, and a gap is told.
 
 What a stranger has put under one of these keys, of another type or with fields that comet never writes, is no log and no stream: it goes
 when it is met, as if Redis had evicted it (`known`, `ours`), and those who follow the channel are told, by something that cannot be read
@@ -92,7 +96,7 @@ local RECEIPT, UNDER_WAY, SENT = '^%d+ %d+ %d+ %d+$', '^$', '^%d+ %d+$'
 
 local function remembered(key, from, ...)  -- what is kept under an idempotency key, if from there on it is like one of these; or false
   local before = redis.pcall('GET', key)
-  if type(before) == 'string' and #before <= 200 then
+  if type(before) == 'string' and #before >= from - 1 and #before <= 200 then
     for _, form in ipairs({{...}}) do
       if string.find(before, form, from) then return before end
     end
@@ -201,12 +205,30 @@ local function publish(K, L, e, o, s, pieces, ms)  -- append, which is a use
   if s <= 0 then redis.call('PEXPIRE', K, LINGER) end  -- last: see `insist`
 end
 
-local function lacks(K, offset)  -- whether a log may have come and gone since that time
-  local ms, at = tonumber(offset), now()
-  return ms > at or at - ms > LINGER or (number(redis.call('HGET', K, 'g')) or at) >= ms
+local function whole(W)  -- since when this Redis has lost nothing by itself, nil where that is not known; and what it is called now, or nil
+  local kept, server, stats = redis.pcall('GET', W), redis.pcall('INFO', 'server'), redis.pcall('INFO', 'stats')
+  local run = type(server) == 'string' and string.match(server, 'run_id:(%x+)')
+  local evicted = type(stats) == 'string' and string.match(stats, 'evicted_keys:(%d+)')
+  if not (run and evicted) then return nil, nil end
+  local this = run .. ' ' .. evicted
+  local ms, which = string.match(type(kept) == 'string' and kept or '', '^(%d+) (.*)$')
+  return which == this and tonumber(ms) or nil, this
 end
 
-local function since(K, L, e, o, t, epoch, offset, limit, room, ms)  -- see `redis_format.replay`; `ms` is what a `Seen` knows, or 0
+local function keep_whole(W, ms, intact, this)  -- since when it is whole, for who stands at a place of no log from now on; see `whole`
+  if intact then
+    if redis.call('PTTL', W) < LINGER then redis.call('PEXPIRE', W, 2 * LINGER) end
+  elseif this then  -- a Redis that is full refuses it: then nobody knows
+    redis.pcall('SET', W, ms .. ' ' .. this, 'PX', 2 * LINGER)
+  end
+end
+
+local function lacks(K, offset, intact)  -- whether a log may have come and gone since that time
+  local ms, at = tonumber(offset), now()
+  return ms > at or at - ms > LINGER or (number(redis.call('HGET', K, 'g')) or at) >= ms or not intact or intact > ms
+end
+
+local function since(K, L, W, e, o, t, epoch, offset, limit, room, ms)  -- see `redis_format.replay`; `ms` is what a `Seen` knows, or 0
   local start, gap, entries = o, 0, {{}}
   local least = room > 0 and 1 or 0  -- messages; below 0 it is as much room, but what does not fit does not come
   room = math.abs(room)
@@ -214,7 +236,7 @@ local function since(K, L, e, o, t, epoch, offset, limit, room, ms)  -- see `red
     local low = oldest(K, L, o, now() - AGE)
     start = low
     if epoch == '0' then
-      if low > 0 or lacks(K, offset) then gap = 1 end
+      if low > 0 or lacks(K, offset, whole(W)) then gap = 1 end
     elseif epoch ~= 'oldest' then
       start = tonumber(offset)
       if epoch ~= e or start < low or start > o then
@@ -279,10 +301,11 @@ for i = 3, #ARGV, 2 do
   local digest, before = ARGV[i + 1], false
   if digest ~= '' then
     at = at + 1
-    before = remembered(KEYS[at], 33, RECEIPT)
+    before = remembered(KEYS[at], 33, RECEIPT, UNDER_WAY, SENT)  -- the last two are of what was sent, so of another message
   end
   if before then
-    answers[#answers + 1] = string.sub(before, 1, 32) == digest and string.sub(before, 33) or '!'
+    local same = string.sub(before, 1, 32) == digest and string.find(before, RECEIPT, 33)
+    answers[#answers + 1] = same and string.sub(before, 33) or '!'
   else
     if not e then
       e, o, s = open(K, L, ARGV[1])
@@ -333,22 +356,23 @@ local e, o, s, t = open(K, L, ARGV[1])
 if ARGV[9] ~= '-1' then insist(K) end  -- who has been here before
 e, o = vouch(K, L, e, o, t, ARGV[9], ARGV[10], ARGV[11], ARGV[1])
 bury(K, L, count(K, L, s, ARGV[3], tonumber(ARGV[4])), ARGV[2])
-return since(K, L, e, o, t, ARGV[5], ARGV[6], tonumber(ARGV[7]), tonumber(ARGV[12]), tonumber(ARGV[8]))
+return since(K, L, KEYS[3], e, o, t, ARGV[5], ARGV[6], tonumber(ARGV[7]), tonumber(ARGV[12]), tonumber(ARGV[8]))
 """
 
 _PEEK: Final = """
 local K, L = KEYS[1], KEYS[2]
 local e, o, s, t = known(K)
 if not e then
-  local lost = ARGV[1] ~= '' and ARGV[1] ~= 'oldest' and (ARGV[1] ~= '0' or e == false or lacks(K, ARGV[2]))
-  local ms = text(now())
+  local ms, intact, this = text(now()), whole(KEYS[3])
+  local lost = ARGV[1] ~= '' and ARGV[1] ~= 'oldest' and (ARGV[1] ~= '0' or e == false or lacks(K, ARGV[2], intact))
+  keep_whole(KEYS[3], ms, intact, this)
   return {'0', ms, ms, lost and 1 or 0, '0', {}}
 end
 if s <= 0 then  -- a use: it lingers anew
   redis.call('PEXPIRE', K, LINGER)
   last(K, L, LINGER)
 end
-return since(K, L, e, o, t, ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4]), 0)
+return since(K, L, KEYS[3], e, o, t, ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4]), 0)
 """
 
 _HOLD: Final = """
@@ -363,13 +387,7 @@ return o
 _VOUCH: Final = """
 local K, L = KEYS[1], KEYS[2]
 local e, o, _, t = known(K)
-if e then
-  vouch(K, L, e, o, t, ARGV[2], ARGV[3], ARGV[4], ARGV[1])
-elseif e == nil and ARGV[3] ~= '0' then
-  insist(K)
-  redis.call('HSET', K, 'g', text(now()))
-  redis.call('PEXPIRE', K, LINGER)
-end
+if e then vouch(K, L, e, o, t, ARGV[2], ARGV[3], ARGV[4], ARGV[1]) end
 return 1
 """
 
@@ -377,7 +395,7 @@ _READ: Final = """
 local K, L = KEYS[1], KEYS[2]
 local e, o, _, t = known(K)
 if not e then return false end
-return since(K, L, e, o, t, ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4]), 0)
+return since(K, L, KEYS[3], e, o, t, ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4]), 0)
 """
 
 _INFO: Final = """
@@ -408,6 +426,7 @@ if not gone then redis.call('ZADD', KEYS[1], ms - ARGV[4], ARGV[1]) end
 local dead = redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', text(ms - ARGV[2]))
 redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', text(ms - ARGV[3]))
 if not before then redis.call('PEXPIRE', KEYS[1], ARGV[3]) end
+redis.call('%(publish)s', KEYS[1], '')  -- nobody listens: it fails where nothing may be published
 return {gone and 'dead' or before and 'alive' or 'new', table.concat(dead, ' ')}
 """
 
@@ -455,6 +474,6 @@ class Scripts:
         self.read = script(_READ)
         self.info = script(_INFO)
         self.delete = script(_DELETE % {"publish": publish})
-        self.heartbeat = script(_HEARTBEAT)
+        self.heartbeat = script(_HEARTBEAT % {"publish": publish})
         self.all: Sequence[Script] = list(vars(self).values())
         self.by_digest = {one.digest: one for one in self.all}

@@ -15,14 +15,13 @@ import hiredis
 from redis.crc import key_slot
 
 from comet.backplane.redis_dial import Address, Connection, Denied, Target, dial, reason, service_title, title
+from comet.backplane.redis_format import SLOTS
 from comet.backplane.redis_link import Link, Owner
 from comet.backplane.redis_outage import Outage
 from comet.backplane.redis_scripts import Scripts
 
 REFRESH: Final = 0.2
 """Seconds between two looks at the map of a cluster that is not whole, more or less."""
-
-SLOTS: Final = 16384
 
 NAME: Final = "comet"
 """What our connections are called in Redis' CLIENT LIST."""
