@@ -325,7 +325,7 @@ def _speak(notifier: systemd.Notifier, stats: Stats, capacity: int) -> None:
 
     def live() -> None:
         while True:
-            gevent.sleep(min(1.0, notifier.watchdog / 3 or 1.0))
+            gevent.sleep(notifier.interval)
             notifier.beat()
             notifier.status(status())
 
