@@ -19,7 +19,7 @@ from pathlib import Path
 from comet import database, generation, listeners, systemd
 from comet import log as logs
 from comet import settings as knobs
-from comet.kernel.output import Output
+from comet.kernel.output import Output, open_standard
 from comet.settings import Settings
 
 STOPPING = 5.0
@@ -93,6 +93,8 @@ def greet(settings: Settings, address: tuple[str, int], clients: int) -> Callabl
     return lambda: say(f"Try it, in two terminals:\n  curl -N {url}/events/news\n  curl{key} -d 'hello, world' {url}/publish/news")
 
 
+if __name__ == "__main__":
+    open_standard()
 orders = generation.Orders.take(os.environ) if __name__ == "__main__" else None
 asked = knobs.parse(sys.argv[1:]) if __name__ == "__main__" else Settings()
 if asked.workers and orders is None:

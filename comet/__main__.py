@@ -11,6 +11,7 @@ from typing import Any
 
 from comet.arguments import Parser
 from comet.kernel import check
+from comet.kernel.output import open_standard
 from comet.settings import Unreadable, read_secret
 
 Run = Callable[[argparse.Namespace], int]
@@ -137,4 +138,5 @@ COMMANDS = (_add_check, _add_top, _add_load_friends)
 
 
 if __name__ == "__main__":
+    open_standard()
     sys.exit(main(sys.argv[1:]))

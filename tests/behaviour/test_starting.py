@@ -15,7 +15,7 @@ import pytest
 from gevent import subprocess as green
 
 from tests.conftest import Start
-from tests.harness import ROOT, TIMEOUT, Server, free_port, wait_until
+from tests.harness import ROOT, TIMEOUT, Client, Server, free_port, wait_until
 from tests.redis_server import RedisServer, needs_redis
 
 AWAY = re.compile(r"^\S+ \S+(?: \[(\d+)\])? WARNING comet.backplane: Redis (\S+) can't be reached \((.*?)\)", re.MULTILINE)
@@ -167,6 +167,33 @@ def run(*flags: str, before: tuple[str, ...] = (), **environment: str) -> "subpr
     )  # fmt: skip
     assert "Traceback" not in done.stderr, done.stderr
     return done
+
+
+@pytest.mark.parametrize("flags", [(), ("--workers", "2")], ids=["one process", "workers"])
+def test_without_standard_input_output_and_error_it_serves(flags: tuple[str, ...]) -> None:
+    """As some who start daemons leave them."""
+    port = free_port()
+    closed = ("sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh")
+    with green.Popen([*closed, sys.executable, "app.py", "--port", str(port), *flags], cwd=ROOT) as process:
+        try:
+            wait_until(lambda: process.poll() is not None or answers(port))
+            assert process.poll() is None
+            with Client(port) as client:
+                assert client.request("POST", "/publish/a", b"x").status == 201
+                assert not any(client.request("GET", "/stats").json["restarts"].values())
+            process.terminate()
+            assert process.wait(TIMEOUT) == 0
+        finally:
+            process.kill()
+
+
+def answers(port: int) -> bool:
+    """Whether a service is ready there."""
+    try:
+        with Client(port) as client:
+            return client.request("GET", "/readyz").status == 200
+    except OSError:
+        return False
 
 
 # -- what is wrong
