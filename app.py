@@ -20,6 +20,7 @@ from comet import database, generation, listeners, systemd
 from comet import log as logs
 from comet import settings as knobs
 from comet.kernel.output import Output, open_standard
+from comet.kernel.processes import write_in_background
 from comet.settings import Settings
 
 STOPPING = 5.0
@@ -95,6 +96,7 @@ def greet(settings: Settings, address: tuple[str, int], clients: int) -> Callabl
 
 if __name__ == "__main__":
     open_standard()
+    write_in_background()
 orders = generation.Orders.take(os.environ) if __name__ == "__main__" else None
 asked = knobs.parse(sys.argv[1:]) if __name__ == "__main__" else Settings()
 if asked.workers and orders is None:

@@ -1,11 +1,14 @@
 """What a service says when it starts: that it is usable, or what is in the way and what to do about it."""
 
+import contextlib
 import os
+import pty
 import re
 import select
 import signal
 import subprocess
 import sys
+import termios
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +18,7 @@ import pytest
 from gevent import subprocess as green
 
 from tests.conftest import Start
-from tests.harness import ROOT, TIMEOUT, Client, Server, free_port, wait_until
+from tests.harness import AMPLE, ROOT, TIMEOUT, Client, Server, free_port, wait_until
 from tests.redis_server import RedisServer, needs_redis
 
 AWAY = re.compile(r"^\S+ \S+(?: \[(\d+)\])? WARNING comet.backplane: Redis (\S+) can't be reached \((.*?)\)", re.MULTILINE)
@@ -185,6 +188,41 @@ def test_without_standard_input_output_and_error_it_serves(flags: tuple[str, ...
             assert process.wait(TIMEOUT) == 0
         finally:
             process.kill()
+
+
+def test_a_terminal_that_stops_who_writes_from_the_background_stops_nobody() -> None:
+    """`stty tostop`. All but the supervisor have process groups of their own, so they are in the background."""
+    ours, its = pty.openpty()
+    try:
+        flags = termios.tcgetattr(its)
+        flags[3] |= termios.TOSTOP
+        termios.tcsetattr(its, termios.TCSANOW, flags)
+        port, printed = free_port(), bytearray()
+        os.set_blocking(ours, False)
+
+        def prints(text: bytes) -> bool:
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    printed.extend(os.read(ours, 65536))
+            return text in printed
+
+        shell = ("sh", "-c", 'exec "$@" <>"$0" >&0 2>&0', os.ttyname(its))  # a session without a terminal has the first that it opens
+        command = [*shell, sys.executable, "app.py", "--port", str(port), "--workers", "1", "--log-clients"]
+        with green.Popen(command, cwd=ROOT, start_new_session=True) as process:
+            try:
+                wait_until(lambda: prints(b"is ready"))
+                with Client(port) as client:
+                    assert client.request("GET", "/poll/!").status == 400
+                wait_until(lambda: prints(b"refused: bad-channel"), timeout=AMPLE)
+                wait_until(lambda: answers(port), timeout=AMPLE)
+                process.terminate()
+                wait_until(lambda: prints(b"generation 1 has ended"), timeout=AMPLE)
+                assert process.wait(TIMEOUT) == 0
+            finally:
+                process.kill()
+    finally:
+        os.close(ours)
+        os.close(its)
 
 
 def answers(port: int) -> bool:
