@@ -53,6 +53,15 @@ def prepare(arguments: list[str], listeners: Sequence[socket.socket] = ()) -> Se
     return settings
 
 
+def take_orders() -> generation.Orders | None:
+    """What a supervisor has told this process to be, if one has started it. Exits with status 2 and a sentence if it can't be followed."""
+    try:
+        return generation.Orders.take(os.environ)
+    except generation.Unfit as error:
+        print(f"comet: {error}", file=sys.stderr)
+        sys.exit(knobs.WRONG)
+
+
 def take_over() -> tuple[list[socket.socket], systemd.Notifier]:
     """What a service manager has given to this process alone. Exits with status 2 and a sentence if it can't be used."""
     try:
@@ -97,7 +106,7 @@ def greet(settings: Settings, address: tuple[str, int], clients: int) -> Callabl
 if __name__ == "__main__":
     open_standard()
     write_in_background()
-orders = generation.Orders.take(os.environ) if __name__ == "__main__" else None
+orders = take_orders() if __name__ == "__main__" else None
 asked = knobs.parse(sys.argv[1:]) if __name__ == "__main__" else Settings()
 if asked.workers and orders is None:
     from comet import supervisor

@@ -244,6 +244,12 @@ def test_an_unknown_variable_ends_the_start(flags: tuple[str, ...]) -> None:
     assert done.stderr == "app.py: error: the variable COMET_MAXBODY is not known; did you mean COMET_MAX_BODY? See app.py --help.\n"
 
 
+def test_orders_that_no_supervisor_gave_end_the_start() -> None:
+    done = run("--port", "0", COMET_GENERATION="{}")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("comet: the variable COMET_GENERATION ") and done.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize("flags", [(), ("--workers", "2")], ids=["one process", "workers"])
 @pytest.mark.parametrize(
     ("url", "said"),
