@@ -19,7 +19,8 @@ from pathlib import Path
 from comet import database, generation, listeners, systemd
 from comet import log as logs
 from comet import settings as knobs
-from comet.kernel.output import Output
+from comet.kernel.output import Output, open_standard
+from comet.kernel.processes import write_in_background
 from comet.settings import Settings
 
 STOPPING = 5.0
@@ -53,6 +54,15 @@ def prepare(arguments: list[str], listeners: Sequence[socket.socket] = ()) -> Se
     if settings.data:
         prepare_data(Path(settings.data), whole=orders is None)
     return settings
+
+
+def take_orders() -> generation.Orders | None:
+    """What a supervisor has told this process to be, if one has started it. Exits with status 2 and a sentence if it can't be followed."""
+    try:
+        return generation.Orders.take(os.environ)
+    except generation.Unfit as error:
+        print(f"comet: {error}", file=sys.stderr)
+        sys.exit(knobs.WRONG)
 
 
 def take_over() -> tuple[list[socket.socket], systemd.Notifier]:
@@ -96,7 +106,10 @@ def greet(settings: Settings, address: tuple[str, int], clients: int) -> Callabl
     return lambda: say(f"Try it, in two terminals:\n  curl -N {url}/events/news\n  curl{key} -d 'hello, world' {url}/publish/news")
 
 
-orders = generation.Orders.take(os.environ) if __name__ == "__main__" else None
+if __name__ == "__main__":
+    open_standard()
+    write_in_background()
+orders = take_orders() if __name__ == "__main__" else None
 asked = knobs.parse(sys.argv[1:]) if __name__ == "__main__" else Settings()
 if asked.workers and orders is None:
     from comet import supervisor
@@ -329,7 +342,7 @@ def _speak(notifier: systemd.Notifier, stats: Stats, capacity: int) -> None:
 
     def live() -> None:
         while True:
-            gevent.sleep(min(1.0, notifier.watchdog / 3 or 1.0))
+            gevent.sleep(notifier.interval)
             notifier.beat()
             notifier.status(status())
 

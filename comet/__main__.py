@@ -4,6 +4,7 @@ A subcommand is a function in `COMMANDS` that adds its parser, with `run` set to
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,9 +12,13 @@ from typing import Any
 
 from comet.arguments import Parser
 from comet.kernel import check
-from comet.settings import Unreadable, read_secret
+from comet.kernel.output import open_standard
+from comet.settings import DAY, Unreadable, read_secret
 
 Run = Callable[[argparse.Namespace], int]
+
+UNWRITTEN = 2
+"""The exit status of a subcommand whose output could not be written."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -24,7 +29,14 @@ def main(arguments: Sequence[str]) -> int:
         add(commands)
     parsed = parser.parse_args(arguments)
     run: Run = parsed.run
-    return run(parsed)
+    try:
+        status = run(parsed)
+        sys.stdout.flush()
+    except OSError as error:  # of standard output: each subcommand says by itself what else it can't read or write
+        print(f"python -m comet: the output can't be written: {error.strerror or error}", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else what is left of it fails once more, as Python ends
+        return UNWRITTEN
+    return status
 
 
 def _add_check(commands: Any) -> None:
@@ -32,7 +44,8 @@ def _add_check(commands: Any) -> None:
         "check",
         help="what the machine must allow for so many clients, and what it allows",
         description="What the machine must allow for so many clients, beside what it allows. Changes nothing and needs no root.",
-        epilog="Exit status: 0 when all is well, 1 when something wanted is not met. What can't be read is unknown, and no failure.",
+        epilog="Exit status: 0 when all is well, 1 when something wanted is not met, 2 when that can't be told. What can't be read is "
+        "unknown, and no failure.",
     )
     parser.add_argument("--clients", type=_number(), metavar="N", help="connections in all (default: what the limit on open files allows)")
     parser.add_argument("--port", type=_number(65535), metavar="N", default=8000, help="the service's (default: 8000)")
@@ -82,6 +95,16 @@ def _number(most: int = 1 << 30) -> Callable[[str], int]:
     return convert
 
 
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0.1 <= seconds <= DAY:
+        raise argparse.ArgumentTypeError(f"{text} is not within 0.1 to {DAY:.0f}")
+    return seconds
+
+
+_seconds.__name__ = "number"
+
+
 def _add_top(commands: Any) -> None:
     parser = commands.add_parser(
         "top",
@@ -90,7 +113,7 @@ def _add_top(commands: Any) -> None:
     )
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="where it listens (default: http://127.0.0.1:8000)")
     parser.add_argument("--key", default="", help="its publish key, if it has one (better: COMET_PUBLISH_KEY)")
-    parser.add_argument("--every", type=float, default=1.0, metavar="S", help="seconds between two looks (default: 1)")
+    parser.add_argument("--every", type=_seconds, default=1.0, metavar="S", help="seconds between two looks (default: 1)")
     parser.add_argument("--once", action="store_true", help="one look, printed")
     parser.set_defaults(run=_top)
 
@@ -107,7 +130,7 @@ def _add_load_friends(commands: Any) -> None:
         help="an edge list into the subscription database",
         description="Load who follows whom from a file of lines 'follower followee' into a service's data folder. What is there stays. "
         "Run it again after a break: it ends in the same state. A service may run on the folder meanwhile.",
-        epilog="Exit status: 0 when all lines are stored, safe on the disk; 1 otherwise.",
+        epilog="Exit status: 0 when all lines are stored, safe on the disk; 2 when they are, and that can't be told; 1 otherwise.",
     )
     parser.add_argument("file", type=Path, help="the edge list, such as python -m loadtest friends makes")
     where = parser.add_mutually_exclusive_group(required=True)
@@ -137,4 +160,5 @@ COMMANDS = (_add_check, _add_top, _add_load_friends)
 
 
 if __name__ == "__main__":
+    open_standard()
     sys.exit(main(sys.argv[1:]))

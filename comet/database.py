@@ -195,7 +195,7 @@ def transaction(database: sqlite3.Connection) -> Iterator[None]:
 
 def _connect(path: Path, patience: float = PATIENCE, *, make: bool = True) -> sqlite3.Connection:
     """Unless it is to `make` the file, one that is missing is an error: an empty one in its place would hide that it is gone."""
-    name = f"file:{quote(str(path.absolute()))}?mode={'rwc' if make else 'rw'}"
+    name = f"file:{quote(os.fsencode(path.absolute()))}?mode={'rwc' if make else 'rw'}"
     return sqlite3.connect(name, uri=True, timeout=patience, isolation_level=None, check_same_thread=False)
 
 

@@ -102,9 +102,17 @@ class Orders(NamedTuple):
 
     @classmethod
     def take(cls, environ: MutableMapping[str, str]) -> Self | None:
-        """Those in the environment, if there are any: then this process is a generation."""
+        """Those in the environment, if there are any: then this process is a generation. Raises Unfit if a supervisor has not set them."""
         text = environ.pop(VARIABLE, None)
-        return None if text is None else cls(**json.loads(text))
+        if text is None:
+            return None
+        try:
+            orders = cls(**json.loads(text))
+            for descriptor in orders.descriptors():
+                os.fstat(descriptor)
+        except (ValueError, TypeError, OSError):
+            raise Unfit(f"the variable {VARIABLE} is for the processes that a supervisor starts, and holds no orders: unset it.") from None
+        return orders
 
 
 def held(worker: int, listeners: int) -> Sequence[int]:

@@ -45,6 +45,7 @@ class Loop:
             return b""
 
     def run_due(self) -> None:
-        """Do what is due, the earliest first."""
-        while self._due and self._due[0][0] <= time.monotonic():
+        """Do what is due now, the earliest first. What becomes due meanwhile waits for the next call: signals come first."""
+        now = time.monotonic()
+        while self._due and self._due[0][0] <= now:
             heapq.heappop(self._due)[2]()

@@ -115,7 +115,7 @@ def plan(workers: int, clients: int, max_connections: int, file_limit: int, syst
     needed = math.ceil(clients / (FILL * each))
     if workers == AUTO:
         workers = max(cores, needed)
-    fits = int(workers * each * FILL)
+    fits = max(1, int(workers * each * FILL))
     if fits < clients:
         more = math.ceil(clients / (FILL * workers))
         capped = 0 < max_connections < allowed

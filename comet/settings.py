@@ -34,8 +34,16 @@ NO_SETTINGS = frozenset({"COMET_SHAPE", "COMET_CHAOS", "COMET_CHAOS_SEED", "COME
 BATCH_ANSWER = 8 << 20
 """Bytes of room for the answer to a batch of the most lines: a refusal a line."""
 
+DAY, YEAR = 86_400.0, 31_536_000.0
+"""The most seconds that anything waits, and that anything is kept. Far beyond what makes sense, and what timers and socket options hold."""
+
+_VISIBLE = re.compile(r"[!-~]+")
+"""A word of visible ASCII characters."""
+
 
 def _knob(default: Any, unit: str, reason: str, least: float = 0, most: float | None = None, words: Mapping[str, Any] | None = None) -> Any:
+    if unit == "seconds" and most is None:
+        most = DAY
     meta = {"unit": unit, "reason": reason, "least": least, "most": most, "words": words or {}}
     return dataclasses.field(default=default, metadata=meta)
 
@@ -77,12 +85,14 @@ class Settings:
         most=1000,
         words={"auto": AUTO},
     )
-    clients: int = _knob(0, "clients", "What the service is to hold: auto plans for it, and start-up says what to set if it does not fit.")
+    clients: int = _knob(
+        0, "clients", "What the service is to hold: auto plans for it, and start-up says what to set if it does not fit.", most=1 << 30
+    )
     hang_limit: float = _knob(
         30.0,
         "seconds",
         "A process that shows no sign of life for so long is killed and replaced; a new generation has twice that to get ready.",
-        least=0.5,
+        least=2,
     )
     renew_router: bool = _knob(
         False,
@@ -145,7 +155,7 @@ class Settings:
         most=1 << 26,
     )
 
-    max_connections: int = _knob(0, "connections", "The process's limit; 0 takes what its limit on open files allows.")
+    max_connections: int = _knob(0, "connections", "The process's limit; 0 takes what its limit on open files allows.", most=1 << 30)
     max_per_address: int = _knob(
         5000,
         "connections",
@@ -211,10 +221,10 @@ class Settings:
     )
 
     history_size: int = _knob(1000, "messages a channel", "What a client that comes back can catch up on.")
-    history_age: float = _knob(300.0, "seconds", "Kept no longer than this.")
+    history_age: float = _knob(300.0, "seconds", "Kept no longer than this.", most=YEAR)
     history_bytes: int = _knob(256 << 20, "bytes in all", "Beyond it the channel least recently used forgets its oldest first.")
     linger: float = _knob(
-        60.0, "seconds", "A channel without subscribers keeps its place and history so long: a poller is away between polls."
+        60.0, "seconds", "A channel without subscribers keeps its place and history so long: a poller is away between polls.", most=YEAR
     )
     max_idle: int = _knob(
         1_000_000,
@@ -226,7 +236,7 @@ class Settings:
     backplane_timeout: float = _knob(
         5.0, "seconds", "A request waits so long for the process that orders messages; then 503. A restart of it takes a second.", least=0.1
     )
-    key_age: float = _knob(300.0, "seconds", "A repeated Idempotency-Key is recognized so long.")
+    key_age: float = _knob(300.0, "seconds", "A repeated Idempotency-Key is recognized so long.", most=YEAR)
     max_keys: int = _knob(100_000, "keys", "Idempotency keys remembered at most; the oldest go first.")
 
     poll_timeout: float = _knob(30.0, "seconds", "A poll without ?timeout= waits so long; proxies often cut at 60.", most=300)
@@ -253,6 +263,8 @@ def objection(settings: Settings, hosts: Sequence[str] = ()) -> str | None:
         return f"--log is plain or json, not {settings.log}."
     if settings.events_end not in ("orderly", "abort"):
         return f"--events-end is orderly or abort, not {settings.events_end}."
+    if settings.publish_key and not _VISIBLE.fullmatch(settings.publish_key):
+        return "--publish-key has to be visible ASCII characters without a space: nobody could send another in a header."
     largest = max(settings.max_body, settings.max_batch + BATCH_ANSWER)
     if settings.max_bodies < largest:
         return f"--max-bodies is {settings.max_bodies}, less than one body may need (--max-body, --max-batch): set it to {largest} or more."
@@ -309,7 +321,7 @@ def read_secret(path: Path, flag: str, what: str) -> str:
         text = path.read_text().strip()
     except (OSError, ValueError) as error:
         raise Unreadable(f"the {what} can't be read: {error}. {flag} names a file that the service may read.") from None
-    if not text or not text.isascii() or not text.isprintable() or " " in text:
+    if not _VISIBLE.fullmatch(text):
         raise Unreadable(f"{path} holds no {what}: it has to be one line of printable ASCII without spaces.")
     return text
 

@@ -621,8 +621,8 @@ class Supervisor:
         that it lives."""
         if not self._told:
             self._loop.later(LOOK / 10, self._sign)
-        elif self._notifier.watchdog:
-            self._loop.later(min(LOOK, self._notifier.watchdog / 3), self._sign)
+        elif self._notifier.active:
+            self._loop.later(self._notifier.interval, self._sign)
         said = self._board.look(ROUTER)
         now = time.monotonic()
         beats = {} if said is None else {ROUTER: said.beat}

@@ -8,6 +8,7 @@ import json
 import os
 import time
 from collections.abc import Mapping
+from contextlib import closing
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -28,20 +29,29 @@ class Unreachable(Exception):
 
 def fetch(url: str, key: str) -> Mapping[str, Any]:
     """The document. Raises Unreachable."""
-    parts = urlsplit(url if "//" in url else f"//{url}")
-    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-    connection = kind(parts.hostname or "127.0.0.1", parts.port, timeout=TIMEOUT)
     try:
-        connection.request("GET", parts.path.rstrip("/") + "/stats", headers={"Authorization": f"Bearer {key}"} if key else {})
-        answer = connection.getresponse()
-        document: Mapping[str, Any] = json.loads(answer.read())
-    except (OSError, http.client.HTTPException, ValueError) as error:
+        parts = urlsplit(url if "//" in url else f"//{url}")
+        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+        with closing(kind(parts.hostname or "127.0.0.1", parts.port, timeout=TIMEOUT)) as connection:
+            connection.request("GET", parts.path.rstrip("/") + "/stats", headers={"Authorization": f"Bearer {key}"} if key else {})
+            answer = connection.getresponse()
+            document = json.loads(answer.read())
+    except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
         raise Unreachable(f"{url} can't be read: {error}. Is the service there? --url names it.") from None
-    finally:
-        connection.close()
+    if not isinstance(document, dict):
+        raise Unreachable(f"{url} is no service of comet, by its answer: --url names one.")
     if answer.status != 200:
         raise Unreachable(f"{url} answered {answer.status}: {document.get('detail', '')} (--key, or COMET_PUBLISH_KEY)")
     return document
+
+
+def look(url: str, key: str) -> Group:
+    """What is shown of a service at present. Raises Unreachable."""
+    document = fetch(url, key)
+    try:
+        return screen(document, url)
+    except (LookupError, TypeError, ValueError, AttributeError):
+        raise Unreachable(f"{url} has a /stats of another form than this program knows. --url names a service of comet.") from None
 
 
 def size(number: float) -> str:
@@ -73,13 +83,14 @@ def screen(document: Mapping[str, Any], url: str) -> Group:
     if missing["workers"]:
         rows.append(("missing", f"{missing['workers']} workers for {missing['seconds']:,} s", "why", missing["why"]))
     for name, value, other, its in rows:
-        facts.add_row(Text(name, style="dim"), value, Text(other, style="dim"), its)
+        facts.add_row(Text(name, style="dim"), Text(value), Text(other, style="dim"), Text(its))
     workers = Table(box=None, header_style="dim", padding=(0, 2))
     for column in ("worker", "generation", "pid", "connections", "beat"):
         workers.add_column(column, justify="right")
     for worker in document["workers"]:
         beat = "draining" if worker.get("draining") else f"{worker.get('age', 0.0):.1f} s ago"
-        workers.add_row(*(str(worker.get(name, "")) for name in ("worker", "generation", "pid")), f"{worker['connections']:,}", beat)
+        cells = (*(str(worker.get(name, "")) for name in ("worker", "generation", "pid")), f"{worker['connections']:,}", beat)
+        workers.add_row(*map(Text, cells))
     return Group(Text(f"comet at {url}   {time.strftime('%H:%M:%S')}", style="bold"), facts, Text(), workers)
 
 
@@ -92,7 +103,7 @@ def show(url: str, key: str, every: float, once: bool) -> int:
     console = Console()
     key = key or os.environ.get("COMET_PUBLISH_KEY", "")
     try:
-        first = screen(fetch(url, key), url)
+        first = look(url, key)
         if once:
             console.print(first)
             return 0
@@ -100,12 +111,12 @@ def show(url: str, key: str, every: float, once: bool) -> int:
             while True:
                 time.sleep(every)
                 try:
-                    shown = screen(fetch(url, key), url)
+                    shown = look(url, key)
                 except Unreachable as error:  # it may come back: that is when one looks
                     shown = Group(Text(str(error), style="red"))
                 live.update(shown, refresh=True)
     except Unreachable as error:
-        console.print(str(error), style="red", soft_wrap=True)
+        console.print(Text(str(error), style="red"), soft_wrap=True)
         return 1
     except KeyboardInterrupt:
         return 0

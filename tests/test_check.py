@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import re
 import subprocess
 import sys
@@ -527,6 +528,25 @@ def test_exit_status_is_0_where_nothing_is_missing(
     monkeypatch.setattr(check, "rows", lambda plan: found)
     assert command.main(["check", "--clients", "10000"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "all met, as far as can be known"
+
+
+def full() -> int:
+    return os.open("/dev/full", os.O_WRONLY)
+
+
+def unread() -> int:
+    reader, writer = os.pipe()
+    os.close(reader)
+    return writer
+
+
+@pytest.mark.parametrize(("output", "why"), [(full, "No space left on device"), (unread, "Broken pipe")], ids=["a full disk", "a pipe"])
+def test_output_that_can_not_be_written_is_said(output: Callable[[], int], why: str) -> None:
+    descriptor = output()
+    command = [sys.executable, "-m", "comet", "check", "--clients", "5"]
+    done = subprocess.run(command, cwd=ROOT, stdout=descriptor, stderr=subprocess.PIPE, text=True, timeout=TIMEOUT)
+    os.close(descriptor)
+    assert (done.returncode, done.stderr) == (2, f"python -m comet: the output can't be written: {why}\n")
 
 
 def test_without_a_limit_to_go_by_the_number_of_clients_is_asked_for(

@@ -1,6 +1,10 @@
 """What a worker has of its generation."""
 
-from comet.generation import HELD, held
+import json
+
+import pytest
+
+from comet.generation import HELD, VARIABLE, Orders, Unfit, held
 from comet.kernel.limits import RESERVE
 from comet.server.wsgi import MAX_REFUSING
 
@@ -16,3 +20,21 @@ def test_of_very_many_it_holds_the_next_and_each_is_held_by_as_many() -> None:
     holders = [sum(listener in held(worker, 1000) for worker in range(1000)) for listener in (0, 500, 999)]
     assert holders == [HELD] * 3
     assert HELD + MAX_REFUSING < RESERVE - 32, "beside what a worker has open itself"
+
+
+ORDERS = Orders(3, 2, [0], 1, 2, 1, 2, "/nowhere/router")
+
+
+def test_orders_are_taken_out_of_the_environment() -> None:
+    environ = {VARIABLE: ORDERS.text(), "HOME": "/"}
+    assert Orders.take(environ) == ORDERS
+    assert environ == {"HOME": "/"}
+    assert Orders.take(environ) is None
+
+
+@pytest.mark.parametrize(
+    "text", ["", "x", "{}", "[]", "7", "null", json.dumps({**ORDERS._asdict(), "more": 1}), ORDERS._replace(board=10**6).text()]
+)
+def test_what_no_supervisor_has_said_is_refused(text: str) -> None:
+    with pytest.raises(Unfit, match="COMET_GENERATION"):
+        Orders.take({VARIABLE: text})

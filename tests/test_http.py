@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pytest
 
 from comet.errors import Refusal
-from comet.server.http import MAX_HEADERS, METHODS, PIECES, ChunkedBody, Head, split_head
+from comet.server.http import MAX_HEADERS, METHODS, PIECES, ChunkedBody, Head, method_in, split_head
 
 LIMIT = 16384
 OVERHEAD = 16384
@@ -538,3 +538,11 @@ def test_chunk_lines_extensions_and_trailers_are_bounded(data: bytes, step: int 
 
 def test_chunks_of_one_byte_are_no_excess() -> None:
     assert unchunk(b"1\r\na\r\n" * 5000 + b"0\r\n\r\n", 1000, overhead=100) == (b"a" * 5000, b"", True)
+
+
+@pytest.mark.parametrize(
+    ("data", "method"),
+    [(b"HEAD / HTTP/1.1\r\n", "HEAD"), (b"GET ", "GET"), (b"HEAD", ""), (b"", ""), (b"head /", ""), (b"HEADER /", ""), (b"\xff /", "")],
+)
+def test_the_method_of_a_head_that_was_refused(data: bytes, method: str) -> None:
+    assert method_in(data) == method_in(bytearray(data)) == method

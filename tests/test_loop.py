@@ -50,6 +50,27 @@ print(*done)
     assert in_a_process_of_its_own(code) == ["at", "once", "first", "second", "third"]
 
 
+def test_what_becomes_due_meanwhile_waits_until_signals_were_looked_at() -> None:
+    code = """
+import os, signal, time
+from comet.loop import Loop
+loop = Loop([signal.SIGTERM], [])
+rounds = 0
+def again():
+    global rounds
+    rounds += 1
+    assert rounds < 100, "it never returns"
+    loop.later(0, again)
+    time.sleep(0.001)
+again()
+loop.run_due()
+assert rounds == 2, rounds
+os.kill(os.getpid(), signal.SIGTERM)
+print(*loop.wait(60))
+"""
+    assert in_a_process_of_its_own(code) == [str(int(signal.SIGTERM))]
+
+
 def test_nobody_waits_longer_than_asked_where_nothing_is_due() -> None:
     code = """
 from comet.loop import Loop

@@ -10,6 +10,7 @@ import time
 import tty
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
+from pathlib import Path
 
 import pytest
 
@@ -191,3 +192,25 @@ print(flush=True)
     lines = heard[0].splitlines()
     assert len([line for line in lines if b"child" in line]) == 1
     assert [int(line.split()[-1]) for line in lines if b"child" not in line] == list(range(1000))
+
+
+STANDARD = """
+import os, sys
+from comet.kernel.output import open_standard
+open_standard()
+print("out", flush=True)
+print("error", file=sys.stderr, flush=True)
+names = [os.readlink(f"/proc/self/fd/{number}") for number in range(3)]
+with open(sys.argv[1], "w") as said:
+    print([name == os.devnull for name in names], [os.get_inheritable(number) for number in range(3)], sys.stdin.read(), file=said)
+"""
+
+
+@pytest.mark.parametrize("closed", [(), (0,), (1,), (2,), (0, 1, 2)], ids=str)
+def test_a_standard_descriptor_that_is_closed_is_opened_and_the_others_stay(closed: tuple[int, ...], tmp_path: Path) -> None:
+    said = tmp_path / "said"
+    command = ["sh", "-c", 'exec "$@" ' + " ".join(f"{number}>&-" for number in closed), "sh", sys.executable, "-c", STANDARD, str(said)]
+    done = subprocess.run(command, cwd=ROOT, input="in", capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("" if 1 in closed else "out\n", "" if 2 in closed else "error\n")
+    read = "" if 0 in closed else "in"
+    assert said.read_text() == f"{[number in closed for number in range(3)]} [True, True, True] {read}\n"

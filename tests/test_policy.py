@@ -83,6 +83,10 @@ def test_a_number_is_a_number() -> None:
     assert (made.workers, made.warnings) == (3, [])
 
 
+def test_the_fewest_connections_are_one_client() -> None:
+    assert plan(1, 0, 1, 20_000, PLENTY, 2).clients == 1
+
+
 def test_what_is_too_little_is_told_with_what_to_set() -> None:
     (warning,) = plan(10, 1_000_000, 0, 20_000, PLENTY, 2).warnings
     assert "--workers 60" in warning

@@ -105,6 +105,13 @@ def test_what_is_open_to_everybody_is_objected_to(flags: list[str], safe: bool) 
     assert (objection(parse(flags, {})) is None) == safe
 
 
+@pytest.mark.parametrize(("key", "usable"), [("k", True), ("!~", True), (" ", False), ("a b", False), ("k\n", False), ("ü", False)])
+def test_a_key_that_nobody_can_send_is_objected_to(key: str, usable: bool) -> None:
+    sentence = objection(parse([], {"COMET_PUBLISH_KEY": key}))
+    assert (sentence is None) == usable
+    assert usable or "--publish-key has to be" in str(sentence)
+
+
 def test_room_for_less_than_one_body_is_objected_to() -> None:
     assert objection(parse(["--max-bodies", "16777216"], {})) is None
     for flags in (["--max-bodies", "16777215"], ["--max-batch", "58720257"], ["--max-bodies", "16777216", "--max-body", "16777217"]):
@@ -115,6 +122,8 @@ def test_room_for_less_than_one_body_is_objected_to() -> None:
 
 BAD = [
     *((field.name, text) for field in NUMBERS for text in ("x", "-1", "nan", "", "1 2")),
+    *((field.name, text) for field in NUMBERS if field.metadata["unit"] == "seconds" for text in ("inf", "1e300")),
+    ("hang_limit", "1.9"),
     *((field.name, "1.5") for field in NUMBERS if isinstance(field.default, int)),
     *((field.name, str(field.metadata["most"] + 1)) for field in NUMBERS if field.metadata["most"] is not None),
     *((field.name, str(field.metadata["least"] - 1)) for field in NUMBERS if field.metadata["least"] > 0),
@@ -144,7 +153,7 @@ def test_a_bad_number_ends_with_status_2_and_a_sentence(name: str, text: str, ca
         (["--workers", "x"], "argument --workers: 'x' should be a whole number or auto."),
         (["--max-body", "99999999"], "argument --max-body: 99999999 is not within 1 to 67108864."),
         (["--history-bytes", "-1"], "argument --history-bytes: -1 is not at least 0."),
-        (["--redis-connect-timeout", "0"], "argument --redis-connect-timeout: 0 is not at least 0.05."),
+        (["--redis-connect-timeout", "0"], "argument --redis-connect-timeout: 0 is not within 0.05 to 86400."),
         (["stray"], "stray is not known here."),
     ],
 )

@@ -581,6 +581,14 @@ def test_an_edge_list_is_loaded_once_however_often(folder: Path) -> None:
     prepare(folder, whole=True)
 
 
+def test_a_folder_may_have_any_name(tmp_path: Path) -> None:
+    """Also one that is no UTF-8, and what a URI has a meaning for."""
+    folder = tmp_path / os.fsdecode(b"\xff?mode=ro#%41")
+    folder.mkdir()
+    assert load(folder, "alice rj").returncode == 0
+    assert rows(folder) == [("rj", "alice")]
+
+
 def test_a_large_list_is_loaded_into_an_empty_and_into_a_full_database(tmp_path: Path) -> None:
     numbers = random.Random(2)
     pairs = {(a, b) for a, b in ((numbers.randrange(5000), numbers.randrange(5000)) for _ in range(120_000)) if a != b}

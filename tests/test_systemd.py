@@ -4,7 +4,9 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -75,6 +77,70 @@ def test_a_manager_that_went_away_is_said_once(tmp_path: Path, caplog: pytest.Lo
     notifier.beat()
     notifier.beat()
     assert [record.message for record in caplog.records] == ["systemd can't be told WATCHDOG=1: [Errno 2] No such file or directory"]
+
+
+def fill(name: str) -> None:
+    """Send to a manager that does not read until its socket takes no more."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+        sender.setblocking(False)
+        with suppress(BlockingIOError):
+            while True:
+                sender.sendto(b"filling", name.replace("@", "\0"))
+
+
+def empty(manager: Manager) -> list[str]:
+    """What the manager was told until now, by the first assignment of each datagram."""
+    manager[0].setblocking(False)
+    names = []
+    with suppress(BlockingIOError):
+        while True:
+            names.append(told(manager)[0])
+    return [name for name in names if name != "filling"]
+
+
+def test_a_manager_that_does_not_read_is_not_waited_for_and_told_later(manager: Manager) -> None:
+    notifier = Notifier(manager[1], 3.0)
+    fill(manager[1])
+    began = time.monotonic()
+    notifier.ready("2 workers")
+    for _ in range(10):
+        notifier.reloading()
+        notifier.ready("2 workers")
+        notifier.status("3 workers")
+        notifier.beat()
+    assert time.monotonic() - began < 5, "forty datagrams, of which each once waited for a second"
+    assert empty(manager) == []
+    notifier.beat()
+    assert empty(manager) == ["RELOADING=1", "READY=1", "WATCHDOG=1"], "the last of each, in order, once"
+    notifier.status("3 workers")
+    assert empty(manager) == ["STATUS=3 workers"]
+    fill(manager[1])
+    notifier.stopping(1)
+    assert empty(manager) == []
+    notifier.beat()
+    notifier.beat()
+    assert empty(manager) == ["STOPPING=1", "WATCHDOG=1", "WATCHDOG=1"]
+
+
+def test_what_did_not_get_through_is_told_without_a_watchdog_too(manager: Manager) -> None:
+    notifier = Notifier(manager[1])
+    fill(manager[1])
+    notifier.ready()
+    assert empty(manager) == []
+    notifier.beat()
+    notifier.beat()
+    assert empty(manager) == ["READY=1"]
+
+
+@pytest.mark.parametrize(("watchdog", "interval"), [(0.0, 1.0), (1e-6, 0.1), (0.6, 0.2), (15.0, 1.0)])
+def test_signs_of_life_have_a_shortest_interval(watchdog: float, interval: float) -> None:
+    assert Notifier("/nobody", watchdog).interval == pytest.approx(interval)
+
+
+@pytest.mark.parametrize("number", ["²", "-1", "1.5", "9" * 400])
+def test_a_number_that_is_none_is_none(number: str) -> None:
+    assert Notifier.take({"NOTIFY_SOCKET": "/nobody", "WATCHDOG_USEC": number}).watchdog == 0
+    assert take_sockets({"LISTEN_FDS": number, "LISTEN_PID": str(os.getpid())}) == []
 
 
 def test_an_address_of_another_kind_is_said(caplog: pytest.LogCaptureFixture) -> None:

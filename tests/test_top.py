@@ -71,11 +71,31 @@ def test_once_prints_one_look(capsys: pytest.CaptureFixture[str]) -> None:
     (200, b"not json", "", "can't be read"),
     (503, b'{"detail": "away"}', "", "503: away"),
     (200, b"{}", "wrong", "401: the key is wrong"),
+    (200, b"[1]", "", "is no service of comet"),
+    (404, b"null", "", "is no service of comet"),
+    (200, b"{}", "", "/stats of another form"),
+    (200, json.dumps({**DOCUMENT, "clients": 7}).encode(), "", "/stats of another form"),
+    (200, json.dumps({**DOCUMENT, "workers": [7]}).encode(), "", "/stats of another form"),
+    (200, json.dumps({**DOCUMENT, "missing": {"workers": 1, "seconds": 1, "why": 7}}).encode(), "", "/stats of another form"),
+    (503, b'{"detail": "[/red]"}', "", "503: [/red]"),
 ])  # fmt: skip
 def test_what_can_not_be_shown_is_said(capsys: pytest.CaptureFixture[str], status: int, body: bytes, key: str, said: str) -> None:
     with service(status, body) as url:
         assert command.main(["top", "--once", "--url", url, "--key", key]) == 1
     assert said in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:x", "http://127.0.0.1:99999", "http://[::1", "http://127.0.0.1:1/a b"])
+def test_an_address_that_is_none_is_said(capsys: pytest.CaptureFixture[str], url: str) -> None:
+    assert command.main(["top", "--once", "--url", url]) == 1
+    assert f"{url} can't be read: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("every", ["nan", "inf", "-1", "0", "x"])
+def test_looks_come_at_an_interval_that_can_be_waited_for(capsys: pytest.CaptureFixture[str], every: str) -> None:
+    with pytest.raises(SystemExit):
+        command.main(["top", "--once", "--every", every])
+    assert every in capsys.readouterr().err
 
 
 def test_nobody_there_is_said(capsys: pytest.CaptureFixture[str]) -> None:

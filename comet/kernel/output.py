@@ -12,6 +12,7 @@ import os
 import select
 import socket
 import stat
+import sys
 import time
 from collections import deque
 
@@ -19,6 +20,20 @@ from comet.kernel.stock import stock
 
 KEPT = 1 << 18
 """Bytes that wait for a reader: some thousand lines, and little beside what a process takes."""
+
+
+def open_standard() -> None:
+    """Open /dev/null as each of standard input, output and error that is closed. Call it before anything else is opened.
+
+    A process that was started without one of them (``>&-``) would have its next file or socket under that number, where what is written
+    to standard output and what a child inherits as its input go; and Python has None in the place of `sys.stdout`."""
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the kernel gives the lowest number that is free
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(descriptor, "w" if descriptor else "r", closefd=False))  # noqa: SIM115 - for the whole process
 
 
 class Output:

@@ -35,6 +35,12 @@ def die_with_parent() -> None:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
 
 
+def write_in_background() -> None:
+    """Have this process, and those that it starts, write to their terminal from the background, even if it is set not to let them
+    (``stty tostop``): SIGTTOU would stop them at a line of the log. All but the process that the shell started are in the background."""
+    stock(signal, "signal")(signal.SIGTTOU, signal.SIG_IGN)
+
+
 def give_way() -> None:
     """Have this process wait for the end of another's turn when something wakes it (SCHED_BATCH), rather than interrupt it.
     It gets as much of a core as before. Of many processes that are busy at once fewer are torn away from what they

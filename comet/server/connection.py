@@ -31,7 +31,7 @@ from comet.log import Origin, Roll
 from comet.origins import Origins
 from comet.server.blocks import Lifted
 from comet.server.body import RequestBody, Room
-from comet.server.http import Head, origin_in, split_head
+from comet.server.http import Head, method_in, origin_in, split_head
 from comet.server.parking import REQUEST_SIZE, Sleeper
 from comet.server.posts import Call, Posts
 from comet.server.proxies import Behind, Proxies, Proxy
@@ -158,7 +158,7 @@ class Connection(Transport, WSGIHandler):
             try:
                 head = self.asked or self._read_head(self.fresh)
             except Refusal as refusal:
-                self._web_origin = origin_in(self.buffer)  # refused before it was taken off there
+                self._read_refused()
                 self.answer_refusal(refusal)
                 return True
             self.fresh = False
@@ -179,6 +179,11 @@ class Connection(Transport, WSGIHandler):
                 give_way(self.network)  # who pipelines takes turns with the others
             if self.close_connection:
                 return bool(self.buffer) or self._body_is_left
+
+    def _read_refused(self) -> None:
+        """Read in the buffer what the answer to a refused request depends on, whose head was not taken off there."""
+        self.command, self.path = method_in(self.buffer), ""
+        self._web_origin = origin_in(self.buffer)
 
     def _read_head(self, fresh: bool) -> Any:
         """The next request's `Head`, or where a short way led there its wish or `Call`; None when the client has
@@ -243,7 +248,7 @@ class Connection(Transport, WSGIHandler):
         try:
             head = self._head_soon()
             if head is None:
-                self._web_origin = origin_in(self.buffer)
+                self._read_refused()
             self.answer_refusal(refusal, head)
             self.linger()
         except OSError:

@@ -30,6 +30,7 @@ Content-Length and Transfer-Encoding."""
 MAX_HEADERS = 100
 
 _LINE = re.compile(rb"([!-~]{1,32}) ([!-~]+) HTTP/([0-9])\.([0-9])")
+_METHOD = re.compile(rb"([A-Z]{1,32}) ")
 _FOLD = re.compile(rb"\n[ \t]")
 _HOST = re.compile(rb"[A-Za-z0-9._~%!$&'()*+,;=:\[\]-]*")
 _SIZE = re.compile(rb"[0-9A-Fa-f]+")
@@ -90,6 +91,14 @@ def origin_in(data: bytes | bytearray) -> str:
     end = data.find(b"\r\n\r\n")
     found = _ORIGIN.search(data, 0, len(data) if end < 0 else end + 2)
     return found[1].decode() if found else ""
+
+
+def method_in(data: bytes | bytearray) -> str:
+    """Return the method in `data`, a head that was refused or is not all there; "" for none that is known. Only for the answer to a
+    refusal, as `origin_in`."""
+    found = _METHOD.match(data)
+    method = found[1].decode() if found else ""
+    return method if method in METHODS else ""
 
 
 def _request_line(line: bytes) -> tuple[str, bytes, str]:

@@ -888,6 +888,26 @@ def test_curl_that_offers_http_2_is_answered_in_http_1(server: Server) -> None:
     assert run.stdout == b'{"status":"alive","worker":0}\n200 1.1'
 
 
+@pytest.mark.parametrize(
+    "rest",
+    [b"Expect: x\r\n\r\n", b"Content-Length: x\r\n\r\n", b"X: y\r\n" * 101 + b"\r\n", b"X: " + b"y" * 20_000],
+    ids=["expectation", "length", "many headers", "long header"],
+)
+def test_a_refusal_of_head_has_no_body_however_soon_it_is_refused(server: Server, rest: bytes) -> None:
+    answers = {}
+    for method, before in (("HEAD", "GET"), ("GET", "HEAD")):
+        with server.client() as client:
+            assert client.request(before, "/healthz").status == 200
+            client.send(b"\r\n" + method.encode() + b" /healthz HTTP/1.1\r\nHost: h\r\n" + rest)
+            head = client.read_head()
+            body = b"" if method == "HEAD" else client.read_body()
+            assert client.at_end(), (method, client.buffer)
+            answers[method] = head.status, head.headers["content-length"], body
+    status, length, body = answers["GET"]
+    assert answers["HEAD"] == (status, length, b"")
+    assert status >= 400 and len(body) == int(length) > 0
+
+
 def test_head_has_the_headers_of_get_and_no_body(server: Server) -> None:
     server.publish("head", "x")
     for target in ("/", "/healthz", "/readyz", "/channels/head", "/channels/head/history", "/nothing"):

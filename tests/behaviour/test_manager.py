@@ -17,7 +17,8 @@ import pytest
 from comet.supervisor import MARGIN
 from tests.behaviour.test_faults import no_descriptors
 from tests.behaviour.test_supervisor import alive
-from tests.harness import ROOT, TIMEOUT, Client, wait_until
+from tests.harness import AMPLE, ROOT, TIMEOUT, Client, wait_until
+from tests.test_systemd import fill
 
 ENTER = "import os, sys; os.environ['LISTEN_PID'] = str(os.getpid()); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
 """Becomes the service in the process that was started, as a manager does."""
@@ -156,6 +157,26 @@ def test_signs_of_life_come_as_often_as_is_asked(begin: Begin, listener: socket.
     os.kill(service.process.pid, signal.SIGCONT)
     service.heard.settimeout(TIMEOUT)
     assert service.stop() == 0
+
+
+def test_a_manager_that_does_not_read_holds_nothing_up(begin: Begin, listener: socket.socket) -> None:
+    """Its socket takes no more (net.unix.max_dgram_qlen). A dead worker is replaced, and SIGTERM is heard."""
+    service = begin([listener], "--workers", "2", watchdog=0.9)
+    service.ready()
+    fill(f"@{service.mark}")
+    wait_until(lambda: "can't be told" in service.log.read_text())
+
+    def serving() -> dict[str, int]:
+        with Client(port(listener)) as client:
+            return {str(one["worker"]): int(one["pid"]) for one in client.request("GET", "/stats").json["workers"]}
+
+    wait_until(lambda: len(serving()) == 2)
+    before = serving()["1"]
+    os.kill(before, signal.SIGKILL)
+    wait_until(lambda: serving().get("1", before) != before, timeout=AMPLE)
+    service.process.send_signal(signal.SIGTERM)
+    assert service.process.wait(AMPLE) == 0
+    assert "does not answer" not in service.log.read_text()
 
 
 def test_nobody_but_the_main_process_inherits_what_systemd_said(begin: Begin, listener: socket.socket) -> None:

@@ -1,11 +1,14 @@
 """What a service says when it starts: that it is usable, or what is in the way and what to do about it."""
 
+import contextlib
 import os
+import pty
 import re
 import select
 import signal
 import subprocess
 import sys
+import termios
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +18,7 @@ import pytest
 from gevent import subprocess as green
 
 from tests.conftest import Start
-from tests.harness import ROOT, TIMEOUT, Server, free_port, wait_until
+from tests.harness import AMPLE, ROOT, TIMEOUT, Client, Server, free_port, wait_until
 from tests.redis_server import RedisServer, needs_redis
 
 AWAY = re.compile(r"^\S+ \S+(?: \[(\d+)\])? WARNING comet.backplane: Redis (\S+) can't be reached \((.*?)\)", re.MULTILINE)
@@ -169,6 +172,68 @@ def run(*flags: str, before: tuple[str, ...] = (), **environment: str) -> "subpr
     return done
 
 
+@pytest.mark.parametrize("flags", [(), ("--workers", "2")], ids=["one process", "workers"])
+def test_without_standard_input_output_and_error_it_serves(flags: tuple[str, ...]) -> None:
+    """As some who start daemons leave them."""
+    port = free_port()
+    closed = ("sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh")
+    with green.Popen([*closed, sys.executable, "app.py", "--port", str(port), *flags], cwd=ROOT) as process:
+        try:
+            wait_until(lambda: process.poll() is not None or answers(port))
+            assert process.poll() is None
+            with Client(port) as client:
+                assert client.request("POST", "/publish/a", b"x").status == 201
+                assert not any(client.request("GET", "/stats").json["restarts"].values())
+            process.terminate()
+            assert process.wait(TIMEOUT) == 0
+        finally:
+            process.kill()
+
+
+def test_a_terminal_that_stops_who_writes_from_the_background_stops_nobody() -> None:
+    """`stty tostop`. All but the supervisor have process groups of their own, so they are in the background."""
+    ours, its = pty.openpty()
+    try:
+        flags = termios.tcgetattr(its)
+        flags[3] |= termios.TOSTOP
+        termios.tcsetattr(its, termios.TCSANOW, flags)
+        port, printed = free_port(), bytearray()
+        os.set_blocking(ours, False)
+
+        def prints(text: bytes) -> bool:
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    printed.extend(os.read(ours, 65536))
+            return text in printed
+
+        shell = ("sh", "-c", 'exec "$@" <>"$0" >&0 2>&0', os.ttyname(its))  # a session without a terminal has the first that it opens
+        command = [*shell, sys.executable, "app.py", "--port", str(port), "--workers", "1", "--log-clients"]
+        with green.Popen(command, cwd=ROOT, start_new_session=True) as process:
+            try:
+                wait_until(lambda: prints(b"is ready"))
+                with Client(port) as client:
+                    assert client.request("GET", "/poll/!").status == 400
+                wait_until(lambda: prints(b"refused: bad-channel"), timeout=AMPLE)
+                wait_until(lambda: answers(port), timeout=AMPLE)
+                process.terminate()
+                wait_until(lambda: prints(b"generation 1 has ended"), timeout=AMPLE)
+                assert process.wait(TIMEOUT) == 0
+            finally:
+                process.kill()
+    finally:
+        os.close(ours)
+        os.close(its)
+
+
+def answers(port: int) -> bool:
+    """Whether a service is ready there."""
+    try:
+        with Client(port) as client:
+            return client.request("GET", "/readyz").status == 200
+    except OSError:
+        return False
+
+
 # -- what is wrong
 
 
@@ -177,6 +242,12 @@ def test_an_unknown_variable_ends_the_start(flags: tuple[str, ...]) -> None:
     done = run("--port", "0", *flags, COMET_MAXBODY="3")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "app.py: error: the variable COMET_MAXBODY is not known; did you mean COMET_MAX_BODY? See app.py --help.\n"
+
+
+def test_orders_that_no_supervisor_gave_end_the_start() -> None:
+    done = run("--port", "0", COMET_GENERATION="{}")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("comet: the variable COMET_GENERATION ") and done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("flags", [(), ("--workers", "2")], ids=["one process", "workers"])
