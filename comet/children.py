@@ -158,13 +158,14 @@ class Router:
     """True once it was looked whether it speaks as the workers do."""
 
     @classmethod
-    def start(cls, listener: int, lifeline: int, board: int, workers: int, arguments: Sequence[str]) -> Self:
-        """Start it on descriptors that it inherits, for so many workers, with the supervisor's own `arguments`. Raises OSError if the
-        kernel refuses."""
+    def start(cls, listener: int, lifeline: int, board: int, workers: int, arguments: Sequence[str], *, trial: bool = False) -> Self:
+        """Start it on descriptors that it inherits, for so many workers, with the supervisor's own `arguments`. A `trial` ends with
+        status 0 where another would begin to serve. Raises OSError if the kernel refuses."""
         process = subprocess.Popen(  # noqa: S603 - our own module
             [
                 sys.executable, "-m", "comet.router", "--listener-fd", str(listener), "--lifeline-fd", str(lifeline),
-                "--board-fd", str(board), "--slot", str(ROUTER), "--workers", str(workers), "--", *arguments,
+                "--board-fd", str(board), "--slot", str(ROUTER), "--workers", str(workers),
+                *(["--trial"] if trial else []), "--", *arguments,
             ],
             cwd=Path(__file__).parent.parent, stdin=subprocess.DEVNULL, pass_fds=(listener, lifeline, board), process_group=0,
         )  # fmt: skip

@@ -496,6 +496,7 @@ def main(arguments: Sequence[str]) -> int:
         parser.add_argument(f"--{name}-fd", type=int, required=True)
     parser.add_argument("--slot", type=int, required=True)
     parser.add_argument("--workers", type=int, required=True)
+    parser.add_argument("--trial", action="store_true", help="end where it would begin to serve")
     parser.add_argument("rest", nargs="*", help="the service's own flags")
     options = parser.parse_args(arguments)
     settings = knobs.parse(options.rest)
@@ -517,7 +518,7 @@ def main(arguments: Sequence[str]) -> int:
     router.watch(options.lifeline_fd)
     router.watch(stop)
     next_tick = next_tidying = time.monotonic()
-    while router.turn(max(0.0, next_tick - time.monotonic())):
+    while not options.trial and router.turn(max(0.0, next_tick - time.monotonic())):
         if time.monotonic() >= next_tick:
             next_tick = time.monotonic() + TICK
             router.backplane.expire()

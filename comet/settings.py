@@ -98,7 +98,7 @@ class Settings:
         False,
         "switch",
         "Let a reload to code that speaks otherwise than the router start another router: what is kept goes, and everybody is told one "
-        "gap. Without it such a reload fails, and the service goes on as it is.",
+        "gap. Without it, or if that one can't be started, such a reload fails, and the service goes on as it is.",
     )
     grace: float = _knob(10.0, "seconds", "From SIGTERM to the exit at the latest: time for answers under way.")
 

@@ -88,6 +88,8 @@ class Supervisor:
         self._last_number = 0
         """The number of the generation that was started last."""
         self._router: Router | None = None
+        self._trial: tuple[Router, Generation] | None = None
+        """A router of the code on the disk that shows whether it can be started, and the generation that needs it."""
         self._router_restarts = Restarts()
         self._generation_restarts = Restarts()
         self._greeted = False
@@ -500,11 +502,14 @@ class Supervisor:
         if self._stopping or self._settings.backplane:  # Redis orders the messages
             return
         try:
-            self._router = Router.start(
-                self._router_listener.fileno(), self._lifeline, self._board.descriptor, self._plan.workers, self._arguments
-            )
+            self._router = self._new_router()
         except OSError as error:
             self._restart_router(f"can't be started ({error.strerror})", 0.0, ready=False)
+
+    def _new_router(self, *, trial: bool = False) -> Router:
+        """Start a router of the code on the disk. Raises OSError."""
+        listener, board = self._router_listener.fileno(), self._board.descriptor
+        return Router.start(listener, self._lifeline, board, self._plan.workers, self._arguments, trial=trial)
 
     def _router_died(self, status: int) -> None:
         assert self._router is not None
@@ -535,11 +540,34 @@ class Supervisor:
         router = self._router
         if router is None or router.born > worker.born:
             return  # it is on its way
-        if not one.renewed:
-            log.warning("the router is of other code than %s: starting another; everybody is told a gap", one)
-            one.renewed = True
+        if one.renewed or self._trial is not None:
+            return
+        try:
+            trial = self._new_router(trial=True)
+        except OSError as error:
+            self._trial_failed(one, f"can't be started ({error.strerror})")
+            return
+        self._trial = trial, one
+        self._loop.later(self._settings.hang_limit, trial.kill)
+
+    def _trial_ended(self, trial: Router, one: Generation, status: int) -> None:
+        """End the router if another can be started, for a generation that needs it; otherwise that generation can't serve."""
+        trial.died(status)
+        self._trial = None
+        if self._stopping or one.leaving or one.ready:  # ready: the router has died meanwhile, and another is there
+            return
+        if status:
+            self._trial_failed(one, describe(status))
+            return
+        log.warning("the router is of other code than %s: starting another; everybody is told a gap", one)
+        one.renewed = True
+        router = self._router
+        if router is not None and router.born < trial.born:
             router.terminate()
             self._loop.later(MARGIN, router.kill)
+
+    def _trial_failed(self, one: Generation, why: str) -> None:
+        self._unfit(one, f"needs a router of its own code, which {why} when it was tried")
 
     def _check_router(self) -> None:
         """Reload once if a router that had to be started anew does not speak as the workers do: the code on the disk is newer."""
@@ -575,6 +603,9 @@ class Supervisor:
     def _ended(self, pid: int, status: int) -> None:
         if self._router is not None and pid == self._router.pid:
             self._router_died(status)
+            return
+        if self._trial is not None and pid == self._trial[0].pid:
+            self._trial_ended(*self._trial, status)
             return
         for one in list(self._generations):
             if one.process.pid == pid and not one.orphaned:
@@ -722,9 +753,10 @@ class Supervisor:
             for worker in one.workers.values():
                 if worker.pid and worker.lives():
                     os.kill(worker.pid, signal.SIGKILL)
-        if self._router is not None:
-            self._router.kill()
-            self._router.died(-signal.SIGKILL)
+        for router in (self._router, self._trial and self._trial[0]):
+            if router is not None:
+                router.kill()
+                router.died(-signal.SIGKILL)
         while True:
             try:
                 waitpid(-1, 0)

@@ -631,6 +631,20 @@ def test_with_renew_router_such_a_reload_starts_another_router_and_tells_one_gap
     assert (service.counts()["failed_reloads"], service.counts()["reloads"]) == (0, 1)
 
 
+def test_with_renew_router_a_reload_whose_router_can_not_be_started_fails_and_the_old_one_orders_on(begin: Begin, code: Path) -> None:
+    service = begin("--workers", "2", "--renew-router", kind=of(code))
+    before, router = service.workers(), service.router()
+    change_frames(code)
+    path = code / "comet" / "router.py"
+    path.write_text("raise SystemExit(7)\n" + path.read_text())
+    service.process.send_signal(signal.SIGHUP)
+    service.counted("failed_reloads", 1)
+    wait_until(lambda: len(alive(service.mark)) == 5)
+    assert (service.workers(), service.router()) == (before, router)
+    publishes(service, "a")
+    assert "needs a router of its own code, which exited with status 7 when it was tried" in service.log.read_text()
+
+
 @pytest.mark.parametrize("dies", ["router", "generation"])
 def test_what_dies_after_an_update_and_comes_back_as_new_code_takes_the_rest_with_it(begin: Begin, code: Path, dies: str) -> None:
     service = begin("--workers", "2", kind=of(code))
