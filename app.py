@@ -57,7 +57,8 @@ def prepare(arguments: list[str], listeners: Sequence[socket.socket] = ()) -> Se
 
 
 def take_orders() -> generation.Orders | None:
-    """What a supervisor has told this process to be, if one has started it. Exits with status 2 and a sentence if it can't be followed."""
+    """Return the orders of the supervisor that has started this process, None if none has. If they can't be read, exit with status 2 and a
+    sentence."""
     try:
         return generation.Orders.take(os.environ)
     except generation.Unfit as error:

@@ -102,7 +102,8 @@ class Orders(NamedTuple):
 
     @classmethod
     def take(cls, environ: MutableMapping[str, str]) -> Self | None:
-        """Those in the environment, if there are any: then this process is a generation. Raises Unfit if a supervisor has not set them."""
+        """Return the orders in the environment, which make this process a generation; None if there are none. Raises Unfit if no
+        supervisor has set them."""
         text = environ.pop(VARIABLE, None)
         if text is None:
             return None

@@ -20,7 +20,7 @@ largest: what a client holds that takes nothing while it is replayed to."""
 
 
 class Joined(NamedTuple):
-    """Where a reader stands and what it has missed, or the first page of that.
+    """Position of a reader, and the first page of what it has missed.
 
     Apply `messages` to `position` to get as far as the page; `more` messages are kept behind it, up to the newest. `gap` is true when
     something between the asked position and `messages` is gone, or can't be vouched for because the position belongs to another epoch.
@@ -33,7 +33,7 @@ class Joined(NamedTuple):
 
     @property
     def end(self) -> Position:
-        """Where the reader stands after this page."""
+        """Position of the reader after this page."""
         return self.messages[-1].position if self.messages else self.position
 
     @property

@@ -110,7 +110,7 @@ class Hub:
         return subscriber
 
     def _look(self, wish: Wish) -> Subscriber:
-        """As `subscribe`, for one that does not wait: it has what is kept, and nothing is made of a channel that is not there."""
+        """Return a subscriber that does not wait: it has what is kept, and nothing is made of a channel that is not there."""
         channels, since, framing, patience = wish
         answers = list(map(self._replays.share, channels, self._backplane.peek(channels, since, self._page_size())))
         subscriber = Subscriber(channels, framing, self, Awake(patience, {}))

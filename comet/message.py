@@ -158,7 +158,7 @@ def _position(epoch: int, offset: int) -> Position:
 
 
 class Cursor:
-    """Where one subscriber stands: a position for each of its channels, in the request's order.
+    """Position of one subscriber on each of its channels, in the request's order.
 
     Two rows rather than a dictionary, which would be twice as large for 64 channels; and several subscribers may have the same
     `channels`. To look one up there takes less than to write the new cursor, which follows.

@@ -59,7 +59,7 @@ class Replays:
         """Bytes of those, as `Message.cost` counts: a page that several hold counts once."""
         self._slots = BoundedSemaphore(READS)
         self._retries = BoundedSemaphore(READS)
-        """Of pages that could not be read once: what hangs there must not keep those waiting that can be read."""
+        """Slots for further tries of a page: pages that can't be read must not keep those waiting that can."""
 
     def ask(self, reader: Reader, channel: str, position: Position) -> None:
         """Have `reader` given the page that follows `position`, soon. Does not block."""

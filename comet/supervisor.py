@@ -320,7 +320,8 @@ class Supervisor:
         if router is None or said is None or said.pid != router.pid:
             return False
         slots = map(self._board.look, map(one.slot, one.workers))
-        return bool({slot.document.get("speaks") for slot in slots if slot is not None} - {said.document.get("speaks")})
+        workers = [slot.document for slot in slots if slot is not None and slot.document.get("role") == "worker"]  # else it has failed
+        return any(worker.get("speaks") != said.document.get("speaks") for worker in workers)
 
     def _restart_generation(self, name: str, why: str, lived: float, ready: bool) -> None:
         self._counts["generation_restarts"] += 1

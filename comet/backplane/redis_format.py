@@ -20,7 +20,7 @@ from comet.history import Joined
 from comet.message import Message, Position, Since, check_type
 
 SLOTS: Final = 16384
-"""Of a cluster."""
+"""Hash slots of a cluster."""
 
 
 class Names:
@@ -46,7 +46,7 @@ class Names:
         return log, log + b":log"
 
     def read(self, channel: str) -> tuple[bytes, bytes, bytes]:
-        """What a script reads a channel from: its hash, its stream, and since when the server that has them has lost nothing."""
+        """Return the keys that a script reads a channel from: its hash, its stream, and since when their server has lost nothing."""
         log, stream = self.both(channel)
         return log, stream, self._whole if self._tags is None else b"%b:{%b}" % (self._whole, self._tags[key_slot(log)])
 

@@ -48,7 +48,7 @@ writes the answers, and cuts a connection off that has subscriptions and 32 MB w
 come back to long histories would be cut off again and again."""
 
 OVER: Final = b"comet-over"
-"""What no script answers."""
+"""A reply that no script gives."""
 
 FENCE: Final = b"*2\r\n$4\r\nECHO\r\n$%d\r\n%b\r\n" % (len(OVER), OVER)
 """What is asked behind each (un)subscription. That is confirmed by a push, as is what a cluster ends by itself, when a slot goes, in

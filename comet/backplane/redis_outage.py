@@ -1,4 +1,4 @@
-"""What the log says of a Redis that is away, or refuses what comet asks: once a service, by name, and when it is back.
+"""Lines of the log about a Redis that is away, or refuses what comet asks: once a service, by name, and when it is back.
 
 Neighbours: `comet.backplane.redis_link` and `comet.backplane.redis_shards`, which find out. Each worker finds it out for
 itself. The first that does speaks (`comet.backplane.redis_speaker`), until all that it has told of is back. A worker that alone can't

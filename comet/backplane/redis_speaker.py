@@ -1,4 +1,4 @@
-"""Who of several workers says something in the log that all of them find out: one line of it says as much as sixty.
+"""Choice of the one worker that writes a line of the log which all of them could: one says as much as sixty.
 
 Neighbours: `comet.backplane.redis_outage` and `comet.backplane.redis_malformed`, which have one each. It is a lock on a byte of the board's
 memory, as a permit is (`comet.permit`): the kernel gives it back when a worker dies.

@@ -57,9 +57,9 @@ class Transport:
 
     def receive(self, timeout: float) -> bytes:
         """What the client sends next, b"" at its end. Raises TimeoutError after `timeout` seconds."""
-        deadline = time.monotonic() + timeout
         if timeout <= 0:
             raise TimeoutError
+        deadline = time.monotonic() + timeout
         if self._has_read:
             give_way(self.network)  # reading does not yield while there is data: a flood would stop everyone else
         self._has_read = True
