@@ -778,9 +778,9 @@ def test_history_is_100_messages_unless_asked_and_at_most_1000(server: Server) -
 
 
 def test_history_does_not_subscribe_or_create(server: Server) -> None:
-    assert error(server.request("GET", "/channels/unheard/history")) == (404, "no-channel")
-    assert error(server.request("GET", "/channels/unheard")) == (404, "no-channel")
-    assert error(server.request("DELETE", "/channels/unheard")) == (404, "no-channel")
+    assert error(server.request("GET", "/channels/unheard-of/history")) == (404, "no-channel")
+    assert error(server.request("GET", "/channels/unheard-of")) == (404, "no-channel")
+    assert error(server.request("DELETE", "/channels/unheard-of")) == (404, "no-channel")
 
 
 def test_history_tells_a_gap_for_a_cursor_of_another_log(server: Server) -> None:
